@@ -1,0 +1,1062 @@
+"""InstructVEdit's video editor in plain PyTorch (arXiv 2503.17641), loading the published weights' own keys.
+
+Contents, in reading order
+    loading      UserError, hub_dir, read_tensors, load_weights
+    small pieces attention, timestep_embedding
+    text         Tokenizer, CLIPEncoder, TextModel, TextEncoder          (CLIP ViT-L/14's text tower)
+    pixels       VAE                                                     (AutoencoderKL)
+    U-Net        ResnetBlock, Attention, EPM, Transformer, MotionModule (with SMA), UNet
+    samplers     DDIM, DPMSolver
+    editor       VideoEditor: text + VAE + U-Net + three-branch guidance
+
+Shapes: video (B, F, 3, H, W) in [-1, 1]; latents z (B, F, c, h, w); N = B*F where frames are folded into the batch;
+tokens (N, L, D) with L = h*w. Attribute names are the keys of the published files (diffusers layout), so weights need
+no translation table.
+"""
+import gzip
+import html
+import json
+import math
+import re
+import sys
+import unicodedata
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from tokenizers import Regex, models, pre_tokenizers
+
+ROOT = Path(__file__).resolve().parent
+SD15 = "timbrooks/instruct-pix2pix"                                # MIT code, CreativeML OpenRAIL-M weights
+SD15_MOTION = "guoyww/animatediff-motion-adapter-v1-5-2"           # Apache-2.0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """What a user or a file got wrong: one line that names the flag or file, what came and what would fit."""
+
+
+def run(main):
+    """Call a script's `main()`; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("interrupted; nothing half-written", file=sys.stderr) or 130)
+
+
+def hub_dir(source, patterns=None):
+    """Local directory of `source`: a directory as it is, or a hub id, downloaded on first use (files in `patterns`)."""
+    source = str(source)
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise UserError(f"{source}: no such directory; pass a directory in hub layout or a hub id like {SD15}")
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError) as e:          # HfHubHTTPError and LocalEntryNotFoundError are OSErrors
+        raise UserError(f"{source}: not in the local cache and the hub cannot give it ({type(e).__name__}); "
+                        f"go online once, or pass --weights with a local copy of that repository") from None
+
+
+def read_json(path):
+    """A config file as a dict; UserError where it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; the directory is not a complete copy in hub layout") from None
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e})") from None
+
+
+def read_tensors(path):
+    """All tensors of a .safetensors file (memory-mapped, so nothing is copied yet) or of a weights-only pickle."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as f:
+                return {k: f.get_tensor(k) for k in f.keys()}
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError) as e:
+        raise UserError(f"{path}: not a readable weight file ({str(e).splitlines()[0][:120]})") from None
+    except Exception as e:                      # pickle.UnpicklingError: the file asks for more than plain tensors
+        raise UserError(f"{path}: refused, it holds more than plain tensors ({type(e).__name__})") from None
+    for wrapper in ("state_dict", "model"):     # AnimateDiff and ViCLIP wrap their tensors once
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
+    return {k: v for k, v in state.items() if torch.is_tensor(v)}
+
+
+def find_tensors(folder):
+    """Tensors of a hub-layout sub-folder: one file, or shards with an index. Returns (tensors, file name)."""
+    folder = Path(folder)
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            return {k: v for s in shards for k, v in read_tensors(folder / s).items()}, index.name
+        for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
+            if (folder / (stem + suffix)).is_file():
+                return read_tensors(folder / (stem + suffix)), stem + suffix
+    raise UserError(f"{folder}: no weight file; expected diffusion_pytorch_model.safetensors or model.safetensors")
+
+
+def load_weights(module, tensors, what, rename=(), drop=(), absent=(), only="", device=None, dtype=None):
+    """Put `tensors` into `module` (usually built on the meta device) by assignment: nothing is allocated twice.
+
+    rename: (old, new) substring pairs applied to the file's keys. drop: substrings of keys the file may hold and we
+    do not use. absent: substrings of our keys that the file need not hold. Anything else missing, unexpected or of
+    another shape is a UserError naming the keys. Floating tensors go to `device` and `dtype`.
+    """
+    ours, renamed = {k: v for k, v in module.state_dict().items() if only in k}, {}
+    for k, v in tensors.items():
+        if any(d in k for d in drop):
+            continue
+        for old, new in rename:
+            k = k.replace(old, new)
+        renamed[k] = v
+    missing = [k for k in ours if k not in renamed and not any(a in k for a in absent)]
+    extra = [k for k in renamed if k not in ours]
+    wrong = [f"{k} {tuple(renamed[k].shape)} instead of {tuple(v.shape)}" for k, v in ours.items()
+             if k in renamed and renamed[k].shape != v.shape]
+    for problem, keys in (("lacks", missing), ("has unknown", extra), ("has wrong shapes for", wrong)):
+        if keys:
+            raise UserError(f"{what}: {problem} {len(keys)} of {len(ours)} tensors, first {', '.join(keys[:3])}; "
+                            "is it the file of another model, or cut short?")
+    cast = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in renamed.items()}
+    module.load_state_dict(cast, assign=True, strict=False)
+    left = sorted({a for a in absent if any(a in k and k not in renamed for k in ours)})
+    note = f"; not in the file, as expected: {', '.join(left)}" if left else ""
+    print(f"{what}: {len(renamed)}/{len(renamed)} tensors{note}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Small pieces
+# ---------------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),          # OpenAI CLIP; CLIP-H and DINOv2 use the exact one
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def attention(q, k, v, heads, mask=None, causal=False, scale=None):
+    """softmax(q k^T * scale) v per head, fused. q (N, Lq, C), k and v (N, Lk, C) -> (N, Lq, C); scale 1/sqrt(C/heads)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))           # (N, heads, L, C/heads)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return x.transpose(1, 2).flatten(2)
+
+
+def timestep_embedding(t, dim):
+    """Sinusoids of the time step, cosines first. t (N,) -> (N, dim) float32."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    angle = t.float()[:, None] * freqs
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def frame_positions(n_frames, dim, device, dtype):
+    """AnimateDiff's sinusoidal frame positions (1, F, dim): sine on even channels, cosine on odd, base 10000."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    angle = torch.arange(n_frames, dtype=torch.float32, device=device)[:, None] * freqs
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[None].to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text: CLIP's tokenizer and text tower
+# ---------------------------------------------------------------------------------------------------------------
+
+LIGATURES = {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st", "Ĳ": "IJ", "ĳ": "ij",
+             "‘": "'", "’": "'", "‚": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "‟": '"', "ŉ": "'n"}
+CP1252 = {bytes([b]).decode("cp1252", "ignore") or chr(b): b for b in range(128, 256)}    # sloppy: gaps stay as they are
+MOJIBAKE = re.compile("[" + "".join(map(re.escape, CP1252)) + "]{2,}")                     # runs that may be UTF-8 bytes
+UTF8 = re.compile(rb"[\xc3-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}|\xc2[\xa0-\xbf]")
+
+
+def clean_text(text):
+    """CLIP's text cleaning: repair broken UTF-8, ligatures, curly quotes, full-width letters, HTML entities; lower case.
+
+    OpenAI's tokenizer calls ftfy here; this does those of its repairs that change what the words are.
+    """
+    text = text.encode("utf-8", "replace").decode("utf-8")                                # lone surrogates
+    if "<" not in text:
+        text = html.unescape(html.unescape(text))
+
+    def repair(run):
+        data, out, i = bytes(CP1252[c] for c in run[0]), "", 0
+        while i < len(data):
+            m = UTF8.match(data, i)
+            try:
+                out, i = (out + m[0].decode("utf-8"), m.end()) if m else (out + run[0][i], i + 1)
+            except UnicodeDecodeError:
+                out, i = out + run[0][i], i + 1
+        return out
+    text = MOJIBAKE.sub(repair, text)
+    text = "".join(unicodedata.normalize("NFKC", c) if "\uff01" <= c <= "\uffef" or c == "\u3000" else
+                   LIGATURES.get(c, c) for c in text)
+    text = "".join(c for c in text if c in "\t\n\r\f\x85" or unicodedata.category(c) != "Cc").replace("\ufeff", "")
+    text = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+class Tokenizer:
+    """CLIP's byte-pair tokenizer from vocab.json + merges.txt. tokenizer(texts, length=77) -> ids (N, length) int64.
+
+    `pad` fills up after the end token; by default the end token itself, as in Stable Diffusion.
+    """
+    SPLIT = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+
+    def __init__(self, vocab, merges, pad=None):
+        if not isinstance(vocab, dict):                            # two file names, as published
+            vocab, lines = read_json(vocab), Path(merges).read_text(encoding="utf-8").split("\n")
+            merges = [tuple(m.split()) for m in lines if m and not m.startswith("#version")]
+        self.vocab, self.cache = vocab, {}
+        self.start, self.end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+        self.pad = self.end if pad is None else pad
+        self.bpe = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>")
+        self.split = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(self.SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    @classmethod
+    def from_bpe_gz(cls, path, pad=0):
+        """From OpenAI's own bpe_simple_vocab_16e6.txt.gz, whose vocabulary is implied by the order of its merges."""
+        lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")[1:49152 - 256 - 2 + 1]
+        merges = [tuple(m.split()) for m in lines if m]
+        kept = [*range(33, 127), *range(161, 173), *range(174, 256)]           # bytes that print as themselves
+        letters = [chr(b) for b in kept] + [chr(256 + i) for i in range(256 - len(kept))]
+        words = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges]
+        return cls({w: i for i, w in enumerate(words + ["<|startoftext|>", "<|endoftext|>"])}, merges, pad)
+
+    def encode(self, text):
+        """Token ids of one text, without start and end."""
+        ids = []
+        for piece, _ in self.split.pre_tokenize_str(clean_text(text)):
+            if piece not in self.cache:
+                special = piece in ("<|startoftext|>", "<|endoftext|>")
+                self.cache[piece] = [self.vocab[piece]] if special else [t.id for t in self.bpe.tokenize(piece)]
+            ids += self.cache[piece]
+        return ids
+
+    def __call__(self, texts, length=77):
+        out = torch.full((len(texts), length), self.pad, dtype=torch.int64)
+        for row, text in zip(out, texts):
+            ids = [self.start, *self.encode(text)[:length - 2], self.end]      # a long text keeps its end token
+            row[:len(ids)] = torch.tensor(ids)
+        return out
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x, causal):
+        return self.out_proj(attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=causal))
+
+
+class CLIPLayer(nn.Module):
+    def __init__(self, width, heads, mlp, act, eps):
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.self_attn = CLIPAttention(width, heads)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})
+        self.act = ACTIVATIONS[act]
+
+    def forward(self, x, causal):
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp["fc2"](self.act(self.mlp["fc1"](self.layer_norm2(x))))
+
+
+class CLIPEncoder(nn.Module):
+    """Pre-norm transformer of both CLIP towers. x (N, L, D) -> same; `causal` for text."""
+    def __init__(self, width, n_layers, heads, mlp, act, eps):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPLayer(width, heads, mlp, act, eps) for _ in range(n_layers))
+
+    def forward(self, x, causal=False):
+        for layer in self.layers:
+            x = layer(x, causal)
+        return x
+
+
+class TextModel(nn.Module):
+    """CLIP's text tower. ids (N, L) int64 -> states (N, L, D) after the final norm. cfg: transformers' config keys."""
+    def __init__(self, cfg):
+        super().__init__()
+        d, eps = cfg["hidden_size"], cfg.get("layer_norm_eps", 1e-5)
+        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(cfg["vocab_size"], d),
+                                         "position_embedding": nn.Embedding(cfg["max_position_embeddings"], d)})
+        self.encoder = CLIPEncoder(d, cfg["num_hidden_layers"], cfg["num_attention_heads"], cfg["intermediate_size"],
+                                   cfg.get("hidden_act", "quick_gelu"), eps)
+        self.final_layer_norm = nn.LayerNorm(d, eps=eps)
+
+    def forward(self, ids):
+        x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"].weight[:ids.shape[1]]
+        return self.final_layer_norm(self.encoder(x, causal=True))      # no padding mask: SD attends to the padding
+
+
+class TextEncoder(nn.Module):
+    """The editor's text encoder: all 77 states of CLIP's text tower, padding included, as in Stable Diffusion."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.config, self.text_model = cfg, TextModel(cfg)
+
+    def forward(self, ids):
+        return self.text_model(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pixels <-> latents: AutoencoderKL
+# ---------------------------------------------------------------------------------------------------------------
+
+class ResnetBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice plus a residual; `temb` (N, T) is added between the two. x (N, C, h, w)."""
+    def __init__(self, c_in, c_out, groups, eps, temb=None):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if temb:
+            self.time_emb_proj = nn.Linear(temb, c_out)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, temb=None):
+        y = self.conv1(F.silu(self.norm1(x)))
+        if temb is not None:
+            y = y + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Resample(nn.Module):
+    """One 3x3 conv before (up) or while (down) the size changes by two."""
+    def __init__(self, channels, how):
+        super().__init__()
+        stride, pad = (1, 1) if how == "up" else (2, 1 if how == "down" else 0)
+        self.how, self.conv = how, nn.Conv2d(channels, channels, 3, stride=stride, padding=pad)
+
+    def forward(self, x, size=None):
+        if self.how == "up":                                       # to the skip's size, so odd sizes come back
+            x = F.interpolate(x, size=size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
+        if self.how == "down_vae":                                 # SD's VAE pads right and bottom only
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
+
+
+class VAEAttention(nn.Module):
+    """Single-head self-attention over all positions, in the middle of the encoder and decoder. x (N, C, h, w)."""
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        y = self.group_norm(x).flatten(2).transpose(1, 2)                                  # (N, h*w, C)
+        y = self.to_out[0](attention(self.to_q(y), self.to_k(y), self.to_v(y), 1))
+        return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def vae_mid(channels, groups):
+    return nn.ModuleDict({"attentions": nn.ModuleList([VAEAttention(channels, groups)]),
+                          "resnets": nn.ModuleList(ResnetBlock(channels, channels, groups, 1e-6) for _ in range(2))})
+
+
+class VAEHalf(nn.Module):
+    """Encoder (how="down") or decoder (how="up"): conv, levels of resnets, an attention in the middle, conv."""
+    def __init__(self, cfg, how):
+        super().__init__()
+        widths, groups, n = cfg["block_out_channels"], cfg["norm_num_groups"], cfg["layers_per_block"]
+        levels = nn.ModuleList()
+        self.how = how
+        if how == "up":
+            widths, n = widths[::-1], n + 1
+        c = widths[0]
+        for i, width in enumerate(widths):
+            block = nn.ModuleDict({"resnets": nn.ModuleList(
+                ResnetBlock(c if j == 0 else width, width, groups, 1e-6) for j in range(n))})
+            if i < len(widths) - 1:
+                block["upsamplers" if how == "up" else "downsamplers"] = nn.ModuleList(
+                    [Resample(width, "up" if how == "up" else "down_vae")])
+            c = width
+            levels.append(block)
+        c_in, c_out = ((cfg["latent_channels"], cfg["out_channels"]) if how == "up" else
+                       (cfg["in_channels"], 2 * cfg["latent_channels"]))
+        self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
+        self.add_module("up_blocks" if how == "up" else "down_blocks", levels)
+        self.mid_block = vae_mid(widths[0] if how == "up" else widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], 1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
+
+    def mid(self, x):
+        x = self.mid_block["attentions"][0](self.mid_block["resnets"][0](x))
+        return self.mid_block["resnets"][1](x)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        x = self.mid(x) if self.how == "up" else x
+        for block in self.up_blocks if self.how == "up" else self.down_blocks:
+            for layer in [y for part in block.values() for y in part]:          # resnets, then the resampler
+                x = layer(x)
+        x = x if self.how == "up" else self.mid(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """AutoencoderKL: x (N, 3, H, W) in [-1, 1] <-> latents (N, c, H/f, W/f), f = 2^(levels-1), c = latent_channels."""
+    LEGACY = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.config, c = cfg, cfg["latent_channels"]
+        self.scaling_factor = cfg.get("scaling_factor", 0.18215)   # brings SD's latents to unit variance
+        self.factor = 2 ** (len(cfg["block_out_channels"]) - 1)
+        self.encoder, self.decoder = VAEHalf(cfg, "down"), VAEHalf(cfg, "up")
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * c, 2 * c, 1), nn.Conv2d(c, c, 1)
+
+    def encode(self, x):
+        """x (N, 3, H, W) in [-1, 1] -> mean, logvar (N, c, h, w) of the posterior, unscaled."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z):
+        """z (N, c, h, w), unscaled -> x (N, 3, H, W), about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# U-Net: Stable Diffusion 1.5's with 8 input channels (InstructPix2Pix), motion modules, SMA, EPM
+# ---------------------------------------------------------------------------------------------------------------
+
+class EPM(nn.Module):
+    """Editing-guided propagation (paper 3.3.2, eqs. 6-8): which frame should listen to which.
+
+    x (N, C, h, w) -> bias (B, F, F) for attention from frame i (row) to frame j (column): two 3x3 convs, global
+    average pool to c channels a frame, frames joined, two-layer MLP. Starts at 0 on the diagonal and -10 elsewhere,
+    last weight 0, so that each frame at first attends to itself. Fixed to `frames` frames: shorter clips are padded
+    by repeating the last frame's features and read the top left corner of the matrix.
+    """
+    def __init__(self, channels, frames=16, c=32, hidden=128):
+        super().__init__()
+        self.frames = frames
+        self.conv1, self.conv2 = nn.Conv2d(channels, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
+        self.fc1, self.fc2 = nn.Linear(frames * c, hidden), nn.Linear(hidden, frames * frames)
+        nn.init.zeros_(self.fc2.weight)
+        with torch.no_grad():                                      # PAPER: the start values given in 3.3.2
+            self.fc2.bias.copy_((-10 * (1 - torch.eye(frames))).flatten())
+
+    def forward(self, x, n_frames):
+        if n_frames > self.frames:
+            raise UserError(f"--frames: the trained EPM knows {self.frames} frames, got {n_frames}; edit in windows")
+        y = self.conv2(F.silu(self.conv1(x))).mean(dim=(2, 3)).unflatten(0, (-1, n_frames))          # (B, F, c)
+        y = torch.cat([y, y[:, -1:].expand(-1, self.frames - n_frames, -1)], dim=1).flatten(1)
+        bias = self.fc2(F.silu(self.fc1(y))).unflatten(1, (self.frames, self.frames))
+        return bias[:, :n_frames, :n_frames]
+
+
+def epm_attention(q, k, v, heads, bias):
+    """Joint attention over all frames with a bias per frame pair, exactly, without ever building tokens x tokens.
+
+    q, k, v (B, F*L, C), bias (B, F, F) -> (B, F*L, C). Each query gets the one-hot of its frame appended, each key
+    its frame's column of the bias times sqrt(d): their product is the bias, and any fused attention computes it,
+    gradients included. Padding to a multiple of 8 keeps the fused kernels available. (Paper eq. 7-8.)
+    """
+    b, n_frames, d = q.shape[0], bias.shape[1], q.shape[-1] // heads
+    length = q.shape[1] // n_frames
+    onehot = torch.eye(n_frames, dtype=q.dtype, device=q.device).repeat_interleave(length, 0)        # (F*L, F)
+    column = (bias.transpose(1, 2) * math.sqrt(d)).to(q.dtype).repeat_interleave(length, 1)         # (B, F*L, F)
+    q, k, v = (x.unflatten(-1, (heads, d)).transpose(1, 2) for x in (q, k, v))                       # (B, heads, F*L, d)
+    q = torch.cat([q, onehot.expand(b, heads, -1, -1)], dim=-1)
+    k = torch.cat([k, column[:, None].expand(-1, heads, -1, -1)], dim=-1)
+    width = -(-(d + n_frames) // 8) * 8
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    x = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(d))[..., :d]
+    return x.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, ctx_width=None):
+        super().__init__()
+        self.heads, ctx_width = heads, ctx_width or width
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k, self.to_v = (nn.Linear(ctx_width, width, bias=False) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x, ctx=None):
+        """x (N, L, C) attends to ctx (N, Lc, D), or to itself."""
+        ctx = x if ctx is None else ctx
+        return self.to_out[0](attention(self.to_q(x), self.to_k(ctx), self.to_v(ctx), self.heads))
+
+    def across_frames(self, x, n_frames, mode, ffg_keys, size):
+        """Spatial self-attention site of the U-Net. x (N, L, C), N = B*F; size (h, w).
+
+        video: with EPM all frames' tokens attend to each other under its bias; without, each frame to itself.
+        ffg: the first of the F rows is the anchor (FFG-V2V's first-frame trajectory, paper eq. 2-3); every frame
+        takes keys and values from it, "instead" of its own or "beside" them.
+        """
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        if mode == "ffg":
+            k, v = (y.unflatten(0, (-1, n_frames)) for y in (k, v))
+            k_a, v_a = (y[:, :1].expand_as(y) for y in (k, v))
+            if ffg_keys == "beside":
+                k_a, v_a = torch.cat([k, k_a], dim=2), torch.cat([v, v_a], dim=2)
+            y = attention(q, k_a.flatten(0, 1), v_a.flatten(0, 1), self.heads)
+        elif mode == "video" and hasattr(self, "epm"):
+            bias = self.epm(x.transpose(1, 2).unflatten(2, size), n_frames)
+            q, k, v = (y.unflatten(0, (-1, n_frames)).flatten(1, 2) for y in (q, k, v))              # (B, F*L, C)
+            y = epm_attention(q, k, v, self.heads, bias).flatten(0, 1).unflatten(0, (len(x), -1))
+        else:
+            y = attention(q, k, v, self.heads)
+        return self.to_out[0](y)
+
+
+class GEGLU(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+def feed_forward(width):
+    return nn.ModuleDict({"net": nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))})
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention (across frames, see Attention), cross-attention to the text, feed-forward; each residual."""
+    def __init__(self, width, heads, ctx_width):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.attn1, self.attn2 = Attention(width, heads), Attention(width, heads, ctx_width)
+        self.ff = feed_forward(width)
+
+    def forward(self, x, ctx, n_frames, mode, ffg_keys, size):
+        x = x + self.attn1.across_frames(self.norm1(x), n_frames, mode, ffg_keys, size)
+        # all frames of a clip share one text, so its keys are computed once per clip: (B, F*L, C) against (B, 77, D)
+        y = self.norm2(x).unflatten(0, (-1, n_frames)).flatten(1, 2)
+        x = x + self.attn2(y, ctx).flatten(0, 1).unflatten(0, (len(x), -1))
+        return x + self.ff["net"](self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """A transformer block on the positions of a feature map. x (N, C, h, w), ctx (B, 77, D) -> x."""
+    def __init__(self, channels, heads, ctx_width, groups, linear):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.linear = linear                                       # SD 1.5: 1x1 convs; SD 2: linear layers
+        self.proj_in, self.proj_out = (nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+                                       for _ in range(2))
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, ctx_width)])
+
+    def forward(self, x, ctx, n_frames, mode, ffg_keys):
+        y, size = self.norm(x), x.shape[2:]
+        y = y if self.linear else self.proj_in(y)
+        y = y.flatten(2).transpose(1, 2)                                                   # (N, h*w, C)
+        y = self.proj_in(y) if self.linear else y
+        y = self.transformer_blocks[0](y, ctx, n_frames, mode, ffg_keys, size)
+        y = self.proj_out(y) if self.linear else y
+        y = y.transpose(1, 2).unflatten(2, size)
+        return x + (y if self.linear else self.proj_out(y))
+
+
+class MotionBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.attn1, self.attn2 = Attention(width, heads), Attention(width, heads)
+        self.ff = feed_forward(width)
+
+    def forward(self, x):                                          # (B*h*w, F, C)
+        pos = frame_positions(x.shape[1], x.shape[2], x.device, x.dtype)
+        x = x + self.attn1(self.norm1(x) + pos)
+        x = x + self.attn2(self.norm2(x) + pos)                    # both are self-attention over time
+        return x + self.ff["net"](self.norm3(x))
+
+
+class MotionModule(nn.Module):
+    """AnimateDiff's temporal layers under SMA (paper eq. 4-5): x + gamma * (motion(x) - x). x (N, C, h, w).
+
+    gamma: one scalar a module. 0 at the start of training (the video model then is the image editor, exactly);
+    1 where published motion weights are used as they are (FFG-V2V). Knows at most `max_frames` frames.
+    """
+    def __init__(self, channels, heads, groups, max_frames, over_frames):
+        super().__init__()
+        self.max_frames, self.over_frames = max_frames, over_frames
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.proj_in, self.proj_out = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList([MotionBlock(channels, heads)])
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, n_frames):
+        if n_frames > self.max_frames:
+            raise UserError(f"--frames {n_frames}: the motion modules know {self.max_frames} positions; "
+                            f"pass {self.max_frames} or fewer, or edit in windows")
+        size = x.shape[2:]
+        if self.over_frames:                                       # diffusers: statistics over all frames together
+            y = self.norm(x.unflatten(0, (-1, n_frames)).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+        else:                                                      # AnimateDiff: frame by frame, as it was trained
+            y = self.norm(x)
+        y = y.flatten(2).unflatten(0, (-1, n_frames)).permute(0, 3, 1, 2).flatten(0, 1)    # (B*h*w, F, C)
+        y = self.proj_out(self.transformer_blocks[0](self.proj_in(y)))
+        y = y.unflatten(0, (-1, size.numel())).permute(0, 2, 3, 1).flatten(0, 1)           # (N, C, h*w)
+        return x + self.gamma * y.unflatten(2, size)
+
+
+class Block(nn.Module):
+    """One level of the U-Net. resnets and attentions alternate, a motion module after each pair, then the resampler."""
+    def __init__(self, c_ins, width, temb, groups, eps, attend, resample):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c, width, groups, eps, temb) for c in c_ins)
+        if attend:
+            self.attentions = nn.ModuleList(Transformer(width, **attend) for _ in c_ins)
+        if resample:
+            self.add_module(resample + "samplers", nn.ModuleList([Resample(width, resample)]))
+
+    def layer(self, i, x, temb, ctx, n_frames, mode, ffg_keys):
+        x = self.resnets[i](x, temb)
+        if hasattr(self, "attentions"):
+            x = self.attentions[i](x, ctx, n_frames, mode, ffg_keys)
+        return self.motion(i, x, n_frames, mode)
+
+    def motion(self, i, x, n_frames, mode):
+        if not hasattr(self, "motion_modules") or mode == "image":
+            return x
+        if mode == "ffg":                                          # the anchor row follows the image editor: no motion
+            x = x.unflatten(0, (-1, n_frames))
+            moved = self.motion_modules[i](x[:, 1:].flatten(0, 1), n_frames - 1)
+            return torch.cat([x[:, :1], moved.unflatten(0, (len(x), -1))], dim=1).flatten(0, 1)
+        return self.motion_modules[i](x, n_frames)
+
+
+class MidBlock(Block):
+    """Resnet, attention, (motion,) resnet at the lowest resolution."""
+    def __init__(self, width, temb, groups, eps, attend):
+        super().__init__([width, width], width, temb, groups, eps, None, None)
+        self.attentions = nn.ModuleList([Transformer(width, **attend)])
+
+    def forward(self, x, temb, ctx, n_frames, mode, ffg_keys):
+        x = self.attentions[0](self.resnets[0](x, temb), ctx, n_frames, mode, ffg_keys)
+        return self.resnets[1](self.motion(0, x, n_frames, mode), temb)
+
+
+class UNet(nn.Module):
+    """The video U-Net. unet(z, t, ctx) -> prediction (B, F, c, h, w), epsilon or v as the scheduler config says.
+
+    z (B, F, 2c, h, w) = [noisy latent, source latent]; t (B,) int64; ctx (B, 77, D) one text per clip.
+    mode: "video" (motion modules and EPM where present), "ffg" (the first of the F rows is the anchor, see
+    Attention), "image" (every frame by itself, no motion: the image editor). cfg: diffusers' UNet2DConditionModel
+    keys; `attention_head_dim` there means the number of heads in SD 1.5.
+    """
+    def __init__(self, cfg):
+        super().__init__()
+        self.config, self.ffg_keys = cfg, "beside"
+        widths, n, groups, eps = (cfg["block_out_channels"], cfg["layers_per_block"], cfg["norm_num_groups"],
+                                  cfg.get("norm_eps", 1e-5))
+        temb, heads = 4 * widths[0], cfg["attention_head_dim"]
+        heads = heads if isinstance(heads, list) else [heads] * len(widths)
+        attend = [dict(heads=h, ctx_width=cfg["cross_attention_dim"], groups=groups,
+                       linear=cfg.get("use_linear_projection", False)) for h in heads]
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(widths[0], temb), "linear_2": nn.Linear(temb, temb)})
+        self.conv_in = nn.Conv2d(cfg["in_channels"], widths[0], 3, padding=1)
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        skips, c, last = [widths[0]], widths[0], len(widths) - 1
+        for i, (kind, width) in enumerate(zip(cfg["down_block_types"], widths)):
+            self.down_blocks.append(Block([c] + [width] * (n - 1), width, temb, groups, eps,
+                                          attend[i] if "CrossAttn" in kind else None, "down" if i < last else None))
+            skips += [width] * (n + (i < last))
+            c = width
+        self.mid_block = MidBlock(c, temb, groups, eps, attend[-1])
+        for i, (kind, width) in enumerate(zip(cfg["up_block_types"], widths[::-1])):
+            c_ins = [(c if j == 0 else width) + skips.pop() for j in range(n + 1)]
+            self.up_blocks.append(Block(c_ins, width, temb, groups, eps,
+                                        attend[last - i] if "CrossAttn" in kind else None, "up" if i < last else None))
+            c = width
+        self.conv_norm_out = nn.GroupNorm(groups, c, eps)
+        self.conv_out = nn.Conv2d(c, cfg["out_channels"], 3, padding=1)
+
+    def add_motion(self, cfg=None, gamma=0.0, norm_over_frames=False):
+        """Insert motion modules (AnimateDiff's placement; cfg: MotionAdapter's keys). Fresh ones unless loaded after."""
+        self.motion_config = cfg = cfg or {}
+        heads = cfg.get("motion_num_attention_heads", 8)
+        args = dict(heads=heads, groups=cfg.get("motion_norm_num_groups", 32),
+                    max_frames=cfg.get("motion_max_seq_length", 32), over_frames=norm_over_frames)
+        for block in [*self.down_blocks, *self.up_blocks]:
+            width = block.resnets[0].conv1.out_channels
+            block.motion_modules = nn.ModuleList(MotionModule(width, **args) for _ in block.resnets)
+        if cfg.get("use_motion_mid_block", True):
+            width = self.mid_block.resnets[0].conv1.out_channels
+            self.mid_block.motion_modules = nn.ModuleList([MotionModule(width, **args)])
+        self.set_gamma(gamma)
+
+    def set_gamma(self, gamma):
+        for m in self.modules():
+            if isinstance(m, MotionModule):
+                m.gamma = nn.Parameter(torch.full((), float(gamma), device="cpu"))
+
+    def add_epm(self, sites="all", frames=16):
+        """Insert fresh EPM at every spatial self-attention site, or (sites="inner") at all but the top level's."""
+        self.epm_config = {"sites": sites, "frames": frames}
+        top = self.config["block_out_channels"][0]
+        for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
+            for site in getattr(block, "attentions", []):
+                width = site.norm.num_channels
+                if sites == "all" or width > top:
+                    site.transformer_blocks[0].attn1.epm = EPM(width, frames)
+
+    def forward(self, z, t, ctx, mode="video"):
+        shape, n_frames = z.shape[:2], z.shape[1]
+        if mode == "image":                                        # B clips of F frames become B*F clips of one
+            t, ctx, n_frames = t.repeat_interleave(n_frames, 0), ctx.repeat_interleave(n_frames, 0), 1
+        x = z.flatten(0, 1)                                                                # (N, 2c, h, w)
+        temb = timestep_embedding(t, self.config["block_out_channels"][0]).to(x.dtype)
+        temb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](temb)))
+        temb = temb.repeat_interleave(n_frames, 0)                                         # (N, T)
+        args = (temb, ctx, n_frames, mode, self.ffg_keys)
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, x, *args)
+                skips.append(x)
+            if hasattr(block, "downsamplers"):
+                x = block.downsamplers[0](x)
+                skips.append(x)
+        x = self.mid_block(x, *args)
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), *args)
+            if hasattr(block, "upsamplers"):
+                x = block.upsamplers[0](x, skips[-1].shape[2:])
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return x.unflatten(0, shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Samplers
+# ---------------------------------------------------------------------------------------------------------------
+
+class DDIM:
+    """DDIM sampling schedule and step (Song et al. 2021, eq. 12), as the published scheduler configs parametrise it.
+
+    steps: 1 to T. spacing "leading" (published) or "trailing" (starts at the last time step). timesteps: int64, from
+    noise to image. set_alpha_to_one: abar after the last step is 1 instead of abar[0]. cfg: scheduler_config.json.
+    """
+    def __init__(self, steps, spacing="leading", steps_offset=1, set_alpha_to_one=False, cfg=None):
+        cfg = cfg or {}
+        self.T, self.prediction = cfg.get("num_train_timesteps", 1000), cfg.get("prediction_type", "epsilon")
+        if not 1 <= steps <= self.T:
+            raise UserError(f"--steps {steps}: needs 1 to {self.T}")
+        self.abar, self.steps = noise_levels(cfg), steps
+        if spacing == "leading":
+            self.timesteps = torch.arange(steps).flip(0) * (self.T // steps) + steps_offset
+            self.timesteps.clamp_(max=self.T - 1)
+        elif spacing == "trailing":
+            self.timesteps = (self.T - torch.arange(steps, dtype=torch.float64) * self.T / steps).round().long() - 1
+        else:
+            raise UserError(f'spacing {spacing}: needs "leading" or "trailing"')
+        self.final = torch.tensor(1.0) if set_alpha_to_one else self.abar[0]
+
+    def levels(self, i):
+        """abar at step i and after it."""
+        t = int(self.timesteps[i])
+        prev = t - self.T // self.steps
+        return self.abar[t], self.abar[prev] if prev >= 0 else self.final
+
+    def to_eps(self, out, i, z):
+        """The U-Net's prediction as epsilon: itself, or from v = sqrt(abar) eps - sqrt(1 - abar) z0."""
+        a = self.abar[int(self.timesteps[i])]
+        return out if self.prediction == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * z
+
+    def step(self, eps, i, z, eta=0.0, noise=None):
+        """From step i's latents z to the next, given the predicted noise; eta 1 is DDPM's variance, with `noise`."""
+        a, prev = self.levels(i)
+        z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()                         # predicted clean latent
+        std = eta * ((1 - prev) / (1 - a) * (1 - a / prev)).sqrt()
+        z = prev.sqrt() * z0 + (1 - prev - std ** 2).clamp(min=0).sqrt() * eps
+        return z + std * noise if eta > 0 else z
+
+
+class DPMSolver:
+    """Multistep DPM-Solver++ (2M, midpoint; Lu et al. 2022): second order, for 10 to 12 steps. Same use as DDIM."""
+    def __init__(self, steps, cfg=None):
+        cfg = cfg or {}
+        self.T, self.prediction = cfg.get("num_train_timesteps", 1000), cfg.get("prediction_type", "epsilon")
+        if not 1 <= steps < self.T:
+            raise UserError(f"--steps {steps}: needs 1 to {self.T - 1}")
+        self.abar, self.steps, self.before = noise_levels(cfg), steps, None
+        self.timesteps = torch.linspace(0, self.T - 1, steps + 1, dtype=torch.float64).round().long().flip(0)[:-1]
+
+    to_eps = DDIM.to_eps
+
+    def step(self, eps, i, z):
+        """One step; keeps the last clean prediction, so call it for i = 0, 1, ... in order."""
+        a = self.abar[int(self.timesteps[i])].double()
+        z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
+        if i == self.steps - 1:                                            # to zero noise: first order, exactly z0
+            return z0.to(z.dtype)
+        nxt = self.abar[int(self.timesteps[i + 1])].double()
+        lam = lambda x: 0.5 * (x / (1 - x)).log()                          # log signal-to-noise ratio
+        h = lam(nxt) - lam(a)
+        slope = 0.0
+        if i > 0:                                                          # difference to the previous prediction
+            a_before = self.abar[int(self.timesteps[i - 1])].double()
+            slope = 0.5 * (z0 - self.before) * h / (lam(a) - lam(a_before))
+        self.before = z0
+        return (((1 - nxt) / (1 - a)).sqrt() * z - nxt.sqrt() * torch.expm1(-h) * (z0 + slope)).to(z.dtype)
+
+
+def noise_levels(cfg):
+    """Cumulative alphas (T,) of a scheduler config: scaled_linear betas (Stable Diffusion) or linear."""
+    start, end, n = cfg.get("beta_start", 0.00085), cfg.get("beta_end", 0.012), cfg.get("num_train_timesteps", 1000)
+    if cfg.get("beta_schedule", "scaled_linear") == "linear":
+        betas = torch.linspace(start, end, n)
+    else:
+        betas = torch.linspace(start ** 0.5, end ** 0.5, n) ** 2
+    return torch.cumprod(1 - betas, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The editor
+# ---------------------------------------------------------------------------------------------------------------
+
+class VideoEditor:
+    """Text encoder, VAE, U-Net and scheduler of one checkpoint; `edit` applies an instruction to a clip."""
+    FILES = ["model_index.json"] + [f"{d}/{f}" for d in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+                                    for f in ("config.json", "*_config.json", "vocab.json", "merges.txt",
+                                              "diffusion_pytorch_model.safetensors", "model.safetensors")]
+
+    @classmethod
+    def from_pretrained(cls, source, motion=None, gamma=1.0, epm=False, norm_over_frames=False, device=None, dtype=None):
+        """Load an editor.
+
+        source: "tiny" (embedded), "sd15" (InstructPix2Pix + AnimateDiff from the hub), a hub id, a directory in hub
+        layout, or a trained run (its directory or model.safetensors). motion: a hub id, directory or AnimateDiff
+        .ckpt; gamma: SMA's scale for it; epm: add untrained EPM. A trained run brings its own motion, gamma and EPM.
+        norm_over_frames: diffusers' GroupNorm in motion modules instead of AnimateDiff's. device, dtype: default
+        CUDA (bf16), MPS or CPU (fp32). Raises UserError for missing, partial or foreign weights.
+        """
+        self = cls()
+        self.name, source = str(source), Path(source).parent if str(source).endswith("model.safetensors") else source
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device = torch.device(device or best)
+        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.dtype = self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        meta = read_json(Path(source) / "meta.json") if (Path(source) / "meta.json").is_file() else None
+        base = str(meta["base"] if meta else source)               # a trained run names the repository it started from
+        if base == "sd15" and motion is None and not meta:
+            motion = SD15_MOTION
+        base = {"tiny": "assets/tiny", "sd15": SD15}.get(base, base)
+        known = base != str(source) and (ROOT / base).is_dir()     # our own folders, wherever the user stands
+        root = hub_dir(ROOT / base if known else base, cls.FILES)
+        place = dict(device=self.device, dtype=self.dtype)
+
+        with torch.device("meta"):
+            self.unet = UNet(meta["unet"] if meta else read_json(root / "unet" / "config.json"))
+            self.vae = VAE(read_json(root / "vae" / "config.json"))
+            self.text_encoder = TextEncoder(read_json(root / "text_encoder" / "config.json"))
+        tensors, file = find_tensors(root / "text_encoder")
+        load_weights(self.text_encoder, tensors, f"text encoder from {file}", drop=("position_ids",), **place)
+        tensors, file = find_tensors(root / "vae")
+        vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype           # fp16 overflows in SD's VAE
+        load_weights(self.vae, tensors, f"vae from {file}", rename=VAE.LEGACY, device=self.device, dtype=vae_dtype)
+        if meta:
+            self.load_run(Path(source), meta, norm_over_frames, place)
+        else:
+            tensors, file = find_tensors(root / "unet")
+            load_weights(self.unet, tensors, f"unet from {file}", **place)
+            if motion is not None:
+                load_motion(self.unet, motion, gamma, norm_over_frames, place)
+            if epm:
+                self.unet.add_epm()
+        self.unet.to(**place)
+        if self.device.type == "cuda":
+            self.unet.to(memory_format=torch.channels_last)
+        for net in (self.unet, self.vae, self.text_encoder):
+            net.eval().requires_grad_(False)
+
+        self.tokenizer = Tokenizer(root / "tokenizer" / "vocab.json", root / "tokenizer" / "merges.txt")
+        self.scheduler = read_json(root / "scheduler" / "scheduler_config.json")
+        if self.scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+            raise UserError(f"{root / 'scheduler'}: prediction_type {self.scheduler['prediction_type']}; "
+                            "known are epsilon and v_prediction")
+        # what a checkpoint may say about itself; published ones say nothing and get Stable Diffusion's usual values
+        about = (read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {})
+        about = about.get("instructvedit", {}) | ((meta or {}).get("about", {}))
+        self.size, self.guidance = about.get("size", 512), tuple(about.get("guidance", (7.5, 1.5)))
+        self.words, self.examples = set(about.get("words", ())) or None, about.get("examples")
+        self.multiple = self.vae.factor
+        self.default_mode = "video" if meta and "epm" in meta else "ffg"
+        return self
+
+    def load_run(self, folder, meta, norm_over_frames, place):
+        """A trained run: model.safetensors holds the U-Net with whatever it was trained with (motion, gamma, EPM)."""
+        with torch.device("meta"):
+            if "motion" in meta:
+                self.unet.add_motion(meta["motion"], norm_over_frames=norm_over_frames)
+            if "epm" in meta:
+                self.unet.add_epm(**meta["epm"])
+        load_weights(self.unet, read_tensors(folder / "model.safetensors"), f"unet from {folder.name}", **place)
+
+    # ---- pieces -----------------------------------------------------------------------------------------------
+
+    def tokenize(self, texts):
+        """List of N strings -> ids (N, 77) int64, cut to 77 with the end token kept."""
+        return self.tokenizer(texts)
+
+    def encode_text(self, texts):
+        """List of N strings -> states (N, 77, D)."""
+        return self.text_encoder(self.tokenize(texts).to(self.device))
+
+    @torch.no_grad()
+    def encode(self, video, slice_size=4):
+        """video (1, F, 3, H, W) in [-1, 1] -> source latents (1, F, c, h, w): the posterior's mode, unscaled."""
+        if video.shape[-2] % self.multiple or video.shape[-1] % self.multiple:
+            raise UserError(f"frames of {video.shape[-1]}x{video.shape[-2]}: width and height must be multiples of "
+                            f"{self.multiple}")
+        dtype = next(self.vae.parameters()).dtype
+        z = [self.vae.encode(x.to(self.device, dtype))[0].float() for x in video[0].split(slice_size)]
+        return torch.cat(z)[None]
+
+    @torch.no_grad()
+    def decode(self, z, slice_size=4):
+        """z (1, F, c, h, w), scaled -> video (1, F, 3, H, W) float32 in [-1, 1], in slices to bound memory."""
+        dtype = next(self.vae.parameters()).dtype
+        x = [self.vae.decode((y / self.vae.scaling_factor).to(self.device, dtype)).float() for y in z[0].split(slice_size)]
+        return torch.cat(x)[None].clamp(-1, 1)
+
+    def noise(self, n_frames, h, w, seed, first=0, mode="ffg"):
+        """Starting noise (1, F, c, h, w) of frames first, first+1, ...: the same for a frame whatever its window.
+
+        Frame-by-frame modes give every frame the same noise: without temporal layers nothing else ties frames together.
+        """
+        def draw(index):
+            g = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2 ** 63)
+            return torch.randn(1, 1, self.vae.config["latent_channels"], h, w, generator=g)
+        frames = [draw(first + i if mode == "video" else 0) for i in range(n_frames)]
+        return torch.cat(frames, dim=1).to(self.device)
+
+    def scheduler_for(self, steps, sampler="ddim"):
+        """DDIM with the checkpoint's own offset and end, or DPM-Solver++."""
+        if sampler == "dpm":
+            return DPMSolver(steps, self.scheduler)
+        if sampler != "ddim":
+            raise UserError(f"--sampler {sampler}: needs ddim or dpm")
+        return DDIM(steps, self.scheduler.get("timestep_spacing", "leading"), self.scheduler.get("steps_offset", 1),
+                    self.scheduler.get("set_alpha_to_one", False), self.scheduler)
+
+    # ---- sampling ---------------------------------------------------------------------------------------------
+
+    def guided(self, z, z_src, t, ctx, s_txt, s_src, mode):
+        """Three-branch guidance: e(0,0) + s_src (e(V,0) - e(0,0)) + s_txt (e(V,T) - e(V,0)), in one batch.
+
+        z, z_src (1, F, c, h, w); ctx (2, 77, D) = [instruction, empty]. A branch whose weight is 0 is not run:
+        with s_src = 1 two remain, with s_txt = 1 besides just one.
+        PAPER: "text 1.2-2.0, image 5.0-12.5" is printed with the names exchanged; we use text 5-12.5, source 1.2-2.
+        """
+        branches = [(s_txt, z_src, 0), (s_src - s_txt, z_src, 1), (1 - s_src, torch.zeros_like(z_src), 1)]
+        branches = [b for b in branches if b[0] != 0]
+        x = torch.cat([torch.cat([z, src], dim=2) for _, src, _ in branches]).to(self.dtype)
+        c = torch.stack([ctx[k] for _, _, k in branches])
+        out = self.unet(x, torch.full((len(x),), int(t), device=x.device), c, mode).float()
+        return sum(w * y for (w, _, _), y in zip(branches, out))[None]
+
+    @torch.no_grad()
+    def sample(self, z_src, instruction, z_T, steps=20, s_txt=None, s_src=None, mode="auto", sampler="ddim",
+               anchor=None, z0_ref=None, on_step=None, keep=None):
+        """Denoise z_T into the edited latents z0 (1, F, c, h, w), given source latents z_src and an instruction.
+
+        s_txt, s_src: guidance scales, by default the checkpoint's own. anchor: from `anchor`, for mode "ffg" (made
+        from the first frame where not given). z0_ref (1, R, c, h, w): final latents of the first R frames, known from
+        the previous window; they steer the others by InsV2V's noise correction over the first half of the steps.
+        on_step(i) is called after each step; keep (a list) receives the latents of every step and the end.
+        """
+        mode = self.default_mode if mode == "auto" else mode
+        s_txt, s_src = (d if s is None else s for s, d in zip((s_txt, s_src), self.guidance))
+        scheduler = self.scheduler_for(steps, sampler)
+        ctx = self.encode_text([instruction, ""])
+        if mode == "ffg" and anchor is None:
+            anchor = self.anchor(z_src[:, :1], instruction, z_T[:, :1], steps, s_txt, s_src, sampler)
+        n_ref, z = 0 if z0_ref is None else z0_ref.shape[1], z_T
+        for i, t in enumerate(scheduler.timesteps):
+            if keep is not None:
+                keep.append(z)
+            if mode == "ffg":                                      # the anchor runs along, from its stored latents
+                first, trajectory = anchor
+                out = self.guided(torch.cat([trajectory[i], z], dim=1), torch.cat([first, z_src], dim=1),
+                                  t, ctx, s_txt, s_src, mode)[:, 1:]
+            else:
+                out = self.guided(z, z_src, t, ctx, s_txt, s_src, mode)
+            eps = scheduler.to_eps(out, i, z)
+            if n_ref and i < steps / 2:                            # InsV2V's long-video sampling correction
+                a = scheduler.abar[int(t)]
+                delta = (z[:, :n_ref] - a.sqrt() * z0_ref) / (1 - a).sqrt() - eps[:, :n_ref]
+                eps = eps + torch.cat([delta, delta.mean(dim=1, keepdim=True).expand_as(eps[:, n_ref:])], dim=1)
+            z = scheduler.step(eps, i, z)
+            if not torch.isfinite(z).all():
+                raise UserError(f"sampling step {i + 1} of {steps} gave NaN or Inf; try --dtype float32 or a lower --text-cfg")
+            if on_step:
+                on_step(i)
+        if keep is not None:
+            keep.append(z)
+        return z
+
+    def anchor(self, z_src, instruction, z_T, steps=20, s_txt=None, s_src=None, sampler="ddim"):
+        """FFG-V2V's first-frame trajectory: z_src, z_T (1, 1, c, h, w) -> (z_src, [latents of every step and the end])."""
+        trajectory = []
+        self.sample(z_src, instruction, z_T, steps, s_txt, s_src, "image", sampler, keep=trajectory)
+        return z_src, trajectory
+
+    def edit(self, video, instruction, steps=20, s_txt=None, s_src=None, seed=0, z_T=None, mode="auto", sampler="ddim"):
+        """Edit a clip in one pass. video (1, F, 3, H, W) in [-1, 1] -> the same shape; H and W multiples of `multiple`.
+
+        s_txt, s_src: guidance on the instruction and on the source; None takes the checkpoint's own (7.5 and 1.5 for
+        published ones). z_T (1, F, c, h, w): the starting noise, else drawn from `seed`. mode: "image" (frame by
+        frame), "ffg" (training-free, guided by the first frame), "video" (trained SMA + EPM), "auto". Clips longer
+        than 16 frames belong into `sample.edit_stream`, which edits in windows.
+        """
+        if mode not in ("auto", "image", "ffg", "video"):
+            raise UserError(f"mode {mode}: needs auto, image, ffg or video")
+        mode = self.default_mode if mode == "auto" else mode
+        z_src = self.encode(video)
+        if z_T is None:
+            z_T = self.noise(z_src.shape[1], *z_src.shape[3:], seed, mode=mode)
+        return self.decode(self.sample(z_src, instruction, z_T.to(self.device), steps, s_txt, s_src, mode, sampler))
+
+
+def load_motion(unet, source, gamma, norm_over_frames, place):
+    """Published motion modules into `unet`: a MotionAdapter repository, directory or file, or AnimateDiff's .ckpt."""
+    path = Path(source)
+    if path.is_file():
+        tensors, file = read_tensors(path), path.name
+        cfg = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+    else:
+        path = hub_dir(source, ["config.json", "diffusion_pytorch_model.safetensors"])
+        (tensors, file), cfg = find_tensors(path), read_json(path / "config.json")
+    if not any("motion_modules" in k for k in tensors):
+        raise UserError(f"{source}: holds no motion modules; is it an AnimateDiff adapter?")
+    # a bare .ckpt has no config: its position table and names tell the rest, the U-Net the number of heads and groups
+    heads, pe = unet.config["attention_head_dim"], [v for k, v in tensors.items() if k.endswith(".pe")]
+    cfg = {"motion_num_attention_heads": heads, "motion_norm_num_groups": unet.config["norm_num_groups"],
+           "motion_max_seq_length": pe[0].shape[1] if pe else 32,
+           "use_motion_mid_block": any(k.replace("module.", "").startswith("mid_block") for k in tensors)} | cfg
+    with torch.device("meta"):
+        unet.add_motion(cfg, gamma, norm_over_frames)
+    rename = (("module.", ""), (".temporal_transformer", ""), (".attention_blocks.0", ".attn1"), (".norms.0", ".norm1"),
+              (".attention_blocks.1", ".attn2"), (".norms.1", ".norm2"), (".ff_norm", ".norm3"))
+    load_weights(unet, tensors, f"motion from {file}", rename=rename, drop=(".pe", "animatediff_config"),
+                 absent=("gamma",), only="motion_modules", **place)
