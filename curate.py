@@ -1,8 +1,8 @@
 """Curation, and below it the world that the `tiny` model learns from.
 
 Contents
-  the shapes world     scenes drawn by code, with the exact target video of every edit: colours and kinds, scenes,
-                       canvases and backgrounds, shapes, rendering, effects and styles, wordings, edits
+  the shapes world     scenes drawn by code, with the exact target video of every edit: names and scenes,
+                       canvases, shapes, rendering, effects and styles, captions and wordings, edits
 """
 import io
 import math
@@ -16,16 +16,17 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The shapes world: procedurally drawn clips with captions, instructions and the true result of every edit.
-# Lengths are in units of the frame's height; x runs over [0, aspect], y downwards over [0, 1]; time in seconds.
-# ------------------------------------------------------------------------------------------------------------------
+# Lengths are in heights of the frame; x runs over [0, aspect], y downwards over [0, 1]; time is in seconds.
+# ----------------------------------------------------------------------------------------------------------
 
 TASKS = ("style", "object", "background", "multiple", "removal", "addition", "texture", "effect")
 
-COLOURS = {"red": (.85, .12, .12), "orange": (.96, .55, .10), "yellow": (.97, .87, .15), "green": (.15, .65, .20),
-           "cyan": (.10, .80, .85), "blue": (.13, .25, .85), "purple": (.52, .16, .70), "pink": (.97, .55, .75),
-           "white": (.96, .96, .96), "black": (.06, .06, .06), "brown": (.48, .28, .12), "gray": (.50, .50, .50)}
+COLOURS = {"red": (.85, .12, .12), "orange": (.96, .55, .10), "yellow": (.97, .87, .15),
+           "green": (.15, .65, .20), "cyan": (.10, .80, .85), "blue": (.13, .25, .85),
+           "purple": (.52, .16, .70), "pink": (.97, .55, .75), "white": (.96, .96, .96),
+           "black": (.06, .06, .06), "brown": (.48, .28, .12), "gray": (.50, .50, .50)}
 KINDS = ("circle", "square", "triangle", "star", "heart", "ring", "diamond", "cross", "moon", "hexagon")
 TEXTURES = {"plain": "", "striped": "stripes", "dotted": "dots", "checkered": "checks"}    # adjective -> noun
 PLACES = {f"{row} {col}".replace("middle middle", "middle").strip(): (u, v)
@@ -40,7 +41,8 @@ TONES = ((.53, .70, .88), (.25, .45, .72), (.35, .47, .20), (.16, .25, .13), (.5
 
 SKIES = {"a sunset sky": ((.35, .20, .50), (.98, .55, .20)), "a blue sky": ((.25, .50, .90), (.80, .92, 1.0)),
          "a night sky": ((.02, .02, .10), (.12, .16, .38)), "a pink sky": ((.62, .60, .90), (1.0, .75, .80))}
-PAINT = ("plain", "gradient", "stripes", "checkerboard")     # backgrounds known everywhere from a glimpse of them
+PAINT = ("plain", "gradient", "stripes", "checkerboard")    # known everywhere from a glimpse
+OFTEN = ("plain",) * 3 + ("gradient",) * 2 + ("stripes", "checkerboard")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Shape:
     angle: float = 0.0              # radians
     spin: float = 0.0               # radians per second
     motion: str = "still"           # still, line (bouncing at the borders), circle, sway
-    speed: tuple = (0.0, 0.0)       # line: (u, v) per second; circle and sway: (amplitude in heights, radians per second)
+    speed: tuple = (0.0, 0.0)       # line: (u, v) per second; else: (amplitude in heights, radians / s)
     phase: float = 0.0
     shade: float = 0.0              # strength of the light's gradient over the object
     shadow: float = 0.0             # opacity of the soft shadow
@@ -65,7 +67,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Background:
-    kind: str                       # plain, gradient, stripes, checkerboard, clouds, leaves, sand, grass, photo
+    kind: str                       # one of PAINT, or clouds, leaves, sand, grass, photo
     name: str                       # as captions and instructions say it
     rgb: tuple                      # one, two or three colours
     seed: int = 0                   # canvas and crop of the natural kinds
@@ -76,7 +78,9 @@ class Background:
     scale: float = 0.4              # natural kinds: how much of a canvas fills the height
     blur: float = 0.0               # standard deviation, of the height
     light: tuple = (0.0, 0.0, 0.0)  # gradient to the right, gradient downwards, vignette
-    horizon: float = -1.0           # photo: height where the second pair of tones takes over; below 0: nowhere
+    horizon: float = -1.0           # photo: below it the third tone replaces the first; negative: nowhere
+    calm: float = 1.0               # photo: contrast above the horizon relative to below, as a sky has
+    rough: float = 0.3              # photo and leaves: share of 1/f noise beside the leaves
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,8 @@ class Degrade:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that determines a clip, free of resolution. `post` holds (name in EFFECTS or STYLES, seed) pairs,
-    applied in order to the degraded frames, so an effect's target is the exact operation on the source frames."""
+    """Everything that determines a clip, free of resolution. `post` holds (name in EFFECTS or STYLES, seed)
+    pairs, applied in order to the degraded frames: the target of an effect is that effect of the source."""
     seed: int
     domain: str
     background: Background
@@ -123,7 +127,7 @@ class Edit:
     is_global: bool                 # every pixel may change
 
 
-# ---- drawing scenes at random -------------------------------------------------------------------------------------
+# ---- drawing scenes at random ----------------------------------------------------------------------------
 
 def is_held_out(kind, colour):
     """The (kind, colour) pairs that training never shows, about 12 %, fixed by a hash."""
@@ -135,11 +139,11 @@ def _far(a, b):
 
 
 def _pick_pair(rng, split, kinds, colours, avoid_rgb=()):
-    """A (kind, colour) from the given ones that the split allows; colours close to the background's are avoided."""
+    """A (kind, colour) of those given that the split allows, its colour far from avoid_rgb if possible."""
     pairs = [(k, c) for k in kinds for c in colours if split == "held" or not is_held_out(k, c)]
     clear = [p for p in pairs if all(_far(COLOURS[p[1]], b) for b in avoid_rgb)]
     held = [p for p in clear if is_held_out(*p)]
-    if held and rng.random() < 0.4:                 # the held split asks for unseen pairs often, but not always
+    if held and rng.random() < 0.4:             # the held split asks for unseen pairs often, not always
         return rng.choice(held)
     return rng.choice(clear or pairs)
 
@@ -149,7 +153,7 @@ def _jitter(rng, rgb, by):
 
 
 def _flat_background(rng, kind, exact=False, avoid=()):
-    """A plain, gradient, striped or checkered background; `exact` ones (edit targets) have no free parameters."""
+    """A plain, gradient, striped or checkered background; `exact` (for edit targets): fixed by its name."""
     names = [c for c in COLOURS if c not in avoid]
     a, b = rng.sample(names, 2)
     while not _far(COLOURS[a], COLOURS[b]):
@@ -174,28 +178,35 @@ def _natural_background(rng, kind):
     """Clouds, leaves, sand, grass, or a photo-like mix, with its own crop of a canvas and its own colours."""
     seed = rng.getrandbits(31)
     if kind == "clouds":
-        top = _jitter(rng, rng.choice(((.30, .52, .85), (.45, .65, .90), (.35, .42, .60), (.55, .40, .55))), .08)
+        skies = (.30, .52, .85), (.45, .65, .90), (.35, .42, .60), (.55, .40, .55)
+        top = _jitter(rng, rng.choice(skies), .08)
         white = _jitter(rng, (.93, .93, .95), .06)
         return Background(kind, "clouds", (top, white), seed, contrast=.03, scale=rng.uniform(.2, .5))
     if kind == "sand":
-        return Background(kind, "sand", (_jitter(rng, (.80, .69, .50), .06), _jitter(rng, (.66, .53, .36), .05)), seed,
-                          contrast=rng.uniform(.04, .09), chroma=.01, scale=rng.uniform(.5, .8))
+        tones = _jitter(rng, (.80, .69, .50), .06), _jitter(rng, (.66, .53, .36), .05)
+        return Background(kind, "sand", tones, seed, contrast=rng.uniform(.04, .09), chroma=.01,
+                          scale=rng.uniform(.5, .8))
     if kind == "grass":
-        return Background(kind, "grass", (_jitter(rng, (.30, .48, .15), .06), _jitter(rng, (.46, .60, .22), .06)), seed,
-                          contrast=rng.uniform(.08, .14), chroma=.02, scale=rng.uniform(.4, .6))
+        tones = _jitter(rng, (.30, .48, .15), .06), _jitter(rng, (.46, .60, .22), .06)
+        return Background(kind, "grass", tones, seed, contrast=rng.uniform(.08, .14), chroma=.02,
+                          scale=rng.uniform(.4, .6))
     if kind == "leaves":
-        tones = ((.25, .42, .14), (.50, .60, .22)), ((.55, .30, .10), (.82, .62, .20)), ((.16, .30, .18), (.36, .46, .24))
-        a, b = rng.choice(tones)
+        a, b = rng.choice((((.25, .42, .14), (.50, .60, .22)),      # green, autumn, shade
+                           ((.55, .30, .10), (.82, .62, .20)),
+                           ((.16, .30, .18), (.36, .46, .24))))
         return Background(kind, "leaves", (_jitter(rng, a, .06), _jitter(rng, b, .06)), seed,
                           contrast=rng.uniform(.08, .16), chroma=.04, scale=rng.uniform(.3, .6))
     # Photo-like: half of them muted, some colourful; dark and bright, sharp and blurred.
     tones = tuple(_jitter(rng, rng.choice(TONES), .08) for _ in range(3))
     if rng.random() < 0.35:                         # one family of tones, as in a close-up
         tones = tones[0], _jitter(rng, tones[0], .15), tones[2]
+    elif rng.random() < 0.5:                        # muted: the second tone is pulled to the first
+        tones = tones[0], tuple((2 * a + b) / 3 for a, b in zip(*tones[:2])), tones[2]
     return Background(
         "photo", "a natural scene", tones, seed, contrast=rng.uniform(.07, .24),
-        chroma=rng.choice((.02, .04, .07, .14)), scale=rng.uniform(.22, .55),
-        blur=rng.choice((0, 0, 0, .006, .012, .03)),
+        chroma=rng.choice((.02, .04, .07, .14)), scale=rng.uniform(.12, .55),
+        blur=rng.choice((0, 0, 0, .006, .012, .03)), calm=rng.choice((1, 1, .5, .15)),
+        rough=rng.choice((.1, .3, .6, 1, 2.5)),
         light=(rng.uniform(-.5, .5), rng.uniform(-.6, .6), rng.choice((0, .2, .5, .8))),
         horizon=rng.uniform(.3, .75) if rng.random() < 0.45 else -1.0)
 
@@ -207,7 +218,7 @@ def draw_scene(seed, domain="synthetic", split="train"):
     split "held" has seeds of its own and also uses the (kind, colour) pairs that training never shows.
     """
     if domain not in ("synthetic", "real") or split not in ("train", "held"):
-        raise ValueError(f"draw_scene: domain {domain!r}, split {split!r}: domain is synthetic or real, split train or held")
+        raise ValueError(f"draw_scene: domain {domain!r} (synthetic, real), split {split!r} (train, held)")
     rng = Random(f"scene {split} {domain} {seed}")
     n_objects = 0 if rng.random() < 0.15 else rng.choice((1, 1, 2, 2, 2, 3, 3))
     # Scenes without objects teach the global edits, so they look like footage.
@@ -216,7 +227,7 @@ def draw_scene(seed, domain="synthetic", split="train"):
                           ("photo",) * 10 + ("leaves", "clouds", "sand", "grass"))
         background = _natural_background(rng, kind)
     else:
-        background = _flat_background(rng, rng.choice(("plain", "plain", "plain", "gradient", "gradient", "stripes", "checkerboard")))
+        background = _flat_background(rng, rng.choice(OFTEN))
 
     objects = []
     kinds, colours = list(KINDS), list(COLOURS)
@@ -246,22 +257,25 @@ def draw_scene(seed, domain="synthetic", split="train"):
             shadow=rng.uniform(.25, .5) if rng.random() < .35 else 0.0))
 
     pan, turn = (rng.uniform(.01, .07), rng.uniform(0, 2 * math.pi)) if rng.random() < .5 else (0.0, 0.0)
-    camera = Camera((pan * math.cos(turn), pan * math.sin(turn)), rng.uniform(.02, .1) if rng.random() < .3 else 0.0,
-                    rng.uniform(.5, 1.5), rng.uniform(0, 2 * math.pi))
+    zoom = rng.uniform(.02, .1) if rng.random() < .3 else 0.0
+    camera = Camera((pan * math.cos(turn), pan * math.sin(turn)), zoom, rng.uniform(.5, 1.5),
+                    rng.uniform(0, 2 * math.pi))
     around = rng.uniform(math.pi, 2 * math.pi)      # light comes from above
-    scene = Scene(seed, domain, background, tuple(objects), camera=camera, light=(math.cos(around), math.sin(around)))
+    light = math.cos(around), math.sin(around)
+    scene = Scene(seed, domain, background, tuple(objects), camera=camera, light=light)
     if domain == "synthetic":
         return scene
     clutter = tuple(
-        Shape(rng.choice(("square", "circle", "triangle", "diamond")), "", _jitter(rng, rng.choice(TONES), .1),
-              rng.uniform(-.05, 1.05), rng.uniform(-.05, 1.05), rng.uniform(.012, .04), angle=rng.uniform(0, 3))
+        Shape(rng.choice(("square", "circle", "triangle", "diamond")), "",
+              _jitter(rng, rng.choice(TONES), .1), rng.uniform(-.05, 1.05), rng.uniform(-.05, 1.05),
+              rng.uniform(.012, .04), angle=rng.uniform(0, 3))
         for _ in range(rng.randint(3, 12)))
     return replace(scene, clutter=clutter, camera=replace(camera, shake=rng.uniform(.002, .010)),
                    degrade=Degrade(rng.uniform(.005, .035), rng.randint(35, 85), rng.uniform(.01, .06),
                                    rng.choice((0, 0, .003, .006))))
 
 
-# ---- canvases: natural-image statistics, made once per process -----------------------------------------------------
+# ---- canvases: natural-image statistics, made once per process -------------------------------------------
 
 CANVAS, N_LEAVES, N_NOISE = 512, 40, 16
 
@@ -278,8 +292,8 @@ def _mips(x):
 
 @lru_cache(maxsize=None)
 def _leaf_canvas(i):
-    """Dead leaves (Lee, Mumford & Huang 2001): opaque discs and polygons with radii of density r^-p, each with a
-    random value on three axes and a shading gradient on the first; a scene maps the axes to its colours."""
+    """Dead leaves (Lee, Mumford & Huang 2001): opaque discs and polygons with radii of density r^-p, each
+    with a random value on three axes and shading on the first. A scene maps the axes to its colours."""
     rng = np.random.default_rng([1, i])
     n, r_min, power = CANVAS, rng.uniform(3, 9), rng.uniform(2.4, 3.4)
     count = int(min(3500, 900 * (9 / r_min) ** 1.5))
@@ -294,8 +308,9 @@ def _leaf_canvas(i):
         p, q = dx * np.cos(a) + dy * np.sin(a), dy * np.cos(a) - dx * np.sin(a)
         form, thin = rng.integers(3), rng.uniform(.35, 1)
         inside = (p * p + q * q / thin ** 2 < 1 if form == 0 else
-                  np.maximum(abs(p), abs(q) / thin) < .72 if form == 1 else (q < .5) & (abs(p) * 1.7 - q < .9))
-        value = rng.standard_normal(3) * (1, 1, 1)
+                  np.maximum(abs(p), abs(q) / thin) < .72 if form == 1 else
+                  (q < .5) & (abs(p) * 1.7 - q < .9))
+        value = rng.standard_normal(3)
         shade = rng.uniform(-.6, .6) * p + rng.uniform(-.6, .6) * q
         patch = np.broadcast_to(value.astype(np.float32), inside.shape + (3,)).copy()
         patch[..., 0] += shade
@@ -355,7 +370,8 @@ def _draw_background(bg, ys, xs, aspect):
     if bg.kind in ("stripes", "checkerboard"):
         soft = abs(ys[-1] - ys[0]) / max(height - 1, 1) / bg.period
         if bg.kind == "stripes":
-            m = _square_wave((xs * math.cos(bg.angle) + ys[:, None] * math.sin(bg.angle)) / bg.period + .25, soft)
+            along = xs * math.cos(bg.angle) + ys[:, None] * math.sin(bg.angle)
+            m = _square_wave(along / bg.period + .25, soft)
         else:
             a, b = _square_wave(xs / bg.period + .25, soft), _square_wave(ys / bg.period + .25, soft)
             m = a + b[:, None] - 2 * a * b[:, None]
@@ -379,20 +395,20 @@ def _draw_background(bg, ys, xs, aspect):
             v = _sample(noise, cy * .45, cx * 1.7)
         else:
             v = _sample(_leaf_canvas(rng.randrange(N_LEAVES)), cy, cx)
-            a = rng.uniform(.1, .8) if bg.kind == "photo" else .3
-            v += a * _sample(noise, cy, cx)
-            v /= math.sqrt(1 + a * a)
+            v += bg.rough * _sample(noise, cy, cx)
+            v /= math.sqrt(1 + bg.rough ** 2)
         # Linear from the three axes to RGB: luminance, from one tone to the other, a third colour.
         tint = np.array([rng.uniform(-1, 1) for _ in range(3)], np.float32)
         tint = (tint - tint.mean()) * bg.chroma / .5
         axes = np.stack([np.full(3, bg.contrast, np.float32), (c[1] - c[0]) * .35, tint])
         out = v @ axes
-        m = .5
         if bg.horizon >= 0:                         # two halves of the picture around different tones
-            m = (1 / (1 + np.exp(np.clip(-(ys - bg.horizon) * 18, -30, 30)))).astype(np.float32)[:, None, None]
+            m = 1 / (1 + np.exp(np.clip(-(ys - bg.horizon) * 18, -30, 30)))
+            m = m.astype(np.float32)[:, None, None]
+            out *= bg.calm + m * (1 - bg.calm)
             out += c[0] + m * (c[2] - c[0])
         else:
-            out += c[0] + m * (c[1] - c[0])
+            out += (c[0] + c[1]) / 2
     if any(bg.light):
         gx, gy, vignette = bg.light
         dy, dx = (ys - .5)[:, None], (xs / aspect - .5)
@@ -403,7 +419,7 @@ def _draw_background(bg, ys, xs, aspect):
     return np.clip(out, 0, 1, out=out).astype(np.float32, copy=False)
 
 
-# ---- shapes -------------------------------------------------------------------------------------------------------
+# ---- shapes ----------------------------------------------------------------------------------------------
 
 SDF_SIZE, SDF_REACH = 161, 1.4      # distance tables over [-1.4, 1.4]^2 in units of the radius
 
@@ -452,17 +468,18 @@ def _sdf(kind):
         d = np.minimum(np.maximum(abs(x) - a, abs(y) - 1), np.maximum(abs(y) - a, abs(x) - 1))
     else:
         s = np.linspace(0, 2 * math.pi, 60, endpoint=False)     # heart: the classic cosine curve
-        d = _polygon_distance(np.stack([np.sin(s) ** 3, -(13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s)
-                                                          - np.cos(4 * s)) / 16 - .12], 1), x, y)
+        up = (13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s)) / 16
+        d = _polygon_distance(np.stack([np.sin(s) ** 3, -up - .12], 1), x, y)
     return d.astype(np.float32)
 
 
 def _distance(kind, x, y, angle):
-    """Signed distance in radii at screen offsets x (w,), y (h,) from the centre -> d, local x, local y, each (h, w)."""
+    """Signed distance in radii at offsets x (w,), y (h,) from the centre -> d, local x, y: (h, w) each."""
     ca, sa = math.cos(angle), math.sin(angle)
     lx, ly = ca * x + (sa * y)[:, None], -sa * x + (ca * y)[:, None]
     k = (SDF_SIZE - 1) / (2 * SDF_REACH)
-    return map_coordinates(_sdf(kind), ((ly + SDF_REACH) * k, (lx + SDF_REACH) * k), order=1, mode="nearest"), lx, ly
+    at = (ly + SDF_REACH) * k, (lx + SDF_REACH) * k
+    return map_coordinates(_sdf(kind), at, order=1, mode="nearest"), lx, ly
 
 
 def _bounce(p, lo=.12, hi=.88):
@@ -487,7 +504,8 @@ def _view(camera, t):
     wave = math.sin(camera.rate * t + camera.phase) - math.sin(camera.phase)
     sx = math.sin(31.0 * t + 1.3) + .7 * math.sin(53.0 * t + camera.phase) + .4 * math.sin(17.0 * t)
     sy = math.sin(37.0 * t + 2.1) + .7 * math.sin(47.0 * t - camera.phase) + .4 * math.sin(13.0 * t + .5)
-    return camera.pan[0] * wave + camera.shake * sx, camera.pan[1] * wave + camera.shake * sy, 1 + camera.zoom * wave / 2
+    return (camera.pan[0] * wave + camera.shake * sx, camera.pan[1] * wave + camera.shake * sy,
+            1 + camera.zoom * wave / 2)
 
 
 def _texture_colour(rgb):
@@ -500,13 +518,16 @@ def _draw_shape(img, s, t, view, light, aspect):
     height, width = img.shape[:2]
     (cx, cy), r, zoom = _position(s, t, aspect), s.radius, view[2]
     if not s.screen:
-        cx, cy, r = aspect / 2 + (cx - aspect / 2) * zoom - view[0], .5 + (cy - .5) * zoom - view[1], r * zoom
+        cx, cy = aspect / 2 + (cx - aspect / 2) * zoom - view[0], .5 + (cy - .5) * zoom - view[1]
+        r *= zoom
     reach = r * 1.15 + 1 / height
     sx, sy = (-.22 * r * light[0], -.22 * r * light[1]) if s.shadow else (0.0, 0.0)
     soft = .16 if s.shadow else 0.0                 # the shadow's half width, in radii
     grow = soft * 1.5 * r
-    y0, y1 = max(0, int((cy + min(sy - grow, 0) - reach) * height)), min(height, int((cy + max(sy + grow, 0) + reach) * height) + 2)
-    x0, x1 = max(0, int((cx + min(sx - grow, 0) - reach) * height)), min(width, int((cx + max(sx + grow, 0) + reach) * height) + 2)
+    y0 = max(0, int((cy + min(sy - grow, 0) - reach) * height))
+    y1 = min(height, int((cy + max(sy + grow, 0) + reach) * height) + 2)
+    x0 = max(0, int((cx + min(sx - grow, 0) - reach) * height))
+    x1 = min(width, int((cx + max(sx + grow, 0) + reach) * height) + 2)
     if y0 >= y1 or x0 >= x1:
         return
     y = (((np.arange(y0, y1) + .5) / height - cy) / r).astype(np.float32)
@@ -532,16 +553,16 @@ def _draw_shape(img, s, t, view, light, aspect):
     window += np.clip(.5 - d / px, 0, 1)[..., None] * (colour - window)
 
 
-# ---- rendering ----------------------------------------------------------------------------------------------------
+# ---- rendering -------------------------------------------------------------------------------------------
 
 def _degrade(img, how, seed, t):
-    """Flicker, blur, sensor noise and JPEG blocks on one frame (H, W, 3). Noise and blocks live on the pixel grid,
-    so they are finer in a larger picture, as with a real camera."""
+    """Flicker, blur, sensor noise and JPEG blocks on one frame (H, W, 3). Noise and blocks live on the pixel
+    grid, so they are finer in a larger picture, as with a real camera."""
     if how.blur:
         img = gaussian_filter(img, (how.blur * len(img), how.blur * len(img), 0), truncate=2.5)
     img = img * np.float32(1 + how.flicker * (math.sin(41.0 * t + seed % 7) + .6 * math.sin(23.0 * t)))
-    noise = np.random.default_rng([seed % 2 ** 32, int(round(t * 1000)) % 2 ** 32]).standard_normal(img.shape, np.float32)
-    img = np.clip(img + noise * np.float32(how.noise), 0, 1)
+    rng = np.random.default_rng([seed % 2 ** 32, int(round(t * 1000)) % 2 ** 32])
+    img = np.clip(img + rng.standard_normal(img.shape, np.float32) * np.float32(how.noise), 0, 1)
     file = io.BytesIO()
     Image.fromarray((img * 255 + .5).astype(np.uint8)).save(file, "JPEG", quality=how.jpeg)
     return np.asarray(Image.open(file), np.float32) / 255
@@ -550,7 +571,8 @@ def _degrade(img, how, seed, t):
 def render(scene, n_frames=1, height=96, width=96, fps=8.0, t0=0.0):
     """Draw frames t0, t0 + 1/fps, ... of a scene -> float32 (n_frames, height, width, 3) in [0, 1].
 
-    The same scene at another size is the same picture; another aspect shows the same objects further apart."""
+    The same scene at another size is the same picture; another aspect sets the objects further apart.
+    Equal times give equal frames, whatever clip they are part of."""
     times = t0 + np.arange(n_frames) / fps
     frames = np.empty((n_frames, height, width, 3), np.float32)
     aspect = width / height
@@ -570,10 +592,11 @@ def render(scene, n_frames=1, height=96, width=96, fps=8.0, t0=0.0):
     return frames
 
 
-# ---- effects and styles: exact pixel operations on frames (F, H, W, 3) in [0, 1], for any footage ------------------
+# ---- effects and styles: exact pixel operations on frames (F, H, W, 3) in [0, 1], for any footage --------
 
 LUMA = np.array((.299, .587, .114), np.float32)         # ITU-R BT.601
-SEPIA = np.array(((.393, .769, .189), (.349, .686, .168), (.272, .534, .131)), np.float32)  # the usual sepia matrix
+# The sepia matrix in common use; rows are the new red, green, blue.
+SEPIA = np.array(((.393, .769, .189), (.349, .686, .168), (.272, .534, .131)), np.float32)
 
 
 def _luma(x):
@@ -595,7 +618,7 @@ def _blur(x, sigma):
 
 
 def _splat(shape, y, x, a):
-    """Alpha (H, W) of many soft dots: pixel indices y, x and opacities a of any one shape, composed in any order."""
+    """Alpha (H, W, 1) of many soft dots: pixel indices y, x and opacities a, all of one shape."""
     height, width = shape
     ok = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     density = np.bincount((y * width + x)[ok], -np.log1p(-np.minimum(a, .995))[ok], height * width)
@@ -618,7 +641,7 @@ def snow(x, times, seed):
     """White flakes of several depths fall over a paler, cooler picture."""
     _, height, width, _ = x.shape
     rng = np.random.default_rng([3, seed % 2 ** 32])
-    n, span = 520, max(4.0, width / height)         # flakes over a strip four heights wide, so any aspect has the same density
+    n, span = 520, max(4.0, width / height)     # over a strip 4 heights wide: equally dense at any aspect
     px, py, depth, phase = rng.random(n) * span, rng.random(n), rng.random(n), rng.random(n) * 6.28
     r = .007 + .013 * depth ** 2                    # near flakes are larger, faster
     out = np.empty_like(x)
@@ -631,8 +654,8 @@ def snow(x, times, seed):
         o = np.arange(-k, k + 1)
         gy, gx = np.rint(cy).astype(int)[:, None] + o, np.rint(cx).astype(int)[:, None] + o
         d = np.hypot((gy - cy[:, None])[:, :, None], (gx - cx[:, None])[:, None, :])
-        # A soft disc: its edge is as wide as the radius, at least a pixel.
-        a = np.clip((rr[:, None, None] - d) / np.maximum(.7 * rr, 1)[:, None, None] + .5, 0, 1) * (.6 + .38 * depth[near])[:, None, None]
+        rr, bright = rr[:, None, None], (.6 + .38 * depth[near])[:, None, None]
+        a = np.clip((rr - d) / np.maximum(.7 * rr, 1) + .5, 0, 1) * bright      # soft discs
         gy, gx = np.broadcast_arrays(gy[:, :, None], gx[:, None, :])
         alpha = _splat((height, width), gy, gx, a)
         pale = x[i] + .3 * (_luma(x[i]) - x[i])
@@ -647,7 +670,8 @@ def rain(x, times, seed):
     rng = np.random.default_rng([4, seed % 2 ** 32])
     n, span, slant = 420, max(4.0, width / height), -.22
     px, py, depth = rng.random(n) * span, rng.random(n), rng.random(n)
-    length, wide = .06 + .10 * depth, np.maximum((.004 + .003 * depth) * height, .7)     # half width in pixels
+    length = .06 + .10 * depth
+    wide = np.maximum((.004 + .003 * depth) * height, .7)                       # half width in pixels
     out = np.empty_like(x)
     rows = np.arange(math.ceil(.16 * height) + 1)
     k = np.arange(-math.ceil(wide.max()), math.ceil(wide.max()) + 1)
@@ -655,11 +679,12 @@ def rain(x, times, seed):
         top = np.mod(py * 1.2 + (1.2 + .8 * depth) * t, 1.2) - .18
         left = np.mod(px + slant * (1.2 + .8 * depth) * t, span) - .1
         near = left < width / height + .1
-        y = np.floor(top[near] * height).astype(int)[:, None] + rows                     # (n, rows)
-        cx = left[near][:, None] * height + slant * rows                                 # each row's centre
-        gx = np.rint(cx).astype(int)[..., None] + k                                      # (n, rows, k)
-        along = np.clip((rows / height) / length[near][:, None], 0, 1)
-        a = np.clip(wide[near][:, None, None] - abs(gx - cx[..., None]) + .5, 0, 1) * (along * (along < 1))[..., None]
+        y = np.floor(top[near] * height).astype(int)[:, None] + rows            # (n, rows)
+        cx = left[near][:, None] * height + slant * rows                        # each row's centre
+        gx = np.rint(cx).astype(int)[..., None] + k                             # (n, rows, k)
+        along = np.clip((rows / height) / length[near][:, None], 0, 1)          # brightest at the lower end
+        a = np.clip(wide[near][:, None, None] - abs(gx - cx[..., None]) + .5, 0, 1)
+        a = a * (along * (along < 1))[..., None]
         gy = np.broadcast_to(y[..., None], gx.shape)
         alpha = _splat((height, width), gy, gx, a * (.35 + .35 * depth[near])[:, None, None])
         wet = (x[i] + .25 * (_luma(x[i]) - x[i])) * _rgb(.66, .72, .80) + .02
@@ -724,7 +749,8 @@ def pixel_art(x, times, seed):
     small = np.einsum("rh,fhwc->frwc", _area_matrix(height, rows), x, optimize=True)
     small = np.einsum("kw,frwc->frkc", _area_matrix(width, cols), small, optimize=True)
     small = np.rint(small * 10) / 10
-    return small[:, np.arange(height) * rows // height][:, :, np.arange(width) * cols // width].astype(np.float32)
+    tall = small[:, np.arange(height) * rows // height]
+    return tall[:, :, np.arange(width) * cols // width].astype(np.float32)
 
 
 def _edges(x, sigma):
@@ -737,14 +763,17 @@ def _edges(x, sigma):
 def sketch(x, times, seed):
     """Dark strokes where the brightness changes, faint shading, white paper."""
     g = _luma(x)
-    return np.repeat(_unit(.97 - 3.2 * np.maximum(_edges(g, .010) - .012, 0) - .22 * (1 - _blur(g, .010)) ** 2), 3, -1)
+    strokes, shading = 3.2 * np.maximum(_edges(g, .010) - .012, 0), .22 * (1 - _blur(g, .010)) ** 2
+    return np.repeat(_unit(.97 - strokes - shading), 3, -1)
 
 
 def poster(x, times, seed):
-    """Smoothed, then four levels per channel with short ramps between them."""
-    v = _blur(x, .012) * 3
-    base = np.floor(v)
-    return ((base + np.clip((v - base - .5) * 8 + .5, 0, 1)) / 3).astype(np.float32)
+    """Smooth areas of five brightness levels with short ramps between them, strong colours, dark outlines."""
+    b = _blur(x, .010)
+    g = _luma(b)
+    base = np.floor(g * 4)
+    flat = (base + np.clip((g * 4 - base - .5) * 6 + .5, 0, 1)) / 4
+    return _unit(flat + 1.5 * (b - g) - np.clip(3 * (_edges(g, .010) - .03), 0, .6))
 
 
 def neon(x, times, seed):
@@ -764,112 +793,130 @@ def watercolor(x, times, seed):
     return _unit(.28 + .72 * wash - rim)
 
 
-EFFECTS = {f.__name__: f for f in (grayscale, sepia, night, snow, rain, fog, sunset, winter, invert, brighter, darker,
-                                   vivid, contrast, faded, blurry)}
+EFFECTS = {f.__name__: f for f in (grayscale, sepia, night, snow, rain, fog, sunset, winter, invert, brighter,
+                                   darker, vivid, contrast, faded, blurry)}
 STYLES = {"pixel art": pixel_art, "sketch": sketch, "cartoon": poster, "neon": neon, "watercolor": watercolor}
 RANDOM_EFFECTS = ("snow", "rain")
 
 
-# ---- captions and wordings ----------------------------------------------------------------------------------------
+# ---- captions and wordings -------------------------------------------------------------------------------
 
-POST_CAPTION = {"grayscale": "in black and white", "sepia": "in sepia tones", "night": "at night", "snow": "in the snow",
-                "rain": "in the rain", "fog": "in the fog", "sunset": "at sunset", "winter": "in winter",
-                "invert": "in negative colors", "brighter": "in bright light", "darker": "in dark light",
-                "vivid": "in vivid colors", "contrast": "with high contrast", "faded": "in faded colors",
-                "blurry": "out of focus", "pixel art": "as pixel art", "sketch": "as a pencil sketch",
-                "cartoon": "as a cartoon", "neon": "as a neon drawing", "watercolor": "as a watercolor painting"}
+POST_CAPTION = {
+    "grayscale": "in black and white", "sepia": "in sepia tones", "night": "at night", "snow": "in the snow",
+    "rain": "in the rain", "fog": "in the fog", "sunset": "at sunset", "winter": "in winter",
+    "invert": "in negative colors", "brighter": "in bright light", "darker": "in dark light",
+    "vivid": "in vivid colors", "contrast": "with high contrast", "faded": "in faded colors",
+    "blurry": "out of focus", "pixel art": "as pixel art", "sketch": "as a pencil sketch",
+    "cartoon": "as a cartoon", "neon": "as a neon drawing", "watercolor": "as a watercolor painting"}
 
-# {it} the clip, {n} a word for it, {o} the object, {c} colour, {a} new object with article, {p} place, {b} background,
-# {x} texture noun, {d} texture adjective. First the training wordings, then the held-out ones, made of training's words.
-WORDINGS = {
-    "grayscale": (("make {it} grayscale", "make {it} black and white", "turn {it} into black and white", "convert {it} to grayscale",
-                   "remove all color", "desaturate {it}", "make {it} monochrome", "take the color out of {it}", "change {it} to black and white"),
-                  ("convert {it} to black and white", "turn {it} into grayscale", "take away all color")),
-    "sepia": (("make {it} sepia", "turn {it} sepia", "apply a sepia filter", "give {it} sepia tones", "make {it} look like an old photo",
-               "add a sepia tone to {it}", "convert {it} to sepia"),
-              ("change {it} to sepia", "add a sepia filter to {it}", "give {it} an old sepia look")),
-    "night": (("make {it} night", "make it night time", "turn day into night", "change {it} to night", "make {it} look like night",
-               "set {it} at night", "show {it} at night", "let it be night"),
-              ("turn {it} into night", "change the time of day to night", "make it look like night time")),
-    "snow": (("make it snow", "add snow", "let it snow", "add falling snow to {it}", "put snow in {it}", "make {it} snowy",
-              "add snow flakes", "give {it} snow", "cover {it} with falling snow"),
-             ("add snow to {it}", "make snow fall", "let snow flakes fall in {it}")),
-    "rain": (("make it rain", "add rain", "let it rain", "add falling rain to {it}", "put rain in {it}", "make {it} rainy",
-              "add rain drops", "make rain fall in {it}", "give {it} a rainy day"),
-             ("add rain to {it}", "make it a rainy day", "let rain drops fall")),
-    "fog": (("make it foggy", "add fog", "put fog in {it}", "cover {it} with fog", "add thick fog to {it}", "make {it} misty",
-             "fill {it} with mist", "let fog fall over {it}"),
-            ("add fog to {it}", "fill {it} with fog", "give {it} thick mist")),
-    "sunset": (("make it sunset", "make {it} warm", "make {it} warmer", "give {it} a warm light", "make {it} look like sunset", "set {it} at sunset",
-                "turn {it} into a sunset", "add warm evening light", "change {it} to golden hour"),
-               ("change the time of day to sunset", "add a warm sunset light to {it}", "show {it} at golden hour")),
-    "winter": (("make {it} cold", "make it winter", "make {it} colder", "give {it} a cold light", "make {it} look like winter", "turn {it} into winter",
-                "add cold blue light", "set {it} in winter", "make {it} cool"),
-               ("change {it} to winter", "add a cold winter light to {it}", "show {it} in winter")),
-    "invert": (("invert the colors", "invert {it}", "make {it} a negative", "turn {it} into a negative", "show the negative of {it}",
-                "apply a negative filter", "flip all colors to their opposite"),
-               ("convert {it} to a negative", "invert all colors of {it}", "change all colors to their opposite")),
-    "brighter": (("make {it} brighter", "make {it} bright", "brighten {it}", "add more light", "turn up the light", "increase the brightness",
-                  "give {it} more light", "make {it} lighter"),
-                 ("increase the light in {it}", "turn up the brightness", "add more light to {it}")),
-    "darker": (("make {it} darker", "make {it} dark", "darken {it}", "turn down the light", "reduce the brightness", "lower the brightness of {it}",
-                "give {it} less light", "make {it} dim"),
-               ("reduce the light in {it}", "turn down the brightness", "lower the light")),
-    "vivid": (("make {it} vivid", "make the colors vivid", "make {it} more colorful", "saturate {it}", "increase the saturation",
-               "boost the colors of {it}", "give {it} vivid colors", "make the colors stronger"),
-              ("boost the saturation", "give {it} stronger colors", "turn up the colors")),
-    "contrast": (("increase the contrast", "make {it} high contrast", "add more contrast", "boost the contrast of {it}", "give {it} high contrast",
-                  "turn up the contrast", "make the contrast stronger"),
-                 ("add more contrast to {it}", "give {it} more contrast", "make {it} stronger in contrast")),
-    "faded": (("make {it} faded", "fade the colors", "make {it} pale", "make the colors pale", "give {it} faded colors", "reduce the saturation of {it}",
-               "wash out the colors", "apply a faded filter"),
-              ("give {it} pale colors", "fade {it}", "wash out {it}")),
-    "blurry": (("make {it} blurry", "blur {it}", "put {it} out of focus", "add blur", "make {it} soft and blurry", "apply a blur filter",
-                "take {it} out of focus", "give {it} a soft focus"),
-               ("add blur to {it}", "make {it} out of focus", "give {it} a soft blur")),
-    "pixel art": (("make {it} pixel art", "turn {it} into pixel art", "make {it} look like an old video game", "pixelate {it}",
-                   "change the style to pixel art", "draw {it} as pixel art", "show {it} in big pixels", "convert {it} to a pixel art style"),
-                  ("convert {it} to pixel art", "make {it} look like pixel art", "draw {it} in big pixels")),
-    "sketch": (("make {it} a pencil sketch", "turn {it} into a pencil sketch", "make {it} a sketch", "change the style to a pencil drawing", "draw {it} with a pencil",
-                "turn {it} into a pencil drawing", "make {it} look like a sketch", "convert {it} to a sketch"),
-               ("change the style to a pencil sketch", "draw {it} as a sketch", "make {it} look like a pencil drawing")),
-    "cartoon": (("make {it} a cartoon", "turn {it} into a cartoon", "make {it} look like a poster", "change the style to cartoon",
-                 "draw {it} as a cartoon", "turn {it} into a poster", "make {it} a comic", "convert {it} to a comic style"),
-                ("convert {it} to a cartoon style", "make {it} look like a comic", "change the style to a poster")),
-    "neon": (("make {it} neon", "turn {it} into neon lights", "make {it} glow in neon", "change the style to neon", "draw {it} with neon light",
-              "give {it} glowing neon edges", "make {it} a neon drawing", "show {it} in neon style"),
-             ("turn {it} into a neon drawing", "make {it} look like neon", "draw {it} in glowing neon")),
-    "watercolor": (("make {it} a watercolor", "turn {it} into a watercolor painting", "make {it} a painting", "change the style to watercolor",
-                    "paint {it} with watercolor", "make {it} look like a watercolor painting", "draw {it} as a soft painting", "convert {it} to a painting"),
-                   ("convert {it} to a watercolor", "paint {it} as a watercolor painting", "turn {it} into a soft painting")),
-    "recolor": (("make {o} {c}", "change {o} to {c}", "turn {o} {c}", "paint {o} {c}", "change the color of {o} to {c}", "color {o} {c}",
-                 "make the color of {o} {c}", "recolor {o} to {c}", "give {o} a {c} color", "can {o} be {c}?"),
-                ("turn the color of {o} to {c}", "paint {o} in a {c} color", "let {o} be {c}")),
-    "swap": (("turn {o} into {a}", "replace {o} with {a}", "change {o} into {a}", "swap {o} for {a}", "make {o} {a}", "transform {o} into {a}",
-              "put {a} in place of {o}", "what if {o} were {a}?"),
-             ("change {o} to be {a}", "swap {o} with {a}", "let {o} be {a}")),
-    "removal": (("remove {o}", "delete {o}", "erase {o}", "get rid of {o}", "take away {o}", "take {o} out of {it}", "remove {o} from {it}",
-                 "make {o} disappear", "cut out {o}", "hide {o}", "clear {o} away"),
-                ("get {o} out of {it}", "delete {o} from {it}", "let {o} disappear")),
-    "addition": (("add {a} at the {p}", "put {a} at the {p}", "place {a} in the {p}", "insert {a} at the {p}", "draw {a} in the {p}", "add {a} to the {p}",
-                  "show {a} in the {p}", "put {a} in the {p} of {it}", "i want {a} at the {p}"),
-                 ("place {a} at the {p}", "insert {a} in the {p} of {it}", "let {a} be at the {p}")),
-    "texture": (("give {o} {x}", "make {o} {d}", "add {x} to {o}", "put {x} on {o}", "cover {o} with {x}", "turn {o} {d}", "paint {x} on {o}",
-                 "change the texture of {o} to {x}", "draw {x} on {o}"),
-                ("turn the texture of {o} to {x}", "let {o} be {d}", "change {o} to be {d}")),
-    "untexture": (("make {o} plain", "remove the pattern from {o}", "take the texture off {o}", "give {o} a plain color", "make the texture of {o} plain",
-                   "remove the {x} from {o}", "erase the {x} on {o}", "turn {o} plain"),
-                  ("change {o} to plain", "take the {x} off {o}", "erase the pattern on {o}")),
-    "background": (("change the background to {b}", "replace the background with {b}", "put {b} in the background", "set the background to {b}",
-                    "make the background {b}", "swap the background for {b}", "turn the background into {b}", "use {b} as the background",
-                    "what if the background were {b}?"),
-                   ("swap the background with {b}", "use {b} for the background", "let the background be {b}")),
-    "backdrop": (("make the background {c}", "change the background to {c}", "paint the background {c}", "turn the background {c}", "set the background to plain {c}",
-                  "change the background color to {c}", "replace the background with a {c} one", "put {it} on a {c} background", "color the background {c}"),
-                 ("set the background color to {c}", "let the background be {c}", "paint a plain {c} background")),
-}
-IT = ("it",) * 6 + ("the video", "the clip", "the scene", "the picture", "this video", "this clip", "this", "the whole video", "everything")
-POLITE = ("please {}", "can you {}?", "could you {}?", "{} please", "i want you to {}")      # around training wordings only
+# {it} the clip, {o} the object, {c} colour, {a} new object with article, {p} place, {b} background, {x}
+# texture noun, {d} texture adjective. Training wordings / held-out ones, which use the same words.
+_WORDINGS = """
+grayscale: make {it} grayscale; make {it} black and white; turn {it} into black and white; convert {it} to
+    grayscale; remove all color; desaturate {it}; make {it} monochrome; take the color out of {it}; change
+    {it} to black and white; make {it} a black and white film; make {it} gray; show {it} without color; drop
+    the colors / convert {it} to black and white; turn {it} into grayscale; take away all color
+sepia: make {it} sepia; turn {it} sepia; apply a sepia filter; give {it} sepia tones; make {it} look like an
+    old photo; add a sepia tone to {it}; convert {it} to sepia; make {it} vintage; make {it} look like a
+    vintage film; give {it} an old brown tone; sepia / change {it} to sepia; add a sepia filter to {it};
+    give {it} an old sepia look
+night: make {it} night; make it night time; turn day into night; change {it} to night; make {it} look like
+    night; set {it} at night; show {it} at night; let it be night; make it a dark night; make {it} happen at
+    night; change the time to night; turn {it} into a night scene; night / turn {it} into night; change the
+    time of day to night; make it look like night time
+snow: make it snow; add snow; let it snow; add falling snow to {it}; put snow in {it}; make {it} snowy; add
+    snow flakes; give {it} snow; cover {it} with falling snow; change the weather to snow; make it a snowy
+    day; turn {it} into a snowy day; add a snow storm; make it snow hard; give {it} snowy weather; it should
+    snow; make {it} look like it is snowing; snow / add snow to {it}; make snow fall; let snow flakes fall
+    in {it}
+rain: make it rain; add rain; let it rain; add falling rain to {it}; put rain in {it}; make {it} rainy; add
+    rain drops; make rain fall in {it}; give {it} a rainy day; change the weather to rain; turn {it} into a
+    rainy day; add a rain storm; add heavy rain; give {it} rainy weather; it should rain; make {it} look
+    like it is raining; rain / add rain to {it}; make it a rainy day; let rain drops fall
+fog: make it foggy; add fog; put fog in {it}; cover {it} with fog; add thick fog to {it}; make {it} misty;
+    fill {it} with mist; let fog fall over {it}; change the weather to fog; make it a foggy day; give {it}
+    foggy weather; add some mist; fog / add fog to {it}; fill {it} with fog; give {it} thick mist
+sunset: make it sunset; make {it} warm; make {it} warmer; give {it} a warm light; make {it} look like
+    sunset; set {it} at sunset; turn {it} into a sunset; add warm evening light; change {it} to golden hour
+    / change the time of day to sunset; add a warm sunset light to {it}; show {it} at golden hour
+winter: make {it} cold; make it winter; make {it} colder; give {it} a cold light; make {it} look like
+    winter; turn {it} into winter; add cold blue light; set {it} in winter; make {it} cool / change {it} to
+    winter; add a cold winter light to {it}; show {it} in winter
+invert: invert the colors; invert {it}; make {it} a negative; turn {it} into a negative; show the negative
+    of {it}; apply a negative filter; flip all colors to their opposite / convert {it} to a negative; invert
+    all colors of {it}; change all colors to their opposite
+brighter: make {it} brighter; make {it} bright; brighten {it}; add more light; turn up the light; increase
+    the brightness; give {it} more light; make {it} lighter / increase the light in {it}; turn up the
+    brightness; add more light to {it}
+darker: make {it} darker; make {it} dark; darken {it}; turn down the light; reduce the brightness; lower the
+    brightness of {it}; give {it} less light; make {it} dim / reduce the light in {it}; turn down the
+    brightness; lower the light
+vivid: make {it} vivid; make the colors vivid; make {it} more colorful; saturate {it}; increase the
+    saturation; boost the colors of {it}; give {it} vivid colors; make the colors stronger; make the colors
+    more vivid; make {it} more saturated / boost the saturation; give {it} stronger colors; turn up the
+    colors
+contrast: increase the contrast; make {it} high contrast; add more contrast; boost the contrast of {it};
+    give {it} high contrast; turn up the contrast; make the contrast stronger / add more contrast to {it};
+    give {it} more contrast; make {it} stronger in contrast
+faded: make {it} faded; fade the colors; make {it} pale; make the colors pale; give {it} faded colors;
+    reduce the saturation of {it}; wash out the colors; apply a faded filter / give {it} pale colors; fade
+    {it}; wash out {it}
+blurry: make {it} blurry; blur {it}; put {it} out of focus; add blur; make {it} soft and blurry; apply a
+    blur filter; take {it} out of focus; give {it} a soft focus / add blur to {it}; make {it} out of focus;
+    give {it} a soft blur
+pixel art: make {it} pixel art; turn {it} into pixel art; make {it} look like an old video game; pixelate
+    {it}; change the style to pixel art; draw {it} as pixel art; show {it} in big pixels; convert {it} to a
+    pixel art style / convert {it} to pixel art; make {it} look like pixel art; draw {it} in big pixels
+sketch: make {it} a pencil sketch; turn {it} into a pencil sketch; make {it} a sketch; change the style to a
+    pencil drawing; draw {it} with a pencil; turn {it} into a pencil drawing; make {it} look like a sketch;
+    convert {it} to a sketch / change the style to a pencil sketch; draw {it} as a sketch; make {it} look
+    like a pencil drawing
+cartoon: make {it} a cartoon; turn {it} into a cartoon; make {it} look like a poster; change the style to
+    cartoon; draw {it} as a cartoon; turn {it} into a poster; make {it} a comic; convert {it} to a comic
+    style / convert {it} to a cartoon style; make {it} look like a comic; change the style to a poster
+neon: make {it} neon; turn {it} into neon lights; make {it} glow in neon; change the style to neon; draw
+    {it} with neon light; give {it} glowing neon edges; make {it} a neon drawing; show {it} in neon style /
+    turn {it} into a neon drawing; make {it} look like neon; draw {it} in glowing neon
+watercolor: make {it} a watercolor; turn {it} into a watercolor painting; make {it} a painting; change the
+    style to watercolor; paint {it} with watercolor; make {it} look like a watercolor painting; draw {it} as
+    a soft painting; convert {it} to a painting / convert {it} to a watercolor; paint {it} as a watercolor
+    painting; turn {it} into a soft painting
+recolor: make {o} {c}; change {o} to {c}; turn {o} {c}; paint {o} {c}; change the color of {o} to {c}; color
+    {o} {c}; make the color of {o} {c}; recolor {o} to {c}; give {o} a {c} color; can {o} be {c}?; {o}
+    should be {c}; make {o} look {c}; dye {o} {c} / turn the color of {o} to {c}; paint {o} in a {c} color;
+    let {o} be {c}
+swap: turn {o} into {a}; replace {o} with {a}; change {o} into {a}; swap {o} for {a}; make {o} {a};
+    transform {o} into {a}; put {a} in place of {o}; what if {o} were {a}?; {o} should be {a}; make {o} look
+    like {a}; use {a} instead of {o} / change {o} to be {a}; swap {o} with {a}; let {o} be {a}
+removal: remove {o}; delete {o}; erase {o}; get rid of {o}; take away {o}; take {o} out of {it}; remove {o}
+    from {it}; make {o} disappear; cut out {o}; hide {o}; clear {o} away; {o} should not be there; drop {o};
+    make {it} without {o} / get {o} out of {it}; delete {o} from {it}; let {o} disappear
+addition: add {a} at the {p}; put {a} at the {p}; place {a} in the {p}; insert {a} at the {p}; draw {a} in
+    the {p}; add {a} to the {p}; show {a} in the {p}; put {a} in the {p} of {it}; i want {a} at the {p} /
+    place {a} at the {p}; insert {a} in the {p} of {it}; let {a} be at the {p}
+texture: give {o} {x}; make {o} {d}; add {x} to {o}; put {x} on {o}; cover {o} with {x}; turn {o} {d}; paint
+    {x} on {o}; change the texture of {o} to {x}; draw {x} on {o} / turn the texture of {o} to {x}; let {o}
+    be {d}; change {o} to be {d}
+untexture: make {o} plain; remove the pattern from {o}; take the texture off {o}; give {o} a plain color;
+    make the texture of {o} plain; remove the {x} from {o}; erase the {x} on {o}; turn {o} plain / change
+    {o} to plain; take the {x} off {o}; erase the pattern on {o}
+background: change the background to {b}; replace the background with {b}; put {b} in the background; set
+    the background to {b}; make the background {b}; swap the background for {b}; turn the background into
+    {b}; use {b} as the background; what if the background were {b}? / swap the background with {b}; use {b}
+    for the background; let the background be {b}
+backdrop: make the background {c}; change the background to {c}; paint the background {c}; turn the
+    background {c}; set the background to plain {c}; change the background color to {c}; replace the
+    background with a {c} one; put {it} on a {c} background; color the background {c} / set the background
+    color to {c}; let the background be {c}; paint a plain {c} background
+"""
+WORDINGS = {}           # edit -> (training wordings, held-out wordings)
+for _line in re.sub(r"\s*\n    ", " ", _WORDINGS).strip().splitlines():
+    _key, _both = _line.split(": ")
+    WORDINGS[_key] = tuple(tuple(part.split("; ")) for part in _both.split(" / "))
+
+IT = ("it",) * 6 + ("the video", "the clip", "the scene", "the picture", "this video", "this clip", "this",
+                    "the whole video", "everything")
+POLITE = ("please {}", "can you {}?", "could you {}?", "{} please", "i want you to {}")   # training only
 JOINTS = (" and ", ", and ", ", ", " and then ", ", then ")
 
 
@@ -899,20 +946,20 @@ def _say(rng, key, split, within=False, **words):
 
 def _finish(rng, text, split):
     """Politeness and British spelling, by chance."""
-    if split == "train" and not text.endswith("?") and rng.random() < .15:
+    if split == "train" and not text.endswith("?") and not text.startswith("i want") and rng.random() < .15:
         text = rng.choice(POLITE).format(text)
     if rng.random() < .4:
         text = text.replace("color", "colour").replace("gray", "grey")
     return text[0].upper() + text[1:] + "." * (text[-1] != "?") if rng.random() < .08 else text
 
 
-def _refer(rng, s, scene):
+def _refer(rng, s, alone):
     """A name for s that fits nothing else in the scene: kinds and colours are unique in a scene."""
-    return "the " + rng.choice((s.kind, f"{s.colour} {s.kind}", f"{s.colour} {s.kind}", f"{s.colour} {rng.choice(('shape', 'object'))}")
-                               if len(scene.objects) > 1 or rng.random() < .7 else (s.kind, "shape", "object"))
+    names = (s.kind,) + (f"{s.colour} {s.kind}",) * 2 + (f"{s.colour} {rng.choice(('shape', 'object'))}",)
+    return "the " + rng.choice((s.kind, "shape", "object") if alone and rng.random() < .3 else names)
 
 
-# ---- edits --------------------------------------------------------------------------------------------------------
+# ---- edits -----------------------------------------------------------------------------------------------
 
 def _free_places(scene, radius=.13):
     return [p for p, (u, v) in PLACES.items()
@@ -928,7 +975,7 @@ def possible_tasks(scene):
 
 
 def _one_edit(scene, rng, task, split, within=False, avoid=()):
-    """One simple edit -> (text, target scene, deterministic, kinds touched); objects with a kind in `avoid` are left alone."""
+    """One simple edit -> (text, target, deterministic, kinds touched); kinds in `avoid` are left alone."""
     bg = scene.background
     if task in ("effect", "style"):
         name = rng.choice([n for n in (EFFECTS if task == "effect" else STYLES) if n not in dict(scene.post)])
@@ -937,10 +984,10 @@ def _one_edit(scene, rng, task, split, within=False, avoid=()):
     if task == "background":
         taken = {s.colour for s in scene.objects} | ({bg.name.split()[1]} if bg.kind == "plain" else set())
         if rng.random() < .72:
-            new = _flat_background(rng, rng.choice(("plain", "plain", "plain", "gradient", "gradient", "stripes", "checkerboard")),
-                                   exact=True, avoid=taken)
+            new = _flat_background(rng, rng.choice(OFTEN), exact=True, avoid=taken)
         else:
-            new = _natural_background(rng, rng.choice([k for k in ("clouds", "leaves", "sand", "grass") if k != bg.kind]))
+            kinds = [k for k in ("clouds", "leaves", "sand", "grass") if k != bg.kind]
+            new = _natural_background(rng, rng.choice(kinds))
         text = (_say(rng, "backdrop", split, within, c=new.name.split()[1]) if new.kind == "plain" else
                 _say(rng, "background", split, within, b=re.sub(r"^a (?=[aeiou])", "an ", new.name)))
         return text, replace(scene, background=new, clutter=()), new.kind in PAINT, ()
@@ -955,39 +1002,47 @@ def _one_edit(scene, rng, task, split, within=False, avoid=()):
                 replace(scene, objects=scene.objects + (new,)), True, (kind,))
 
     at = rng.choice([i for i, s in enumerate(scene.objects) if s.kind not in avoid])
-    s, name = scene.objects[at], _refer(rng, scene.objects[at], scene)
+    s = scene.objects[at]
+    name = _refer(rng, s, alone=len(scene.objects) == 1 and not within)
     rest = scene.objects[:at] + scene.objects[at + 1:]
     # What lies behind an object can be told on painted backgrounds, unless a piece of clutter hides there.
     hides = any(math.hypot(c.u - s.u, c.v - s.v) < s.radius + c.radius for c in scene.clutter)
     behind_known = bg.kind in PAINT and not hides
     if task == "removal":
-        return _say(rng, "removal", split, within, o=name), replace(scene, objects=rest), behind_known, (s.kind,)
+        text = _say(rng, "removal", split, within, o=name)
+        return text, replace(scene, objects=rest), behind_known, (s.kind,)
     if task == "texture":
         texture = rng.choice([t for t in TEXTURES if t != s.texture])
-        text = (_say(rng, "texture", split, within, o=name, x=TEXTURES[texture], d=texture) if texture != "plain" else
-                _say(rng, "untexture", split, within, o=name, x=TEXTURES[s.texture]))
+        key, noun = "texture", TEXTURES[texture]
+        if texture == "plain":
+            key, noun = "untexture", TEXTURES[s.texture]
+        text = _say(rng, key, split, within, o=name, x=noun, d=texture)
         new, known = replace(s, texture=texture), True
     else:
         how = rng.choice(("recolor", "recolor", "swap", "both"))
-        kinds = [s.kind] if how == "recolor" else [k for k in KINDS if k != s.kind and k not in avoid and all(k != o.kind for o in rest)]
-        colours = [s.colour] if how == "swap" else [c for c in COLOURS if c != s.colour and all(c != o.colour for o in rest)]
-        if how == "swap" and split == "train":
-            kinds = [k for k in kinds if not is_held_out(k, s.colour)]
+        kinds, colours = [s.kind], [s.colour]
+        if how != "recolor":
+            kinds = [k for k in KINDS if k not in avoid and all(k != o.kind for o in scene.objects)]
+        if how != "swap":
+            colours = [c for c in COLOURS if all(c != o.colour for o in scene.objects)]
         kind, colour = _pick_pair(rng, split, kinds, colours, bg.rgb if how != "swap" else ())
         new = replace(s, kind=kind, colour=colour, rgb=s.rgb if how == "swap" else COLOURS[colour])
         known = how == "recolor" or behind_known
+        called = _article(kind if how == "swap" else f"{colour} {kind}")
         text = (_say(rng, "recolor", split, within, o=name, c=colour) if how == "recolor" else
-                _say(rng, "swap", split, within, o=name, a=_article(kind if how == "swap" else f"{colour} {kind}")))
-    return text, replace(scene, objects=scene.objects[:at] + (new,) + scene.objects[at + 1:]), known, (s.kind, new.kind)
+                _say(rng, "swap", split, within, o=name, a=called))
+    objects = scene.objects[:at] + (new,) + scene.objects[at + 1:]
+    return text, replace(scene, objects=objects), known, (s.kind, new.kind)
 
 
-TASK_WEIGHTS = {"style": 1.2, "object": 2, "background": 1.3, "multiple": 1, "removal": 1.3, "addition": 1.2, "texture": 1, "effect": 2}
+TASK_WEIGHTS = {"style": 1.2, "object": 2, "background": 1.3, "multiple": 1, "removal": 1.3, "addition": 1.2,
+                "texture": 1, "effect": 2}
 
 
 def propose_edit(scene, seed, task=None, split="train"):
     """A random Edit of a scene, the same for the same arguments.
 
-    task: one of TASKS, or None for any that fits (see possible_tasks); raises ValueError where the task does not fit.
+    task: one of TASKS, or None for any of possible_tasks(scene); one that does not fit raises ValueError.
     split "held" speaks in held-out wordings and may ask for (kind, colour) pairs that training never shows.
     """
     rng = Random(f"edit {split} {scene.domain} {scene.seed} {seed}")
@@ -1028,16 +1083,19 @@ def words_of(text):
 
 def known_words():
     """Sorted list of every word that training texts can contain."""
-    nouns = list(COLOURS) + list(KINDS) + list(PLACES) + list(SKIES) + list(TEXTURES) + list(TEXTURES.values())
-    fixed = ("a an the and on in front of background gradient from to stripes checkerboard clouds leaves sand grass "
-             "natural scene shape object grey greyscale colour colours recolour watercolour colourful")
-    texts = [w for train, _ in WORDINGS.values() for w in train] + list(IT) + list(POLITE) + list(JOINTS) + list(POST_CAPTION.values())
-    return sorted(set(words_of(" ".join(nouns + [fixed] + [re.sub(r"\{\w*\}", " ", t) for t in texts]))))
+    nouns = [*COLOURS, *KINDS, *PLACES, *SKIES, *TEXTURES, *TEXTURES.values(), *POST_CAPTION.values()]
+    # Words of captions and backgrounds, and the British spellings.
+    fixed = ("a an the and on in front of background gradient from to stripes checkerboard clouds leaves "
+             "sand grass natural scene shape object grey greyscale colour colours recolour watercolour "
+             "colourful")
+    templates = [w for train, _ in WORDINGS.values() for w in train] + [*IT, *POLITE, *JOINTS]
+    return sorted(set(words_of(" ".join([*nouns, fixed] + [re.sub(r"\{\w*\}", " ", t) for t in templates]))))
 
 
 def examples():
     """Instructions that show a person what the tiny model knows."""
-    return ["make it snow", "make it grayscale", "make it night", "turn it into a pencil sketch", "make it pixel art",
-            "make the circle blue", "turn the red circle into a green star", "change the background to blue and white stripes",
-            "replace the background with a sunset sky", "remove the star", "add a yellow heart at the top left",
-            "give the square dots", "remove the circle and make it sepia"]
+    return ["make it snow", "make it grayscale", "make it night", "turn it into a pencil sketch",
+            "make it pixel art", "make the circle blue", "turn the red circle into a green star",
+            "change the background to blue and white stripes", "replace the background with a sunset sky",
+            "remove the star", "add a yellow heart at the top left", "give the square dots",
+            "remove the circle and make it sepia"]

@@ -2,32 +2,53 @@
 
     python metrics.py edited.mp4 --source video.mp4 --instruction "make it snow" \\
                       --source-caption "a street" --target-caption "a street in the snow"
+    python metrics.py tgve DIR [--plus] [--outputs DIR]      the TGVE or TGVE+ benchmark as one table
+    python metrics.py study DIR_A DIR_B [DIR_SOURCE]         a user study as one HTML page
+    python metrics.py votes *.json                           its answers as win rates
 
-Contents: CLIP (also PickScore), DINOv2, ViCLIP; one function per score; scoring one clip.
-Every network returns un-normalised projected features, so that a clip is encoded once and all its scores share the result.
+Contents
+    images in    to_u8, resize_crop, Preprocess
+    networks     CLIP (PickScore is one, too), DINOv2, ViCLIP
+    scores       clip_frame, clip_text, pick_score, viclip_out, viclip_dir, image_scores;
+                 on pixels ssim, psnr, flicker, preservation
+    one clip     align, score_clips, main_clip
+    benchmarks   read_tgve, read_tgve_plus, edit_benchmark, score_benchmark, table, main_tgve
+    user study   main_study, main_votes
+
+Networks return un-normalised projected features, so that a clip is encoded once for all its scores. Between files
+and networks a clip is "frames", (F, H, W, 3) uint8.
 """
+import argparse
+import csv
+import importlib.util
 import json
 import math
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import gaussian_filter, uniform_filter
+from tqdm import tqdm
 
-from model import (ACTIVATIONS, CLIPEncoder, TextModel, Tokenizer, UserError, attention, hub_dir, load_weights,
-                   read_json, read_tensors, run)
+from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
+                   find_tensors, hub_dir, load_weights, read_json, read_tensors, run)
+from sample import (choose_model, edit_stream, model_size, plan, probe, read_frames, resize, seam_score, to_rgb,
+                    to_tensor, window_starts)
 
-
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Images in
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def to_u8(images):
-    """A video or image tensor in [-1, 1] (..., 3, H, W), one PIL image, or a list of PIL images or uint8 arrays (H, W, 3)
-    -> list of uint8 arrays (H, W, 3)."""
+    """A tensor (..., 3, H, W) in [-1, 1], one PIL image or array, or a list of them -> list of (H, W, 3) uint8."""
     if torch.is_tensor(images):
         x = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return list(x.reshape(-1, *x.shape[-3:]).permute(0, 2, 3, 1).contiguous().numpy())
@@ -37,43 +58,43 @@ def to_u8(images):
 
 
 def resize_crop(image, resize, crop):
-    """uint8 (H, W, 3) -> uint8 (crop, crop, 3): shortest side to `resize` (PIL bicubic, antialiased), then the centre.
+    """uint8 (H, W, 3) -> (crop, crop, 3): shortest side to `resize` (PIL bicubic, antialiased), then the centre.
 
-    The long side is truncated, not rounded, and an odd margin leaves the extra pixel below and on the right, as in the
-    published image processors.
+    The long side is cut to whole pixels, not rounded, and an odd margin has its extra pixel below and on the right,
+    as in the published image processors.
     """
     height, width = image.shape[:2]
     if min(height, width) != resize:
-        size = (resize, int(resize * height / width)) if width <= height else (int(resize * width / height), resize)
-        image = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))      # size is (width, height)
+        size = (resize, resize * height // width) if width <= height else (resize * width // height, resize)
+        image = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))  # size is (width, height)
     top, left = (image.shape[0] - crop) // 2, (image.shape[1] - crop) // 2
     return image[top:top + crop, left:left + crop]
 
 
 class Preprocess:
-    """`preprocessor_config.json` as a function: images (see `to_u8`) -> normalised pixel_values (N, 3, S, S) float32."""
+    """preprocessor_config.json as a function: images (see `to_u8`) -> normalised pixel_values (N, 3, S, S) float32."""
 
     def __init__(self, cfg):
-        side = lambda v: v if isinstance(v, int) else v.get("shortest_edge") or v["height"]     # 224 or {"height": 224, …}
+        def side(value):                                 # 224 or {"shortest_edge": 224} or {"height": 224, …}
+            return value if isinstance(value, int) else value.get("shortest_edge") or value["height"]
         self.resize, self.crop = side(cfg["size"]), side(cfg["crop_size"])
         self.mean, self.std = torch.tensor(cfg["image_mean"]), torch.tensor(cfg["image_std"])
 
     def bytes(self, images):
-        """Everything before the normalisation: (N, S, S, 3) uint8. Small enough to keep for a whole benchmark."""
+        """Everything before the normalisation: (N, S, S, 3) uint8."""
         return np.stack([resize_crop(im, self.resize, self.crop) for im in to_u8(images)])
 
     def normalise(self, u8):
         """(N, S, S, 3) uint8 -> (N, 3, S, S) float32."""
-        x = torch.from_numpy(np.ascontiguousarray(u8)).float() / 255
-        return ((x - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
+        return ((torch.from_numpy(u8).float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
 
     def __call__(self, images):
         return self.normalise(self.bytes(images))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# CLIP (Radford et al. 2021), transformers' names; PickScore (Kirstain et al. 2023) is CLIP-H, fine-tuned, with other numbers
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# CLIP (Radford et al. 2021), transformers' names; PickScore (Kirstain et al. 2023) is CLIP-H, fine-tuned
+# ------------------------------------------------------------------------------------------------------------
 
 class VisionEmbeddings(nn.Module):
     def __init__(self, width, image_size, patch_size):
@@ -83,7 +104,7 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding((image_size // patch_size) ** 2 + 1, width)
 
     def forward(self, pixel_values):
-        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)               # (N, patches, D)
+        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (N, patches, D)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         return x + self.position_embedding.weight
 
@@ -95,7 +116,7 @@ class VisionModel(nn.Module):
         super().__init__()
         width, eps = cfg["hidden_size"], cfg.get("layer_norm_eps", 1e-5)
         self.embeddings = VisionEmbeddings(width, cfg["image_size"], cfg["patch_size"])
-        self.pre_layrnorm = nn.LayerNorm(width, eps)                                    # sic
+        self.pre_layrnorm = nn.LayerNorm(width, eps)                    # sic
         self.encoder = CLIPEncoder(width, cfg["num_hidden_layers"], cfg["num_attention_heads"],
                                    cfg["intermediate_size"], cfg["hidden_act"], eps)
         self.post_layernorm = nn.LayerNorm(width, eps)
@@ -108,8 +129,8 @@ class VisionModel(nn.Module):
 class CLIP(nn.Module):
     """Both towers of CLIP from a transformers-style config {projection_dim, text_config, vision_config}.
 
-    encode_image: pixel_values (N, 3, S, S) -> (N, P); encode_text: ids (N, 77) -> (N, P); neither normalised, float32.
-    `CLIP(config)` is randomly initialised and trains; `CLIP.from_pretrained` also brings `.tokenizer` and `.preprocess`.
+    encode_image: pixel_values (N, 3, S, S) -> (N, P); encode_text: ids (N, 77) -> (N, P); float32, not normalised.
+    `CLIP(config)` is randomly initialised and trains; `from_pretrained` also brings `.tokenizer` and `.preprocess`.
     """
 
     def __init__(self, cfg):
@@ -119,75 +140,57 @@ class CLIP(nn.Module):
         self.text_model, self.vision_model = TextModel(text), VisionModel(vision)
         self.text_projection = nn.Linear(text["hidden_size"], cfg["projection_dim"], bias=False)
         self.visual_projection = nn.Linear(vision["hidden_size"], cfg["projection_dim"], bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))               # log of the inverse temperature
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of 1/temperature
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """OpenAI's initialisation: residual branches shrink with depth, so that the sum of all layers keeps its scale."""
+        """OpenAI's initialisation: residual branches shrink with depth, so that the sum of all keeps its scale."""
         for tower, proj in ((self.text_model, self.text_projection), (self.vision_model, self.visual_projection)):
             layers, width = tower.encoder.layers, proj.in_features
             for layer in layers:
-                for lin in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-                    nn.init.normal_(lin.weight, std=width ** -0.5)
-                for lin in (layer.self_attn.out_proj, layer.mlp.fc2):
-                    nn.init.normal_(lin.weight, std=(2 * width * len(layers)) ** -0.5)
-                nn.init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
-                for name, bias in layer.named_parameters():
-                    if name.endswith("bias"):
-                        nn.init.zeros_(bias)
+                attn, fc1, fc2 = layer.self_attn, layer.mlp["fc1"], layer.mlp["fc2"]
+                branch = (2 * width * len(layers)) ** -0.5
+                for lin, std in ((attn.q_proj, width ** -0.5), (attn.k_proj, width ** -0.5), (fc2, branch),
+                                 (attn.v_proj, width ** -0.5), (attn.out_proj, branch), (fc1, (2 * width) ** -0.5)):
+                    nn.init.normal_(lin.weight, std=std)
+                    nn.init.zeros_(lin.bias)
             nn.init.normal_(proj.weight, std=width ** -0.5)
-        nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.01)
-        emb = self.vision_model.embeddings
-        nn.init.normal_(emb.class_embedding, std=len(emb.class_embedding) ** -0.5)
-        nn.init.normal_(emb.position_embedding.weight, std=len(emb.class_embedding) ** -0.5)
+        text, vision = self.text_model.embeddings, self.vision_model.embeddings
+        nn.init.normal_(text.token_embedding.weight, std=0.02)
+        nn.init.normal_(text.position_embedding.weight, std=0.01)
+        nn.init.normal_(vision.class_embedding, std=len(vision.class_embedding) ** -0.5)
+        nn.init.normal_(vision.position_embedding.weight, std=len(vision.class_embedding) ** -0.5)
 
     @classmethod
-    def from_pretrained(cls, source):
-        """source: a hub id (openai/clip-vit-large-patch14, yuvalkirstain/PickScore_v1, …) or a directory in that layout."""
+    def from_pretrained(cls, source, device=None, dtype=torch.float32):
+        """source: a hub id (openai/clip-vit-large-patch14, yuvalkirstain/PickScore_v1) or a directory in that layout.
+
+        Raises UserError for missing, partial or foreign files.
+        """
         folder = hub_dir(source, ["*.json", "merges.txt", "model.safetensors"])
         with torch.device("meta"):
             net = cls(read_json(folder / "config.json"))
-        load_weights(net, read_tensors(folder / "model.safetensors"), folder.name, drop=("position_ids",))
+        tensors, file = find_tensors(folder)
+        load_weights(net, tensors, f"{folder.name}/{file}", drop=("position_ids",), device=device, dtype=dtype)
         net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
         net.preprocess = Preprocess(read_json(folder / "preprocessor_config.json"))
         return net.eval()
 
     def encode_image(self, pixel_values):
-        x = pixel_values.to(self.visual_projection.weight)                              # device and dtype of the weights
+        x = pixel_values.to(self.visual_projection.weight)              # its device and dtype
         return self.visual_projection(self.vision_model(x)).float()
 
     def encode_text(self, ids):
         ids = ids.to(self.text_projection.weight.device)
-        x = self.text_model(ids)                                                        # (N, 77, D)
-        # the end token has the largest id of the vocabulary, and argmax takes the first of several
+        x = self.text_model(ids)                                        # (N, 77, D)
+        # pooled at the end token: it has the largest id, and argmax takes the first of several
         return self.text_projection(x[torch.arange(len(x), device=x.device), ids.argmax(-1)]).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # DINOv2 (Oquab et al. 2023), with and without registers (Darcet et al. 2023), transformers' names
-# ---------------------------------------------------------------------------------------------------------------
-
-class DINOEmbeddings(nn.Module):
-    def __init__(self, width, image_size, patch_size, n_registers):
-        super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))                           # in the file, unused at inference
-        if n_registers:
-            self.register_tokens = nn.Parameter(torch.zeros(1, n_registers, width))
-        self.patch_embeddings = nn.Module()
-        self.patch_embeddings.projection = nn.Conv2d(3, width, patch_size, patch_size)
-        self.position_embeddings = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, width))
-
-    def forward(self, pixel_values, rule):
-        x = self.patch_embeddings.projection(pixel_values)                              # (N, D, h, w)
-        pos = resize_positions(self.position_embeddings, x.shape[-2:], rule)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + pos
-        if hasattr(self, "register_tokens"):                                            # registers have no position
-            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
-        return x
-
+# ------------------------------------------------------------------------------------------------------------
 
 def resize_positions(table, grid, rule):
     """The square position table (1, 1 + n*n, D) for another grid (h, w), bicubic in float32. Three published rules:
@@ -195,17 +198,35 @@ def resize_positions(table, grid, rule):
     "size"       to the size, no antialias: transformers' Dinov2Model
     "antialias"  to the size with antialias: the register models, in both code bases
     "scale"      by the factors (h + 0.1)/n, (w + 0.1)/n: facebookresearch/dinov2 without registers
-    They agree at the table's own grid and differ by up to 0.3 in the features elsewhere.
+    They agree on the table's own grid and differ by up to 0.3 in the features elsewhere.
     """
     n = round((table.shape[1] - 1) ** 0.5)
     if tuple(grid) == (n, n):
         return table
-    pos = table[:, 1:].float().unflatten(1, (n, n)).permute(0, 3, 1, 2)                 # (1, D, n, n)
+    pos = table[:, 1:].float().unflatten(1, (n, n)).permute(0, 3, 1, 2)  # (1, D, n, n)
     if rule == "scale":
         pos = F.interpolate(pos, scale_factor=tuple((side + 0.1) / n for side in grid), mode="bicubic")
     else:
         pos = F.interpolate(pos, size=tuple(grid), mode="bicubic", antialias=rule == "antialias")
     return torch.cat([table[:, :1], pos.flatten(2).transpose(1, 2).to(table)], 1)
+
+
+class DINOEmbeddings(nn.Module):
+    def __init__(self, width, image_size, patch_size, n_registers):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width))           # in the file, not used here
+        self.register_tokens = nn.Parameter(torch.zeros(1, n_registers, width)) if n_registers else None
+        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, width, patch_size, patch_size)})
+        self.position_embeddings = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, width))
+
+    def forward(self, pixel_values, rule):
+        x = self.patch_embeddings["projection"](pixel_values)           # (N, D, h, w)
+        pos = resize_positions(self.position_embeddings, x.shape[-2:], rule)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + pos
+        if self.register_tokens is not None:                            # they have no position
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
+        return x
 
 
 class DINOLayer(nn.Module):
@@ -217,52 +238,50 @@ class DINOLayer(nn.Module):
             "attention": nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}),
             "output": nn.ModuleDict({"dense": nn.Linear(width, width)})})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})
-        self.layer_scale1, self.layer_scale2 = nn.Module(), nn.Module()
-        self.layer_scale1.lambda1 = nn.Parameter(torch.ones(width))
-        self.layer_scale2.lambda1 = nn.Parameter(torch.ones(width))
+        self.layer_scale1 = nn.ParameterDict({"lambda1": nn.Parameter(torch.ones(width))})
+        self.layer_scale2 = nn.ParameterDict({"lambda1": nn.Parameter(torch.ones(width))})
 
-    def forward(self, x):                                                               # (N, L, D)
+    def forward(self, x):                                               # (N, L, D)
         y, qkv = self.norm1(x), self.attention["attention"]
         y = attention(qkv["query"](y), qkv["key"](y), qkv["value"](y), self.heads)
-        x = x + self.layer_scale1.lambda1 * self.attention["output"]["dense"](y)
+        x = x + self.layer_scale1["lambda1"] * self.attention["output"]["dense"](y)
         y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-        return x + self.layer_scale2.lambda1 * y
+        return x + self.layer_scale2["lambda1"] * y
 
 
 class DINOv2(nn.Module):
-    """encode_image: pixel_values (N, 3, H, W), sides divisible by the patch size -> class feature (N, D), not normalised.
+    """encode_image: pixel_values (N, 3, H, W), sides divisible by the patch size -> class feature (N, D).
 
-    `rule`: how positions are interpolated, see `resize_positions`; None picks what transformers does for the model.
+    rule: how positions are interpolated, see `resize_positions`; None picks what transformers does for the model.
     """
 
     def __init__(self, cfg, rule=None):
         super().__init__()
         if cfg.get("use_swiglu_ffn"):
             raise UserError("DINOv2: use_swiglu_ffn (the giant model) is not supported; use small, base or large")
-        width, eps, self.n_registers = cfg["hidden_size"], cfg["layer_norm_eps"], cfg.get("num_register_tokens", 0)
-        self.image_size, self.patch_size = cfg["image_size"], cfg["patch_size"]
-        self.rule = rule or ("antialias" if self.n_registers else "size")
-        self.embeddings = DINOEmbeddings(width, self.image_size, self.patch_size, self.n_registers)
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(
+        width, registers, eps = cfg["hidden_size"], cfg.get("num_register_tokens", 0), cfg["layer_norm_eps"]
+        self.image_size, self.rule = cfg["image_size"], rule or ("antialias" if registers else "size")
+        self.embeddings = DINOEmbeddings(width, self.image_size, cfg["patch_size"], registers)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(
             DINOLayer(width, cfg["num_attention_heads"], width * cfg["mlp_ratio"], eps)
-            for _ in range(cfg["num_hidden_layers"]))
+            for _ in range(cfg["num_hidden_layers"]))})
         self.layernorm = nn.LayerNorm(width, eps)
 
     @classmethod
-    def from_pretrained(cls, source, rule=None):
-        """source: facebook/dinov2-base, facebook/dinov2-with-registers-large, …, or a directory in that layout."""
+    def from_pretrained(cls, source, rule=None, device=None, dtype=torch.float32):
+        """source: facebook/dinov2-base, facebook/dinov2-with-registers-large, or a directory in that layout."""
         folder = hub_dir(source, ["*.json", "model.safetensors"])
         with torch.device("meta"):
             net = cls(read_json(folder / "config.json"), rule)
-        load_weights(net, read_tensors(folder / "model.safetensors"), folder.name)
+        tensors, file = find_tensors(folder)
+        load_weights(net, tensors, f"{folder.name}/{file}", device=device, dtype=dtype)
         net.preprocess = Preprocess(read_json(folder / "preprocessor_config.json"))
         return net.eval()
 
     def forward(self, pixel_values):
-        """All tokens after the last norm (N, 1 + registers + patches, D)."""
+        """All tokens after the last norm: (N, 1 + registers + patches, D)."""
         x = self.embeddings(pixel_values.to(self.layernorm.weight), self.rule)
-        for layer in self.encoder.layer:
+        for layer in self.encoder["layer"]:
             x = layer(x)
         return self.layernorm(x).float()
 
@@ -270,75 +289,78 @@ class DINOv2(nn.Module):
         return self(pixel_values)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# ViCLIP (Wang et al. 2023, InternVid): OpenAI's CLIP names, frames joined into one sequence
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ViCLIP (Wang et al. 2023, InternVid): OpenAI's names for CLIP, the frames joined into one sequence
+# ------------------------------------------------------------------------------------------------------------
 
 class ViCLIPBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.Module()                                                         # nn.MultiheadAttention's packing
+        self.attn = nn.Module()                                         # nn.MultiheadAttention's keys
         self.attn.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width ** -0.5)
         self.attn.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.attn.out_proj = nn.Linear(width, width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
-    def forward(self, x, causal=False):                                                 # (N, L, D)
+    def forward(self, x, causal):                                       # (N, L, D)
         q, k, v = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias).chunk(3, -1)
         x = x + self.attn.out_proj(attention(q, k, v, self.heads, causal=causal))
         return x + self.mlp["c_proj"](ACTIVATIONS["quick_gelu"](self.mlp["c_fc"](self.ln_2(x))))
 
 
-class ViCLIPTower(nn.Module):
-    """What both towers share: blocks under `transformer.resblocks`."""
-
+class ViCLIPBlocks(nn.Module):
     def __init__(self, width, layers, heads):
         super().__init__()
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(ViCLIPBlock(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(ViCLIPBlock(width, heads) for _ in range(layers))
+
+    def forward(self, x, causal=False):
+        for block in self.resblocks:
+            x = block(x, causal)
+        return x
 
 
-class ViCLIPVision(ViCLIPTower):
+class ViCLIPVision(nn.Module):
+    """Normalised clips (N, F, 3, S, S) -> (N, P)."""
+
     def __init__(self, cfg):
-        width = cfg["vision_width"]
-        super().__init__(width, cfg["vision_layers"], cfg["vision_heads"])
-        patch, init = cfg["patch_size"], width ** -0.5
+        super().__init__()
+        width, patch, init = cfg["vision_width"], cfg["patch_size"], cfg["vision_width"] ** -0.5
         self.conv1 = nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch), bias=False)
         self.class_embedding = nn.Parameter(init * torch.randn(width))
         self.positional_embedding = nn.Parameter(init * torch.randn((cfg["image_size"] // patch) ** 2 + 1, width))
         self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, cfg["num_frames"], width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = ViCLIPBlocks(width, cfg["vision_layers"], cfg["vision_heads"])
         self.proj = nn.Parameter(init * torch.randn(width, cfg["embed_dim"]))
 
-    def forward(self, video):                                                           # (N, F, 3, S, S)
-        x = self.conv1(video.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)            # (N, F, patches, D)
-        when = self.temporal_positional_embedding                                       # (1, 8, D)
-        when = when.mean(1, keepdim=True) if x.shape[1] == 1 else when                  # one frame: no place in time
+    def forward(self, video):
+        x = self.conv1(video.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)  # (N, F, patches, D)
+        when = self.temporal_positional_embedding                       # (1, F, D)
+        when = when.mean(1, keepdim=True) if x.shape[1] == 1 else when  # a still has no place in time
         x = (x + self.positional_embedding[1:] + when[:, :, None]).flatten(1, 2)
         cls = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)
-        x = self.ln_pre(torch.cat([cls, x], 1))                                         # (N, 1 + F*patches, D)
-        for block in self.transformer.resblocks:
-            x = block(x)
+        x = self.transformer(self.ln_pre(torch.cat([cls, x], 1)))       # (N, 1 + F*patches, D)
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-class ViCLIPText(ViCLIPTower):
+class ViCLIPText(nn.Module):
+    """ids (N, 32) -> (N, P)."""
+
     def __init__(self, cfg):
+        super().__init__()
         width = cfg["text_width"]
-        super().__init__(width, cfg["text_layers"], cfg["text_heads"])
         self.token_embedding = nn.Embedding(cfg["vocab_size"], width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg["context_length"], width))
+        self.transformer = ViCLIPBlocks(width, cfg["text_layers"], cfg["text_heads"])
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, cfg["embed_dim"]))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def forward(self, ids):                                                             # (N, 32)
-        x = self.token_embedding(ids) + self.positional_embedding
-        for block in self.transformer.resblocks:
-            x = block(x, causal=True)
-        x = self.ln_final(x)[torch.arange(len(ids), device=ids.device), ids.argmax(-1)] # at the end token, the largest id
+    def forward(self, ids):
+        x = self.transformer(self.token_embedding(ids) + self.positional_embedding, causal=True)
+        x = self.ln_final(x)[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]  # at the end token, as in CLIP
         return x @ self.text_projection
 
 
@@ -346,38 +368,46 @@ class ViCLIP(nn.Module):
     """encode_video: (N, 8 or 1, 3, S, S) normalised -> (N, P); encode_text: ids (N, 32) -> (N, P); not normalised.
 
     cfg: image_size, patch_size, num_frames, {vision,text}_{width,layers,heads}, context_length, vocab_size, embed_dim.
-    All tokens are used: the published code drops 90 % of them unless told otherwise, which is for training only.
+    All tokens are used: the published code drops 90 % of them unless told otherwise, which is meant for training.
     """
+    MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's, not CLIP's
+    FILES = ["ViClip-InternVid-10M-FLT.pth", "model.safetensors", "bpe_simple_vocab_16e6.txt.gz", "*.json"]
 
     def __init__(self, cfg):
         super().__init__()
         self.image_size, self.n_frames, self.context = cfg["image_size"], cfg["num_frames"], cfg["context_length"]
-        self.temp = nn.Parameter(torch.tensor(1 / 100.0))                               # training temperature, not in scores
+        self.temp = nn.Parameter(torch.tensor(0.01))                    # for training, not in scores
         self.vision_encoder, self.text_encoder = ViCLIPVision(cfg), ViCLIPText(cfg)
 
     @classmethod
-    def from_pretrained(cls, source):
-        """source: OpenGVLab/ViCLIP (gated: accept its terms and log in), or a directory with the .pth or a model.safetensors,
-        and the vocabulary. Sizes come from the tensors; head counts are width/64 unless a JSON beside the file gives them."""
-        names = ["ViClip-InternVid-10M-FLT.pth", "model.safetensors", "bpe_simple_vocab_16e6.txt.gz", "*.json"]
-        folder = hub_dir(source, names)
-        path = next((folder / n for n in names[:2] if (folder / n).is_file()), None)
+    def from_pretrained(cls, source, device=None, dtype=torch.float32):
+        """source: OpenGVLab/ViCLIP (gated: accept its terms and log in) or a directory with its .pth, or with a
+        model.safetensors of the same names, and the vocabulary beside it.
+
+        Sizes come from the tensors; heads are 64 wide unless a config beside the file gives their number.
+        """
+        folder = hub_dir(source, cls.FILES)
+        path = next((folder / name for name in cls.FILES[:2] if (folder / name).is_file()), None)
         if path is None:
-            raise UserError(f"{source}: holds neither {names[0]} nor {names[1]}; pass a directory with ViCLIP's weights")
+            raise UserError(f"{source}: holds neither {cls.FILES[0]} nor {cls.FILES[1]}; pass a copy of OpenGVLab/ViCLIP")
         tensors = read_tensors(path)
+        if "vision_encoder.conv1.weight" not in tensors:
+            raise UserError(f"{path}: holds no vision_encoder.conv1.weight; is it ViCLIP's file?")
         cfg = viclip_sizes(tensors)
         for name in ("config.json", "mini_sizes.json"):
             if (folder / name).is_file():
                 cfg.update({k: v for k, v in read_json(folder / name).items() if k in cfg})
         with torch.device("meta"):
             net = cls(cfg)
-        load_weights(net, tensors, path.name)
-        net.tokenizer = Tokenizer.from_bpe_gz(folder / "bpe_simple_vocab_16e6.txt.gz", pad=0)
+        load_weights(net, tensors, f"{folder.name}/{path.name}", device=device, dtype=dtype)
+        bpe = folder / "bpe_simple_vocab_16e6.txt.gz"                   # or, for `tiny`, CLIP's two files
+        net.tokenizer = (Tokenizer.from_bpe_gz(bpe, pad=0) if bpe.is_file() else
+                         Tokenizer(folder / "vocab.json", folder / "merges.txt", pad=0))
         return net.eval()
 
     def encode_video(self, video):
         if video.shape[1] not in (1, self.n_frames):
-            raise UserError(f"ViCLIP: {video.shape[1]} frames; its temporal positions fit {self.n_frames} (or 1)")
+            raise UserError(f"ViCLIP: {video.shape[1]} frames; its positions in time fit {self.n_frames}, or one still")
         return self.vision_encoder(video.to(self.text_encoder.text_projection)).float()
 
     def encode_text(self, ids):
@@ -387,55 +417,724 @@ class ViCLIP(nn.Module):
         return self.tokenizer(texts, length=self.context)
 
     def bytes(self, images):
-        """Frames (see `to_u8`) -> the 8 that ViCLIP sees, (8, S, S, 3) uint8: every (n // 8)-th, stretched without crop."""
-        frames = to_u8(images)
-        if len(frames) < self.n_frames:                                                 # ours: short clips hold their frames
-            frames = [frames[i * len(frames) // self.n_frames] for i in range(self.n_frames)]
-        frames = frames[::len(frames) // self.n_frames][:self.n_frames]
-        return np.stack([bilinear_u8(f, self.image_size) for f in frames])
+        """Frames (see `to_u8`) -> the 8 that ViCLIP sees, (8, S, S, 3) uint8: every (n // 8)-th, stretched, no crop."""
+        return np.stack([bilinear_u8(frame, self.image_size) for frame in self.choose(to_u8(images))])
+
+    def choose(self, frames):
+        """The 8 of a list of frames; ours: a shorter clip is slowed down to 8."""
+        n = self.n_frames
+        if len(frames) < n:
+            return [frames[i * len(frames) // n] for i in range(n)]
+        return frames[::len(frames) // n][:n]
 
     def normalise(self, u8):
-        """(8, S, S, 3) uint8 -> (1, 8, 3, S, S); ImageNet's statistics, not CLIP's."""
-        x = (torch.from_numpy(u8).float() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
-        return x.permute(0, 3, 1, 2)[None].contiguous()
+        """(8, S, S, 3) uint8 -> (1, 8, 3, S, S) float32."""
+        return ((torch.from_numpy(u8).float() / 255 - self.MEAN) / self.STD).permute(0, 3, 1, 2)[None].contiguous()
 
     def preprocess(self, images):
         return self.normalise(self.bytes(images))
 
 
 def viclip_sizes(t):
-    """The config that fits ViCLIP's tensors; CLIP's towers have heads of width 64."""
+    """The config that fits ViCLIP's tensors."""
     vision, text = t["vision_encoder.conv1.weight"], t["text_encoder.token_embedding.weight"]
     grid = round((len(t["vision_encoder.positional_embedding"]) - 1) ** 0.5)
-    layers = lambda tower: 1 + max(int(k.split(".")[3]) for k in t if k.startswith(f"{tower}_encoder.transformer."))
-    return dict(image_size=grid * vision.shape[-1], patch_size=vision.shape[-1], vision_width=len(vision),
-                num_frames=t["vision_encoder.temporal_positional_embedding"].shape[1], vision_layers=layers("vision"),
-                vision_heads=max(1, len(vision) // 64), vocab_size=len(text), text_width=text.shape[1],
-                text_layers=layers("text"), text_heads=max(1, text.shape[1] // 64),
-                context_length=len(t["text_encoder.positional_embedding"]),
+
+    def layers(tower):
+        return 1 + max(int(k.split(".")[3]) for k in t if k.startswith(f"{tower}_encoder.transformer."))
+    return dict(image_size=grid * vision.shape[-1], patch_size=vision.shape[-1],
+                num_frames=t["vision_encoder.temporal_positional_embedding"].shape[1],
+                vision_width=len(vision), vision_layers=layers("vision"), vision_heads=max(1, len(vision) // 64),
+                text_width=text.shape[1], text_layers=layers("text"), text_heads=max(1, text.shape[1] // 64),
+                context_length=len(t["text_encoder.positional_embedding"]), vocab_size=len(text),
                 embed_dim=t["vision_encoder.proj"].shape[1])
 
 
 def bilinear_u8(image, size):
     """uint8 (H, W, 3) -> (size, size, 3) as OpenCV's INTER_LINEAR does it, in its fixed point: ViCLIP was fed by that.
 
-    Weights of 11 bits; no antialias; the border repeats.
+    Weights of 11 bits, no antialias, the border repeated.
     """
-    def taps(n):
+    def taps(n):                                                        # first pixel, share of the next
         at = ((np.arange(size) + 0.5) * (n / size) - 0.5).astype(np.float32)
-        left = np.floor(at).astype(int)
-        return left, at - left
+        return np.floor(at).astype(int), at - np.floor(at)
 
-    def fixed(frac):                                                                    # the weights of both taps
-        return np.rint((1 - frac) * 2048).astype(int), np.rint(frac * 2048).astype(int)
+    def weights(share):
+        return np.rint((1 - share) * 2048).astype(int), np.rint(share * 2048).astype(int)
 
     height, width = image.shape[:2]
-    x, fx = taps(width)
-    y, fy = taps(height)
-    a0, a1 = fixed(np.where((x < 0) | (x >= width - 1), 0, fx))                         # columns lose the weight outside,
-    b0, b1 = fixed(fy)                                                                  # rows spend it on the same row twice
+    (x, fx), (y, fy) = taps(width), taps(height)
+    a0, a1 = weights(np.where((x < 0) | (x >= width - 1), 0, fx))       # off the side: one pixel counts
+    b0, b1 = weights(fy)                                                # off the top: it counts twice
     rows = image.astype(int)
     rows = rows[:, x.clip(0, width - 1)] * a0[:, None] + rows[:, (x + 1).clip(0, width - 1)] * a1[:, None]
     top, bottom = rows[y.clip(0, height - 1)] >> 4, rows[(y + 1).clip(0, height - 1)] >> 4
     out = (b0[:, None, None] * top >> 16) + (b1[:, None, None] * bottom >> 16)
     return ((out + 2) >> 2).clip(0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scores on features: image features (F, P), one per frame; text and video features (P,); none normalised before
+# ------------------------------------------------------------------------------------------------------------
+
+def cosine(a, b):
+    return F.cosine_similarity(a, b, dim=-1)
+
+
+def clip_frame(images):
+    """CLIPFrame: mean cosine over all ordered pairs of different frames. 0 to 1, up; rewards doing nothing; NaN for
+    one frame. Wu et al. 2023 (TGVE), run_eval.py."""
+    x, n = F.normalize(images, dim=-1), len(images)
+    return float(((x @ x.T).sum() - (x * x).sum()) / (n * (n - 1))) if n > 1 else math.nan
+
+
+def clip_text(images, target, scale=100.0):
+    """CLIPText: mean over frames of scale * cosine to the target caption (not the instruction). 15 to 35, up.
+    TGVE's script; the scale is exp(logit_scale) = 100 of the published CLIP."""
+    return float(scale * cosine(images, target).mean())
+
+
+def pick_score(images, target, logit_scale):
+    """PickScore: mean over frames of exp(logit_scale) * cosine, features and logit_scale from PickScore's own network.
+    Near 20, up. Kirstain et al. 2023."""
+    return float(math.exp(logit_scale) * cosine(images, target).mean())
+
+
+def viclip_out(edited, target):
+    """ViCLIP_out: cosine of the edited clip and the target caption. 0.2 to 0.3, up. Singer et al. 2024 (EVE)."""
+    return float(cosine(edited, target))
+
+
+def viclip_dir(edited, source, target, source_text):
+    """ViCLIP_dir: cosine of the change in video and the change in text. -1 to 1, up; 0 for an untouched clip.
+
+    PAPER: neither it nor EVE says whether features are normalised before the subtraction; InstructPix2Pix's
+    directional CLIP, which it follows, normalises first, and so do we.
+    """
+    edited, source, target, source_text = (F.normalize(x, dim=-1) for x in (edited, source, target, source_text))
+    return float(cosine(edited - source, target - source_text))
+
+
+@torch.no_grad()
+def image_scores(clip, dino, source, edited, source_caption, target_caption):
+    """UltraEdit's six scores (Zhao et al. 2024) of N edits of one image: dict of (N,) float64 arrays, all up.
+
+    source: one image, edited: a list of N of the same size (see `to_u8`); dino: None leaves its score out.
+    CLIP gets a stretch to its square by tensor bicubic without antialias; DINOv2 (theirs: ViT-L with registers) one
+    by nearest pixels, not normalised: as in the released code, not as the networks were trained.
+    """
+    images = to_u8(source) + to_u8(edited)                              # the source first
+    if len({im.shape for im in images}) > 1:
+        raise UserError(f"image scores: sizes differ, {', '.join(sorted({str(im.shape[:2]) for im in images}))} "
+                        "(height, width); the edit must have the source's size")
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255  # (1 + N, 3, H, W)
+    mean, std = clip.preprocess.mean[:, None, None], clip.preprocess.std[:, None, None]
+    square = (F.interpolate(x, size=(clip.image_size, clip.image_size), mode="bicubic") - mean) / std
+    img = F.normalize(clip.encode_image(square), dim=-1)
+    src, tgt = F.normalize(clip.encode_text(clip.tokenizer([source_caption, target_caption])), dim=-1)
+    scores = {"clip_sim_source": cosine(img[:1], src).expand(len(img) - 1), "clip_sim_target": cosine(img[1:], tgt),
+              "clip_sim_dir": cosine(img[1:] - img[:1], tgt - src), "clip_sim_image": cosine(img[1:], img[:1])}
+    if dino is not None:
+        d = dino.encode_image(F.interpolate(x, size=(dino.image_size, dino.image_size), mode="nearest"))
+        scores["dinov2_sim"] = cosine(d[1:], d[:1])
+    scores = {k: v.double().cpu().numpy() for k, v in scores.items()}
+    return scores | {"ssim": np.array([ssim(images[0], im) for im in images[1:]])}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scores on pixels: frames (F, H, W, 3) uint8, or float in [0, 1]
+# ------------------------------------------------------------------------------------------------------------
+
+def unit(x):
+    """Pixels as float64 in [0, 1]."""
+    x = np.asarray(x)
+    return x / 255.0 if x.dtype == np.uint8 else x.astype(np.float64)
+
+
+def ssim_map(first, second):
+    """Structural similarity of every full 7x7 window: (..., H, W, 3) twice -> (..., H-6, W-6, 3). Wang et al. 2004.
+
+    scikit-image's default: flat window, sample covariance (48ths, not 49ths), constants 0.01^2 and 0.03^2.
+    """
+    a, b = unit(first), unit(second)
+    if min(a.shape[-3:-1]) < 7:
+        raise UserError(f"SSIM: {a.shape[-3]}x{a.shape[-2]} pixels; its window needs at least 7x7")
+
+    def mean(x):                                                        # over the window, valid part
+        x = uniform_filter(x, size=(1,) * (x.ndim - 3) + (7, 7, 1))
+        return x[..., 3:-3, 3:-3, :]
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = (49 / 48 * (mean(x * y) - mx * my) for x, y, mx, my in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb)))
+    return (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))
+
+
+def ssim(first, second):
+    """Mean structural similarity over R, G, B and all windows; -1 to 1, up, 1 for equal images."""
+    return float(ssim_map(first, second).mean())
+
+
+def psnr(first, second, mask=None):
+    """Decibels, up; over the pixels where mask (..., H, W) is true; 100 stands for equal (or nothing to compare)."""
+    error = (unit(first) - unit(second)) ** 2
+    error = error if mask is None else error[mask]
+    return float(-10 * np.log10(max(error.mean(), 1e-10))) if error.size else 100.0
+
+
+def flicker(frames):
+    """Mean distance of a frame from the mean of its two neighbours, in grey levels of 255; down. uint8 frames.
+
+    Steady motion mostly cancels, flicker does not. Compare with the source's own; NaN below three frames.
+    """
+    x = [frame.astype(np.int16) for frame in frames]
+    bends = [np.abs(2 * now - before - after).mean() / 2 for before, now, after in zip(x, x[1:], x[2:])]
+    return float(np.mean(bends)) if bends else math.nan
+
+
+def changed_region(source, edited):
+    """(F, H, W) bool: where the edit changed the picture, by Otsu's threshold on the blurred difference.
+
+    At least 10 grey levels count as a change, so that compression noise does not; an edit of the whole frame gives
+    (nearly) the whole frame.
+    """
+    blur = 0.02 * min(source.shape[1:3])                                # pixels
+    d = gaussian_filter(np.abs(unit(source) - unit(edited)).mean(-1), (0, blur, blur))
+    count, edges = np.histogram(d, bins=128)
+    centre = (edges[:-1] + edges[1:]) / 2
+    below, total = count.cumsum()[:-1], count.sum()
+    lower = (count * centre).cumsum()[:-1] / np.maximum(below, 1)
+    upper = ((count * centre).sum() - lower * below) / np.maximum(total - below, 1)
+    split = edges[1:-1][np.argmax(below * (total - below) * (upper - lower) ** 2)]  # most variance between
+    return d > np.clip(split, 10 / 255, 40 / 255)
+
+
+def preservation(source, edited, mask=None):
+    """How well everything outside the edit is kept: (share of area changed, PSNR outside in dB, SSIM outside).
+
+    mask (F, H, W) bool: the true region of the edit; None derives it from the two clips, which flatters a little.
+    Where less than 5 % of the clip is outside, both are NaN: an edit of the whole frame has nothing to preserve.
+    """
+    mask = changed_region(source, edited) if mask is None else mask
+    if mask.mean() > 0.95:
+        return float(mask.mean()), math.nan, math.nan
+    return float(mask.mean()), psnr(source, edited, ~mask), float(ssim_map(source, edited)[~mask[:, 3:-3, 3:-3]].mean())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One clip: every score there is an input for
+# ------------------------------------------------------------------------------------------------------------
+
+SCORES = {                  # printed name, what is better, decimals, what it says
+    "viclip_out": ("ViCLIP_out", "up", 3, "edited clip against the target caption"),
+    "viclip_dir": ("ViCLIP_dir", "up", 3, "change of the clip against change of the caption; untouched has 0"),
+    "pick_score": ("PickScore", "up", 2, "human preference for each frame under the target caption"),
+    "clip_frame": ("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1"),
+    "clip_text": ("CLIPText", "up", 2, "frames against the target caption, x 100"),
+    "clip_frame_gain": ("CLIPFrame gain", "0", 3, "CLIPFrame minus the source's own"),
+    "flicker": ("flicker", "1", 2, "flicker over the source's own; above 1 flickers, below 1 smears"),
+    "seam": ("seam", "1", 2, "change where windows of 16 meet, over change elsewhere"),
+    "changed": ("area changed", "-", 2, "share of the clip that the edit changed"),
+    "psnr_outside": ("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal"),
+    "ssim_outside": ("SSIM outside", "up", 3, "structure kept outside that area"),
+}
+SCORERS = {                 # role: hub id or directory
+    "published": {"clip": "openai/clip-vit-large-patch14", "pick": "yuvalkirstain/PickScore_v1",
+                  "viclip": "OpenGVLab/ViCLIP"},
+    "tiny": {"clip": ROOT / "assets/tiny/clip", "viclip": ROOT / "assets/tiny/viclip"},
+}
+
+
+def load_frames(path):
+    """A video file or a folder of numbered frames -> (frames (F, H, W, 3) uint8, frames per second)."""
+    clip = probe(path)
+    plan(clip)                                                          # refuses a file that is cut short
+    return np.stack([rgb for _, rgb in read_frames(clip)]), float(clip.rate)
+
+
+def stretch(frame, width, height):
+    """(H, W, 3) uint8 -> (height, width, 3), PIL bicubic."""
+    same = frame.shape[:2] == (height, width)
+    return frame if same else np.asarray(Image.fromarray(frame).resize((width, height), Image.BICUBIC))
+
+
+def align(source, edited, source_fps, edited_fps):
+    """Source and edit as clips of one length, size and rate: (source, edited, what was done, one line each)."""
+    notes = []
+    if max(source_fps, edited_fps) > 1.01 * min(source_fps, edited_fps):
+        rate = min(source_fps, edited_fps)
+        notes.append(f"source has {source_fps:g} frames per second, edit {edited_fps:g}: compared at {rate:g}")
+        source, edited = (x[(np.arange(int(len(x) / fps * rate + 0.01)) * fps / rate + 0.01).astype(int)]
+                          for x, fps in ((source, source_fps), (edited, edited_fps)))
+    n = min(len(source), len(edited))
+    if len(source) != len(edited):
+        notes.append(f"source has {len(source)} frames, edit {len(edited)}: the first {n} of both are scored")
+    if source.shape[1:3] != edited.shape[1:3]:
+        height, width = source.shape[1:3]
+        notes.append(f"edit is {edited.shape[2]}x{edited.shape[1]}, source {width}x{height}: edit stretched to it")
+        edited = np.stack([stretch(frame, width, height) for frame in edited[:n]])
+    return source[:n], edited[:n], notes
+
+
+def pixel_scores(source, edited, mask=None, n_kept=8):
+    """The scores that need no network; preservation on at most `n_kept` frames, evenly spaced."""
+    at = np.unique(np.linspace(0, len(edited) - 1, n_kept).astype(int))
+    changed, kept_psnr, kept_ssim = preservation(source[at], edited[at], None if mask is None else mask[at])
+    steps = [[np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(x, x[1:])] for x in (edited, source)]
+    seam = seam_score(*steps, window_starts(len(edited), "video")[1:])
+    return {"flicker": (flicker(edited) + 0.25) / (flicker(source) + 0.25),             # a quarter level: stills have 0
+            "seam": math.nan if seam is None else seam,
+            "changed": changed, "psnr_outside": kept_psnr, "ssim_outside": kept_ssim}
+
+
+@torch.no_grad()
+def score_clips(clips, scorers, device="cpu", square=480, kept=None):
+    """Scores of many clips and of several edits of each: a list of {edit's name: {key of SCORES: float}}, with the
+    keys that the inputs allow.
+
+    clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them), `source_caption`,
+    `target_caption`, `mask` (F, H, W) of the true edit. scorers: {"clip", "pick", "viclip"} -> hub id or directory.
+    square: TGVE's script stretches every frame to 480 x 480 before the networks' own preprocessing; 0 leaves frames
+    as they are. One network is in memory at a time; `kept`, a dict, keeps them for the next call (a large GPU).
+    """
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    crops = [{} for _ in clips]                                         # CLIP and PickScore share them
+
+    def pixels(clip):
+        have = clip.get("source") is not None
+        return {k: pixel_scores(clip["source"], x, clip.get("mask")) if have else {} for k, x in clip["edits"].items()}
+
+    with ThreadPoolExecutor() as pool:                                  # the next clips are resized meanwhile
+        rows = list(pool.map(pixels, clips))
+        for role, path in scorers.items():
+            net = kept[role] if kept and role in kept else open_scorer(role, path, device, dtype)
+            if kept is not None:
+                kept[role] = net
+            ready = pool.map(lambda clip, seen: clip_bytes(net, clip, seen, square), clips, crops)
+            for clip, row, videos in zip(clips, rows, ready):
+                for name, scores in network_scores(net, role, clip, videos).items():
+                    row[name].update(scores)
+    return rows
+
+
+def open_scorer(role, path, device, dtype):
+    try:
+        return (ViCLIP if role == "viclip" else CLIP).from_pretrained(path, device=device, dtype=dtype)
+    except UserError as error:
+        raise UserError(f"--{role} {path}: {error}; or leave its scores out with --{role} none") from None
+
+
+def clip_bytes(net, clip, crops, square):
+    """{edit's name, or None for the source: uint8 as `net` sees it}, computed once for networks of one size."""
+    videos = clip["edits"] | ({None: clip["source"]} if clip.get("source") is not None else {})
+    viclip = isinstance(net, ViCLIP)
+    size = ("viclip", net.image_size) if viclip else (net.preprocess.resize, net.preprocess.crop)
+    for frames in videos.values():
+        if (id(frames), size) not in crops:                             # a control may be the source itself
+            chosen = net.choose(frames) if viclip else frames
+            chosen = [stretch(frame, square, square) for frame in chosen] if square else list(chosen)
+            crops[id(frames), size] = net.bytes(chosen) if viclip else net.preprocess.bytes(chosen)
+    return {name: crops[id(frames), size] for name, frames in videos.items()}
+
+
+def network_scores(net, role, clip, videos):
+    """{edit's name: scores} that one network gives to one clip; videos as from `clip_bytes`."""
+    target, before = clip.get("target_caption"), clip.get("source_caption")
+    unique = {id(u8): u8 for u8 in videos.values()}
+    if role == "viclip":
+        if not target:
+            return {}
+        text = net.encode_text(net.tokenize([target, before or ""]))
+        batch = net.encode_video(torch.cat([net.normalise(u8) for u8 in unique.values()]))
+        features = dict(zip(unique, batch))                             # (P,) each
+    else:
+        text = net.encode_text(net.tokenizer([target or ""]))
+        features = {key: torch.cat([net.encode_image(net.preprocess.normalise(part))
+                                    for part in np.array_split(u8, 1 + len(u8) // 64)]) for key, u8 in unique.items()}
+    features = {name: features[id(u8)] for name, u8 in videos.items()}
+    source, out = features.pop(None, None), {}
+    for name, x in features.items():
+        out[name] = {}
+        if role == "clip":
+            out[name]["clip_frame"] = clip_frame(x)
+            if source is not None:
+                out[name]["clip_frame_gain"] = clip_frame(x) - clip_frame(source)
+            if target:
+                out[name]["clip_text"] = clip_text(x, text[0])
+        elif role == "pick" and target:
+            out[name]["pick_score"] = pick_score(x, text[0], net.logit_scale.item())
+        elif role == "viclip":
+            out[name]["viclip_out"] = viclip_out(x, text[0])
+            if source is not None and before:
+                out[name]["viclip_dir"] = viclip_dir(x, source, *text)
+    return out
+
+
+def why_missing(key, clip, scorers):
+    """Why a clip has no such score, in the words of the command line."""
+    role = "viclip" if key.startswith("viclip") else "pick" if key == "pick_score" else "clip"
+    captions = {"viclip_out": ["target_caption"], "pick_score": ["target_caption"], "clip_text": ["target_caption"],
+                "viclip_dir": ["source", "source_caption", "target_caption"], "clip_frame": []}
+    lacks = ["--" + flag.replace("_", "-") for flag in captions.get(key, ["source"])
+             if clip.get(flag) is None or isinstance(clip[flag], str) and not clip[flag]]
+    if key.startswith(("viclip", "pick", "clip")) and role not in scorers:
+        lacks.append(f"--{role}")
+    if lacks:
+        return "needs " + " and ".join(lacks)
+    return {"clip_frame": "needs two frames", "clip_frame_gain": "needs two frames",
+            "flicker": "needs three frames", "seam": "one window has none",
+            "psnr_outside": "the edit changes the whole frame",
+            "ssim_outside": "the edit changes the whole frame"}.get(key, "not a number")
+
+
+def print_scores(row, clip, scorers):
+    for key, (name, better, digits, meaning) in SCORES.items():
+        value = row.get(key, math.nan)
+        shown = f"{value:.{digits}f}" if math.isfinite(value) else "-"
+        note = meaning if math.isfinite(value) else f"left out: {why_missing(key, clip, scorers)}"
+        print(f"{name:<15}{shown:>8}   better: {better:<5}{note}")
+
+
+def choose_scorers(args):
+    """({role: hub id or directory}, square of `score_clips`) as the flags ask for; prints which and why."""
+    kind, why = args.scorers, "as --scorers says"
+    if kind == "auto":
+        kind = "published" if torch.cuda.is_available() else "tiny"
+        why = "there is a GPU; --scorers tiny for the embedded ones" if kind == "published" else \
+              "no GPU here; --scorers published for the paper's"
+    scorers = {}
+    for role in ("clip", "pick", "viclip"):
+        path = getattr(args, role) or SCORERS[kind].get(role, "none")
+        if isinstance(path, Path) and not path.is_dir():
+            print(f"{role}: no embedded one yet at {path.relative_to(ROOT)}")
+        elif path != "none":
+            scorers[role] = path
+    print(f"scorers: {kind} ({why})")
+    return scorers, 480 if kind == "published" else 0
+
+
+def command(name, description):
+    """An argument parser whose errors are UserErrors."""
+    parser = argparse.ArgumentParser(prog=f"metrics.py {name}".strip(), description=description)
+
+    def fail(message):
+        raise UserError(f"{message} (see --help)")
+    parser.error = fail
+    return parser
+
+
+def scorer_flags(parser):
+    parser.add_argument("--scorers", choices=["auto", "tiny", "published"], default="auto",
+                        help="embedded networks or the hub's published ones (default: those where there is a GPU)")
+    for role in ("clip", "pick", "viclip"):
+        parser.add_argument(f"--{role}", metavar="DIR", help=f"hub id or directory of another {role} network, or none")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+
+
+def main_clip(argv):
+    parser = command("", "Scores of one edited clip; `metrics.py tgve|study|votes --help` for the rest.")
+    parser.add_argument("edited", help="video file or folder of frames")
+    parser.add_argument("--source", help="the clip it was made from")
+    parser.add_argument("--instruction", default="", help="printed above the scores")
+    parser.add_argument("--source-caption", default="", help="what the source shows")
+    parser.add_argument("--target-caption", default="", help="what the edit should show")
+    scorer_flags(parser)
+    args = parser.parse_args(argv)
+    edited, fps = load_frames(args.edited)
+    clip, notes = {"source_caption": args.source_caption.strip(), "target_caption": args.target_caption.strip()}, []
+    if args.source:
+        source, source_fps = load_frames(args.source)
+        clip["source"], edited, notes = align(source, edited, source_fps, fps)
+    clip["edits"] = {"edit": edited}
+    scorers, square = choose_scorers(args)
+    [row] = score_clips([clip], scorers, args.device, square)
+    print(*notes, f"{args.edited}: {len(edited)} frames" + (f", {args.instruction!r}" if args.instruction else ""),
+          sep="\n")
+    print_scores(row["edit"], clip, scorers)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Benchmarks: TGVE (Wu et al. 2023) and TGVE+ (Singer et al. 2024)
+# ------------------------------------------------------------------------------------------------------------
+
+TASKS = {"Style Change Caption": "style", "Object Change Caption": "object",
+         "Background Change Caption": "background", "Multiple Changes Caption": "multiple"}
+SETS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}
+COLUMNS = ("viclip_out", "viclip_dir", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker",
+           "psnr_outside")
+PAPER = {                   # arXiv 2503.17641, Table 1: ViCLIP_out, ViCLIP_dir, PickScore, CLIPFrame, CLIPText
+    "tgve": {"Tune-A-Video": (.243, .162, 20.36, .924, 27.12), "STDF": (.226, .110, 20.40, .933, 26.34),
+             "Fairy": (.208, .164, 19.80, .933), "TokenFlow": (.257, .117, 20.58, .943, 25.41),
+             "AnyV2V": (.230, .141, 19.70, .919, 24.03), "InsV2V": (.262, .208, 20.76, .911, 25.56),
+             "EVE": (.262, .221, 20.76, .922), "InstructVEdit": (.280, .237, 20.92, .919, 27.69)},
+    "tgve_plus": {"Tune-A-Video": (.242, .131, 20.47, .933, 25.59), "STDF": (.227, .093, 20.60, .933, 25.70),
+                  "Fairy": (.197, .140, 19.81, .933), "TokenFlow": (.254, .085, 20.62, .944, 24.96),
+                  "AnyV2V": (.227, .109, 19.80, .919, 23.52), "InsV2V": (.236, .174, 20.37, .925, 25.36),
+                  "EVE": (.251, .198, 20.88, .926), "InstructVEdit": (.271, .183, 20.94, .917, 26.65)},
+}
+
+
+def benchmark_item(folder, subset, video, task, source_caption, target_caption, instruction):
+    """One line of a benchmark: an id that is also the folder of its edit, and where the source's frames are."""
+    places = [folder / subset / "480p_frames" / video, folder / subset / "480p_videos" / f"{video}.mp4"]
+    path = next((str(p) for p in places if p.exists()), None)
+    return dict(id=f"{subset}/{video}/{task}", task=task, path=path, source_caption=source_caption,
+                target_caption=target_caption, instruction=instruction,
+                problem=None if path else f"no source video at {places[1]}")
+
+
+def read_tgve(folder, prompts=None):
+    """LOVEU-TGVE-2023 as published: its CSV, with section rows ("DAVIS Videos:") and blank rows, and three folders.
+
+    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without it, items
+    have no instruction and can only be scored. Returns the items of `benchmark_item`, four per video.
+    """
+    file = next(iter(sorted(folder.glob("*.csv"))), None)
+    if file is None:
+        raise UserError(f"{folder}: holds no CSV; expected LOVEU-TGVE-2023_Dataset.csv with its video folders")
+    prompts = prompts or next(iter(sorted(folder.glob("*prompt*.json"))), None)
+    prompts = read_json(prompts) if prompts else {}
+    with open(file, encoding="utf-8-sig", newline="") as f:
+        header, *rows = [[cell.strip() for cell in row] for row in csv.reader(f)] or [[]]
+    wanted = ["Video name", "Our GT caption", *TASKS]
+    lacks = [c for c in wanted if c not in header]
+    if lacks:
+        raise UserError(f"{file}: lacks the columns {', '.join(lacks)}; it has {', '.join(header)}")
+    rows = [dict(zip(header, row)) for row in rows]
+    items, subset, seen = [], None, set()
+    for row in rows:
+        name = row.get("Video name", "")
+        if name.endswith("Videos:"):
+            subset = SETS.get(name.split()[0].lower(), name.split()[0])
+        elif name and subset is None:
+            raise UserError(f"{file}: {name} comes before any section row such as 'DAVIS Videos:'")
+        elif name:
+            seen.add(name)
+            for column, task in TASKS.items():
+                instruction = prompts.get(name, {}).get(f"edit_{task}", "")
+                items.append(benchmark_item(folder, subset, name, task, row.get("Our GT caption", ""),
+                                            row.get(column, ""), instruction))
+                if not row.get(column):
+                    items[-1]["problem"] = f"empty {column}"
+    unknown = sorted(set(prompts) - seen)
+    if unknown:
+        print(f"prompts for videos that {file.name} does not have: {', '.join(unknown)}")
+    return items
+
+
+def read_tgve_plus(folder):
+    """TGVE+ (facebook/tgve_plus): one parquet beside TGVE's video folders; its columns are found by their names."""
+    file = next(iter(sorted(folder.rglob("*.parquet"))), None)
+    if file is None:
+        raise UserError(f"{folder}: holds no parquet; put facebook/tgve_plus's file beside TGVE's video folders")
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"{file}: reading parquet needs pyarrow; pip install pyarrow")
+    import pyarrow.parquet
+    rows = pyarrow.parquet.read_table(file).to_pylist()
+    names, column = list(rows[0]) if rows else [], {}
+    for key, words in {"instruction": ("instruction", "edit_prompt"), "task": ("task", "type"), "video": ("video", "path", "file"),
+                       "source": ("input_caption", "original_caption", "source_caption", "original_prompt", "input"),
+                       "target": ("output_caption", "edited_caption", "target_caption", "edited_prompt", "output")}.items():
+        column[key] = next((n for w in words for n in names if w in n.lower().replace(" ", "_")), None)
+        if column[key] is None:
+            raise UserError(f"{file}: no column for the {key}; it has {', '.join(names)}")
+    items, count = [], {}
+    for row in rows:
+        path, task = Path(row[column["video"]]), str(row[column["task"]]).lower().replace(" ", "_").replace("/", "_")
+        key = path.parts[0], path.stem, task
+        count[key] = count.get(key, 0) + 1                              # a task may come several times per video
+        task_id = task if count[key] == 1 else f"{task}-{count[key]}"
+        item = benchmark_item(folder, path.parts[0], path.stem, task_id, row[column["source"]] or "",
+                              row[column["target"]] or "", row[column["instruction"]] or "")
+        items.append(item | {"task": task})
+    return items
+
+
+def thin(frames, n=32):
+    """At most n frames, every (len // n)-th, as InsV2V does on TGVE."""
+    return frames[::max(1, len(frames) // n)][:n]
+
+
+def edit_benchmark(items, folder, ed, size, options):
+    """Edit every item into <folder>/<id>/00000.jpg, …, the submission layout. Folders appear whole; those that are
+    there already are kept, so that a run continues where it stopped."""
+    for item in tqdm([i for i in items if not i["problem"] and not (folder / i["id"]).is_dir()], unit="clip"):
+        if not item["instruction"]:
+            item["problem"] = "no instruction for it in the prompts"
+            continue
+        clip, target = probe(item["path"]), folder / item["id"]
+        height, width = model_size(clip, size, ed.multiple)
+        frames = (resize(to_tensor(f), height, width) for f in thin(load_frames(item["path"])[0]))
+        aside = target.with_name(f".{target.name}.part")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for i, frame in enumerate(edit_stream(ed, frames, item["instruction"], **options)):
+            Image.fromarray(to_rgb(resize(frame.float(), clip.height, clip.width))).save(aside / f"{i:05d}.jpg", quality=95)
+        os.replace(aside, target)
+
+
+def read_log(path, head):
+    """{(id, row): scores} of a results file whose first line is `head`; a last line that a crash cut is dropped."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(head) + "\n")
+    lines = path.read_text().split("\n")
+    if json.loads(lines[0]) != head:
+        raise UserError(f"{path}: was made with other scorers or settings, {lines[0]}; pass another --out")
+    if lines[-1]:
+        path.write_text("\n".join(lines[:-1]) + "\n")
+    return {(r["id"], r["row"]): r["scores"] for r in map(json.loads, lines[1:-1])}
+
+
+def score_benchmark(items, folders, scorers, square, device, log, head, chunk=16):
+    """Scores of every item's edits, of its untouched source and of its first edited frame, frozen.
+
+    folders: {row's name: folder in the submission layout}, the first the one that matters. Every finished clip is
+    appended to `log` at once. Returns {(id, row): scores}; an item that cannot be read gets a "problem".
+    """
+    done, kept = read_log(log, head), {} if torch.device(device).type == "cuda" else None
+    main, rows = next(iter(folders)), [*folders, "untouched source", "frozen first edit"]
+    todo = [i for i in items if not i["problem"] and any((i["id"], row) not in done for row in rows)]
+    for at in tqdm(range(0, len(todo), chunk), unit="chunk", disable=not todo):
+        clips = []
+        for item in todo[at:at + chunk]:
+            try:
+                source, edits = thin(load_frames(item["path"])[0]), {}
+                for name, folder in folders.items():
+                    if not (folder / item["id"]).is_dir():
+                        raise UserError(f"no edit at {folder / item['id']}")
+                    edited = load_frames(folder / item["id"])[0]
+                    _, edits[name], item["notes"] = align(source, edited, 1, 1)
+                source = source[:min(map(len, edits.values()))]
+            except UserError as error:
+                item["problem"] = str(error)
+                continue
+            edits = {name: x[:len(source)] for name, x in edits.items()}
+            edits |= {"untouched source": source, "frozen first edit": edits[main][:1].repeat(len(source), 0)}
+            clips.append((item, item | {"source": source, "edits": edits}))
+        scored = score_clips([clip for _, clip in clips], scorers, device, square, kept)
+        with open(log, "a") as f:
+            for (item, _), result in zip(clips, scored):
+                for row, scores in result.items():
+                    scores = {k: v for k, v in scores.items() if math.isfinite(v)}
+                    done[item["id"], row] = scores
+                    f.write(json.dumps({"id": item["id"], "row": row, "scores": scores}) + "\n")
+    return done
+
+
+def interval(values):
+    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples of clips, fixed seed)."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    found = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+    return found.confidence_interval
+
+
+def table_row(name, rows, intervals=False, sign=""):
+    """One Markdown row of means over clips; where some clips lack a score, it says over how many."""
+    cells = []
+    for key in COLUMNS:
+        x = np.array([r[key] for r in rows if math.isfinite(r.get(key, math.nan))])
+        digits = SCORES[key][2]
+        cell = f"{x.mean():{sign}.{digits}f}" if len(x) else "-"
+        if intervals and len(x) > 1:
+            low, high = interval(x)
+            cell += f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+        cells.append(cell + (f" (n={len(x)})" if 0 < len(x) < len(rows) else ""))
+    return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
+
+
+def table(items, done, folders, title, paper):
+    """The benchmark as Markdown lines: this run, its tasks, the controls and what this run gains on them, the paper's."""
+    ids = [i["id"] for i in items]
+    by_row = {row: {k: done[k, row] for k in ids if (k, row) in done}
+              for row in (*folders, "untouched source", "frozen first edit")}
+    main, *controls = by_row
+    ours = by_row[main]
+    arrow = {"up": " ↑", "down": " ↓", "0": "", "1": "", "-": ""}
+    head = [SCORES[key][0] + arrow[SCORES[key][1]] for key in COLUMNS]
+    lines = [f"| {title} | n | {' | '.join(head)} |", "|---" * (len(COLUMNS) + 2) + "|",
+             table_row("this run [95 %]", list(ours.values()), intervals=True)]
+    for task in dict.fromkeys(i["task"] for i in items):
+        lines.append(table_row(task, [ours[i["id"]] for i in items if i["task"] == task and i["id"] in ours]))
+    for name in controls:
+        lines.append(table_row(f"control: {name}", list(by_row[name].values())))
+    for name in controls:                                               # paired: clip by clip
+        gains = [{key: ours[k].get(key, math.nan) - by_row[name][k].get(key, math.nan) for key in COLUMNS}
+                 for k in ours if k in by_row[name]]
+        lines.append(table_row(f"this run − {name} [95 %]", gains, intervals=True, sign="+"))
+    for name, values in paper.items():
+        lines.append(table_row(f"copied from the paper: {name}", [dict(zip(COLUMNS, values))]).replace("| 1 |", "| |", 1))
+    missing = [f"{i['id']}: {i['problem']}" for i in items if i["problem"]]
+    lines += ["", f"{len(ours)} of {len(items)} clips scored."] + [f"missing: {m}" for m in missing]
+    lines += [f"note: {i['id']}: {note}" for i in items for note in i.get("notes", [])]
+    return lines
+
+
+def main_tgve(argv):
+    parser = command("tgve", "Run and score TGVE or TGVE+; prints one Markdown table.")
+    parser.add_argument("dir", type=Path, help="LOVEU-TGVE-2023 as published: CSV, video folders, InsV2V's prompt JSON")
+    parser.add_argument("--plus", action="store_true", help="TGVE+: the parquet of facebook/tgve_plus is in DIR")
+    parser.add_argument("--prompts", type=Path, help="InsV2V's prompt JSON (default: *prompt*.json in DIR)")
+    parser.add_argument("--outputs", type=Path, help="score these edits, <set>/<video>/<task>/00000.jpg, edit nothing")
+    parser.add_argument("--limit", type=int, default=-1, help="only the first N clips (-1: all)")
+    parser.add_argument("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
+    # editor
+    parser.add_argument("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
+    parser.add_argument("--weights", help="directory in hub layout or trained run, instead of --model")
+    parser.add_argument("--size", type=int, default=-1, help="short side of the model's frame, pixels (-1: its own)")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--text-cfg", type=float, help="guidance on the instruction (default: the model's)")
+    parser.add_argument("--source-cfg", type=float, help="guidance on the source clip (default: the model's)")
+    parser.add_argument("--seed", type=int, default=0, help="of every clip's noise")
+    parser.add_argument("--no-image-control", action="store_true", help="leave out the frame-by-frame editor's row")
+    scorer_flags(parser)
+    args = parser.parse_args(argv)
+
+    name = "tgve_plus" if args.plus else "tgve"
+    items = read_tgve_plus(args.dir) if args.plus else read_tgve(args.dir, args.prompts)
+    items = items if args.limit == -1 else items[:args.limit]
+    scorers, square = choose_scorers(args)
+    if args.outputs:
+        if not args.outputs.is_dir():
+            raise UserError(f"--outputs {args.outputs}: no such directory")
+        out, title = args.out or ROOT / "results" / name / args.outputs.resolve().name, str(args.outputs)
+        folders = {"edit": args.outputs}
+    else:
+        source, why = choose_model(args.model, args.weights, args.device)
+        print(f"model: {source} ({why})")
+        ed = VideoEditor.from_pretrained(source, device=args.device)
+        s_txt, s_src = (d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance))
+        title = f"{source}, text {s_txt:g}, source {s_src:g}, {args.steps} steps, seed {args.seed}"
+        label = f"{Path(source).name}_t{s_txt:g}_s{s_src:g}_n{args.steps}_seed{args.seed}"
+        out = args.out or ROOT / "results" / name / label
+        folders = {"edit": out / "edit"} | ({} if args.no_image_control else {"image editor, frame by frame": out / "image"})
+        options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
+        for folder, mode in zip(folders.values(), ("auto", "image")):
+            edit_benchmark(items, folder, ed, ed.size if args.size == -1 else args.size, options | {"mode": mode})
+        del ed
+    head = {"title": title, "scorers": {k: str(v) for k, v in scorers.items()}, "square": square}
+    done = score_benchmark(items, folders, scorers, square, args.device, out / "scores.jsonl", head)
+    lines = table(items, done, folders, title, PAPER[name])
+    print(*lines, sep="\n")
+    print(f"scorers: {', '.join(f'{k} {v}' for k, v in head['scorers'].items())}")
+    write_aside(out / "table.md", "\n".join(lines) + "\n")
+    clips = [item | {"scores": {row: scores for (k, row), scores in done.items() if k == item["id"]}} for item in items]
+    write_aside(out / "scores.json", json.dumps(head | {"clips": clips}, indent=1))
+    print(f"table and every clip's scores: {out}")
+
+
+def write_aside(path, text):
+    """A text file that is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+#STUDY#
+def main():
+    commands = {"tgve": main_tgve}
+    name, *rest = sys.argv[1:] or ["--help"]
+    commands[name](rest) if name in commands else main_clip([name, *rest])
+
+
+if __name__ == "__main__":
+    run(main)

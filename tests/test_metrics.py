@@ -1,0 +1,424 @@
+"""metrics.py against the reference libraries and against the definitions of the scores.
+
+Goldens: tiny random networks in the published formats with the outputs of transformers 5.23.0 (CLIP, PickScore, DINOv2),
+of transformers 4.57.1 (DINOv2 with registers), of ViCLIP's original class, and of scikit-image (SSIM); CPU, float32.
+"""
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+import metrics
+from metrics import CLIP, DINOv2, ViCLIP
+from model import UserError
+from sample import write_video
+
+GOLDENS = Path(__file__).parent / "goldens"
+CLIP_DIR, PICK_DIR = GOLDENS / "clip-vit-large-patch14", GOLDENS / "PickScore_v1"
+DINO_DIR, VICLIP_DIR = GOLDENS / "dinov2-base", GOLDENS / "ViCLIP"
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def golden(folder):
+    """(expected tensors, absolute tolerances, cases) of one golden folder."""
+    read = [json.loads((folder / f).read_text()) if (folder / f).exists() else {} for f in ("tolerance.json", "cases.json")]
+    return load_file(folder / "expected.safetensors"), {k: v["atol"] for k, v in read[0].items()}, read[1]
+
+
+def apart(a, b):
+    return (a - b).abs().max().item()
+
+
+def shapes(module):
+    return {k: list(v.shape) for k, v in module.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("folder", [CLIP_DIR, PICK_DIR], ids=lambda p: p.name)
+def test_clip_equals_transformers(folder):
+    want, atol, cases = golden(folder)
+    net = CLIP.from_pretrained(folder)
+    images, texts = net.encode_image(want["pixel_values"]), net.encode_text(want["input_ids"])
+    assert apart(images, want["image_features"]) <= atol["image_features"]
+    assert apart(texts, want["text_features"]) <= atol["text_features"]
+    logits = net.logit_scale.exp() * metrics.cosine(images[:, None], texts[None])
+    assert apart(logits, want["logits_per_image"]) <= atol["logits_per_image"]
+    assert torch.equal(net.tokenizer(cases["captions"]), want["input_ids"])
+
+
+@pytest.mark.parametrize("folder", [CLIP_DIR, PICK_DIR], ids=lambda p: p.name)
+def test_clip_preprocessing_equals_the_published_one_for_every_kind_of_image(folder):
+    want, _, _ = golden(folder)
+    net, arrays = CLIP.from_pretrained(folder), [want["image_u8"].numpy(), want["image2_u8"].numpy()]
+    video = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)[None] / 127.5 - 1             # (1, 2, 3, H, W)
+    for images in (arrays, [Image.fromarray(a) for a in arrays], video):
+        assert apart(net.preprocess(images), want["pixel_values"]) <= 1e-6
+
+
+def test_resizing_to_the_published_224_equals_pil_to_the_byte():
+    want, _, _ = golden(CLIP_DIR)
+    assert np.array_equal(metrics.resize_crop(want["image_u8"].numpy(), 224, 224), want["resized224_u8"].numpy())
+
+
+@pytest.mark.parametrize("folder,wrong", [(CLIP_DIR, "gelu"), (PICK_DIR, "quick_gelu")], ids=["CLIP", "PickScore"])
+def test_the_wrong_gelu_would_be_seen(folder, wrong, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    cfg = json.loads((folder / "config.json").read_text())
+    cfg["text_config"]["hidden_act"] = cfg["vision_config"]["hidden_act"] = wrong
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    want, _, _ = golden(folder)
+    net = CLIP.from_pretrained(tmp_path)
+    assert apart(net.encode_image(want["pixel_values"]), want["image_features"]) > 1e-3
+    assert apart(net.encode_text(want["input_ids"]), want["text_features"]) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["native", "56x98", "42x42"])
+def test_dinov2_equals_transformers_at_every_size(case):
+    want, atol, _ = golden(DINO_DIR)
+    net = DINOv2.from_pretrained(DINO_DIR)
+    tokens = net(want[f"{case}.pixel_values"])
+    assert apart(tokens[:, 0], want[f"{case}.class_feature"]) <= atol[f"{case}.class_feature"]
+    assert apart(tokens[:, 1:], want[f"{case}.patch_features"]) <= atol[f"{case}.patch_features"]
+    assert torch.equal(net.encode_image(want[f"{case}.pixel_values"]), tokens[:, 0])
+
+
+def test_dinov2_preprocessing_equals_the_published_one():
+    want, _, _ = golden(DINO_DIR)
+    net = DINOv2.from_pretrained(DINO_DIR)
+    assert apart(net.preprocess([want["image_u8"].numpy()]), want["native.pixel_values"]) <= 1e-6
+
+
+@pytest.mark.parametrize("case", ["70x70", "42x98"])
+def test_dinov2_with_registers_equals_transformers(case):
+    want, _, _ = golden(GOLDENS / "dinov2-with-registers")
+    net = DINOv2.from_pretrained(GOLDENS / "dinov2-with-registers")
+    assert apart(net(want[f"{case}.pixel_values"]), want[f"{case}.last_hidden_state"]) <= 2e-5
+
+
+def test_the_three_position_rules_agree_on_the_own_grid_and_differ_elsewhere():
+    torch.manual_seed(0)
+    table = torch.randn(1, 1 + 25, 8)
+    rules = ("size", "scale", "antialias")
+    assert all(metrics.resize_positions(table, (5, 5), rule) is table for rule in rules)
+    resized = [metrics.resize_positions(table, (3, 3), rule) for rule in rules]
+    assert all(r.shape == (1, 10, 8) and torch.equal(r[:, 0], table[:, 0]) for r in resized)
+    assert min(apart(a, b) for a, b in itertools.combinations(resized, 2)) > 1e-2
+
+
+def test_the_scale_rule_samples_at_the_offset_factor():
+    # on a ramp along x, away from the border, bicubic values show where it samples (to 0.04; no offset is 0.15 off)
+    ramp = torch.arange(20.0).expand(20, 20).reshape(1, 400, 1)
+    table = torch.cat([torch.zeros(1, 1, 1), ramp], 1)
+    row = metrics.resize_positions(table, (10, 10), "scale")[0, 1:, 0].reshape(10, 10)[5]
+    at = (torch.arange(10) + 0.5) * (20 / 10.1) - 0.5                                    # scale (10 + 0.1) / 20
+    assert apart(row[2:8], at[2:8]) < 0.05
+
+
+def test_viclip_equals_the_original_class():
+    want, atol, cases = golden(VICLIP_DIR)
+    net = ViCLIP.from_pretrained(VICLIP_DIR)
+    video, text = net.encode_video(want["video"]), net.encode_text(want["tokens"])
+    assert apart(video, want["video_features"]) <= atol["video_features"]
+    assert apart(text, want["text_features"]) <= atol["text_features"]
+    assert apart(net.encode_video(want["video"][:, :1]), want["single_frame_features"]) <= atol["single_frame_features"]
+    assert apart(metrics.cosine(video, text)[None], want["cosine"]) <= atol["cosine"]
+    assert torch.equal(net.tokenize(cases["texts"]), want["tokens"])
+    assert torch.equal(net.tokenize(cases["token_strings"]), want["tokens_tricky"])
+
+
+def test_viclip_preprocessing_equals_opencvs_to_the_byte():
+    want, _, _ = golden(VICLIP_DIR)
+    net, frames = ViCLIP.from_pretrained(VICLIP_DIR), list(want["frames_rgb_u8"].numpy())
+    assert np.array_equal(net.bytes(frames), want["resized_u8"].numpy())
+    assert apart(net.preprocess(frames), want["video"]) <= 1e-6
+
+
+def test_viclip_refuses_a_frame_count_that_its_positions_do_not_fit():
+    net = ViCLIP.from_pretrained(VICLIP_DIR)
+    with pytest.raises(UserError, match="5 frames.*fit 8"):
+        net.encode_video(torch.zeros(1, 5, 3, 56, 56))
+
+
+@pytest.mark.parametrize("name,make", [("clip_vit_l14", CLIP), ("pickscore_h", CLIP), ("dinov2_base", DINOv2),
+                                       ("viclip_l", ViCLIP)])
+def test_full_size_names_and_shapes_are_the_published_ones(name, make):
+    published = json.loads((GOLDENS / f"{name}.json").read_text())
+    with torch.device("meta"):
+        net = make(published["config"])
+    dropped = published.get("drop_on_load", [])
+    assert shapes(net) == {k: v for k, v in published["tensors"].items() if k not in dropped}
+
+
+@pytest.mark.parametrize("make,folder,file", [(CLIP, CLIP_DIR, "model.safetensors"), (DINOv2, DINO_DIR, "model.safetensors"),
+                                              (ViCLIP, VICLIP_DIR, "ViClip-InternVid-10M-FLT.pth")])
+def test_a_missing_weight_file_is_named(make, folder, file, tmp_path):
+    for f in folder.iterdir():
+        if f.name != file:
+            (tmp_path / f.name).write_bytes(f.read_bytes())
+    with pytest.raises(UserError, match=tmp_path.name):
+        make.from_pretrained(tmp_path)
+
+
+def test_a_fresh_clip_of_other_sizes_learns_to_tell_eight_pictures_apart():
+    torch.manual_seed(0)
+    text = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64,
+                max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+    vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
+                  patch_size=8, hidden_act="quick_gelu")
+    net = CLIP(dict(projection_dim=16, text_config=text, vision_config=vision))
+    images, ids = torch.randn(8, 3, 32, 32), torch.full((8, 77), 63)
+    ids[:, 0] = torch.arange(8)
+    optimizer, losses = torch.optim.AdamW(net.parameters(), lr=3e-3), []
+    with torch.enable_grad():
+        for _ in range(25):
+            a, b = F.normalize(net.encode_image(images), dim=-1), F.normalize(net.encode_text(ids), dim=-1)
+            loss = F.cross_entropy(net.logit_scale.exp() * a @ b.T, torch.arange(8))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[0] > 1.5 and losses[-1] < 0.2
+    assert net.logit_scale.grad is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------
+
+def test_clip_frame_is_the_mean_over_ordered_pairs_as_tgves_script_writes_it():
+    torch.manual_seed(0)
+    x = torch.randn(5, 12)
+    pairs = [F.cosine_similarity(x[i], x[j], dim=0).item() for i in range(5) for j in range(5) if i != j]
+    assert metrics.clip_frame(x) == pytest.approx(sum(pairs) / (5 * 4), abs=1e-6)
+    assert metrics.clip_frame(x[:1].expand(4, -1)) == pytest.approx(1, abs=1e-6)
+    assert math.isnan(metrics.clip_frame(x[:1]))
+
+
+def test_clip_text_and_pick_score_are_mean_logits():
+    want, atol, _ = golden(PICK_DIR)
+    net = CLIP.from_pretrained(PICK_DIR)
+    images = net.encode_image(want["pixel_values"])
+    for i, text in enumerate(net.encode_text(want["input_ids"])):
+        assert metrics.pick_score(images, text, net.logit_scale.item()) == \
+            pytest.approx(want["pickscore"][i].mean().item(), abs=atol["pickscore"])
+        cosines = want["logits_per_image"][:, i] / net.logit_scale.exp()
+        assert metrics.clip_text(images, text) == pytest.approx(100 * cosines.mean().item(), abs=1e-3)
+
+
+def test_viclip_dir_is_zero_for_an_untouched_clip_and_one_for_a_change_along_the_text():
+    torch.manual_seed(0)
+    source, edited, before = torch.randn(3, 16)
+    assert metrics.viclip_dir(source, source, edited, before) == 0
+    after = F.normalize(before, dim=0) + F.normalize(edited, dim=0) - F.normalize(source, dim=0)
+    before = F.normalize(before, dim=0)
+    # the direction is exact only where the sum has unit length, so make the step small and compare with a random one
+    step = 1e-3 * (after - before)
+    moved = metrics.viclip_dir(F.normalize(source, dim=0) + step, source, before + step, before)
+    assert moved > metrics.viclip_dir(torch.randn(16), source, before + step, before)
+
+
+def test_directions_are_taken_between_normalised_features():
+    torch.manual_seed(0)
+    edited, source, target, before = torch.randn(4, 16)
+    score = metrics.viclip_dir(edited, source, target, before)
+    assert metrics.viclip_dir(7 * edited, source, 0.1 * target, before) == pytest.approx(score, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_ssim_equals_scikit_image(case):
+    want = load_file(GOLDENS / "ssim.safetensors")
+    first, second = want[f"{case}.first_u8"].numpy(), want[f"{case}.second_u8"].numpy()
+    assert metrics.ssim(first, second) == pytest.approx(want[f"{case}.ssim"].item(), abs=1e-6)
+    assert metrics.ssim(first / 255, second / 255) == pytest.approx(want[f"{case}.ssim"].item(), abs=1e-6)
+
+
+def test_ssim_refuses_an_image_smaller_than_its_window():
+    with pytest.raises(UserError, match="7x7"):
+        metrics.ssim(np.zeros((6, 20, 3)), np.zeros((6, 20, 3)))
+
+
+def test_image_scores_are_ultraedits_six():
+    torch.manual_seed(0)
+    clip, dino = CLIP.from_pretrained(CLIP_DIR), DINOv2.from_pretrained(DINO_DIR)
+    source, *edits = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    got = metrics.image_scores(clip, dino, source, edits, "a red fox in the snow", "two cats")
+    assert list(got) == ["clip_sim_source", "clip_sim_target", "clip_sim_dir", "clip_sim_image", "dinov2_sim", "ssim"]
+
+    def features(image, size, mode, normalise):
+        x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+        x = F.interpolate(x, (size, size), mode=mode)
+        mean, std = torch.tensor([.48145466, .4578275, .40821073]), torch.tensor([.26862954, .26130258, .27577711])
+        return (x - mean[:, None, None]) / std[:, None, None] if normalise else x
+    img = [F.normalize(clip.encode_image(features(im, 56, "bicubic", True))[0], dim=0) for im in (source, *edits)]
+    src, tgt = F.normalize(clip.encode_text(clip.tokenizer(["a red fox in the snow", "two cats"])), dim=1)
+    din = [F.normalize(dino.encode_image(features(im, 70, "nearest", False))[0], dim=0) for im in (source, *edits)]
+    for i in (1, 2):
+        want = [img[0] @ src, img[i] @ tgt, F.normalize(img[i] - img[0], dim=0) @ F.normalize(tgt - src, dim=0),
+                img[0] @ img[i], din[0] @ din[i], metrics.ssim(source, edits[i - 1])]
+        assert [got[k][i - 1] for k in got] == pytest.approx([float(w) for w in want], abs=1e-5)
+    assert "dinov2_sim" not in metrics.image_scores(clip, None, source, edits, "a", "b")
+
+
+def test_an_edit_of_another_size_than_its_source_is_refused():
+    with pytest.raises(UserError, match="sizes differ"):
+        metrics.image_scores(CLIP.from_pretrained(CLIP_DIR), None, np.zeros((20, 20, 3), np.uint8),
+                             [np.zeros((20, 24, 3), np.uint8)], "a", "b")
+
+
+def noisy_clip(n_frames=6, height=48, width=64):
+    """A textured clip, uint8, with the same pattern drifting by one pixel per frame."""
+    wide = np.random.default_rng(1).integers(60, 200, (height // 8, width // 8 + 4, 3)).astype(np.uint8)
+    wide = np.asarray(Image.fromarray(wide).resize((width + n_frames, height), Image.BICUBIC))
+    return np.stack([wide[:, i:i + width] for i in range(n_frames)])
+
+
+def test_an_untouched_clip_is_perfectly_preserved():
+    clip = noisy_clip()
+    changed, psnr, ssim = metrics.preservation(clip, clip)
+    assert changed == 0 and psnr == 100 and ssim == pytest.approx(1)
+
+
+def test_a_local_edit_is_found_and_leaves_the_outside_preserved():
+    source = noisy_clip()
+    edited, true = source.copy(), np.zeros(source.shape[:3], bool)
+    edited[:, 12:36, 16:40] = 255 - edited[:, 12:36, 16:40] // 2
+    true[:, 12:36, 16:40] = True
+    derived = metrics.changed_region(source, edited)
+    assert (derived & true).sum() / (derived | true).sum() > 0.75
+    changed, psnr, _ = metrics.preservation(source, edited, true)
+    assert psnr == 100 and changed == pytest.approx(true.mean())
+    spoiled = np.where(true[..., None], edited, np.clip(edited.astype(int) + 9, 0, 255)).astype(np.uint8)
+    assert metrics.preservation(source, spoiled, true)[1] == pytest.approx(20 * math.log10(255 / 9), abs=0.05)
+
+
+def test_an_edit_of_the_whole_frame_has_no_outside():
+    source = noisy_clip()
+    changed, psnr, ssim = metrics.preservation(source, np.minimum(source, 195) + 60)
+    assert changed > 0.95 and math.isnan(psnr) and math.isnan(ssim)
+
+
+def test_flicker_rises_with_brightness_jumps_and_falls_to_zero_for_a_still():
+    clip = noisy_clip()
+    jumping = np.clip(clip.astype(int) + 20 * (-1) ** np.arange(len(clip))[:, None, None, None], 0, 255).astype(np.uint8)
+    assert metrics.flicker(jumping) > 3 * metrics.flicker(clip)
+    assert metrics.flicker(clip[:1].repeat(5, 0)) == 0
+    assert math.isnan(metrics.flicker(clip[:2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One clip
+# ---------------------------------------------------------------------------------------------------------------
+
+SCORERS = {"clip": CLIP_DIR, "pick": PICK_DIR, "viclip": VICLIP_DIR}
+
+
+def test_controls_behave_as_they_must():
+    source = noisy_clip(n_frames=10)
+    captions = dict(source_caption="a red fox in the snow", target_caption="two cats")
+    edits = {"untouched": source, "frozen": source[:1].repeat(10, 0)}
+    [rows] = metrics.score_clips([dict(source=source, edits=edits, **captions)], SCORERS, square=0)
+    untouched, frozen = rows["untouched"], rows["frozen"]
+    assert set(untouched) == set(metrics.SCORES) and math.isnan(untouched["seam"])
+    assert untouched["viclip_dir"] == 0 and untouched["psnr_outside"] == 100 and untouched["changed"] == 0
+    assert untouched["clip_frame_gain"] == 0 and untouched["flicker"] == 1
+    assert frozen["clip_frame"] == pytest.approx(1, abs=1e-6) and frozen["clip_frame_gain"] > 0
+    assert frozen["flicker"] < 0.5 and frozen["changed"] > 0.2
+
+
+def test_clips_and_edits_scored_together_score_as_they_do_alone():
+    source, edit, other = noisy_clip(), 255 - noisy_clip(), noisy_clip() // 2
+    captions = dict(source_caption="a fox", target_caption="two cats")
+    clips = [dict(source=source, edits={"a": edit, "b": other}, **captions), dict(edits={"a": other[:4]}, **captions)]
+    for clip, rows in zip(clips, metrics.score_clips(clips, SCORERS)):
+        for name, frames in clip["edits"].items():
+            [alone] = metrics.score_clips([clip | {"edits": {name: frames}}], SCORERS)
+            assert rows[name] == pytest.approx(alone[name], abs=1e-5, nan_ok=True)
+
+
+def test_networks_kept_for_the_next_call_give_the_same_scores():
+    clip, kept = dict(edits={"a": noisy_clip()}, target_caption="two cats"), {}
+    first, second = (metrics.score_clips([clip], SCORERS, kept=kept) for _ in range(2))
+    assert first == second and set(kept) == set(SCORERS)
+
+
+def test_frames_are_stretched_to_480_before_the_crop_as_in_tgves_script():
+    frame = noisy_clip(n_frames=1, height=40, width=80)
+    clip = CLIP.from_pretrained(CLIP_DIR)
+    got = metrics.clip_bytes(clip, {"edits": {"edit": frame}}, {}, 480)["edit"]
+    want = clip.preprocess.bytes([Image.fromarray(frame[0]).resize((480, 480))])
+    assert np.array_equal(got, want)
+
+
+def test_clips_of_other_length_rate_and_size_are_aligned_and_it_is_said():
+    source, edited = np.zeros((20, 16, 24, 3), np.uint8), np.zeros((9, 8, 12, 3), np.uint8)
+    source += np.arange(20, dtype=np.uint8)[:, None, None, None]
+    a, b, notes = metrics.align(source, edited, 20, 10)
+    assert a[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16] and a.shape == b.shape == (9, 16, 24, 3)
+    assert len(notes) == 3 and "10" in notes[0] and "first 9" in notes[1] and "12x8" in notes[2]
+    assert metrics.align(source, source, 20, 20)[2] == []
+
+
+def write_clip(path, frames, fps=10):
+    write_video(path, torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float() / 127.5 - 1, fps)
+    return str(path)
+
+
+def printed(capsys):
+    """Name of a score -> its printed line."""
+    return {ln[:15].strip(): ln for ln in capsys.readouterr().out.splitlines() if "better:" in ln}
+
+
+def flags():
+    return [x for role, path in SCORERS.items() for x in (f"--{role}", str(path))]
+
+
+def test_the_command_prints_every_score_when_everything_is_given(tmp_path, capsys):
+    source = write_clip(tmp_path / "source.mp4", noisy_clip(20))
+    edited = write_clip(tmp_path / "edited.mp4", 255 - noisy_clip(20))
+    metrics.main_clip([edited, "--source", source, "--instruction", "invert", "--source-caption", "a fox",
+                       "--target-caption", "a dark fox", *flags()])
+    lines = printed(capsys)
+    assert list(lines) == [name for name, *_ in metrics.SCORES.values()]
+    assert all(f"better: {better}" in lines[name] for name, better, *_ in metrics.SCORES.values())
+    assert not any("left out" in line for line in lines.values())
+
+
+def test_missing_captions_and_source_leave_out_just_their_scores(tmp_path, capsys):
+    edited = write_clip(tmp_path / "edited.mp4", noisy_clip())
+    metrics.main_clip([edited, "--target-caption", "a fox", *flags()])
+    lines = printed(capsys)
+    assert "needs --source and --source-caption" in lines["ViCLIP_dir"] and "needs --source" in lines["flicker"]
+    assert not any("left out" in lines[k] for k in ("ViCLIP_out", "PickScore", "CLIPFrame", "CLIPText"))
+    metrics.main_clip([edited, "--target-caption", " ", *flags()])
+    lines = printed(capsys)
+    assert "needs --target-caption" in lines["CLIPText"] and "left out" not in lines["CLIPFrame"]
+
+
+def test_a_still_image_has_no_frame_consistency(tmp_path, capsys):
+    Image.fromarray(noisy_clip()[0]).save(tmp_path / "0001.png")
+    metrics.main_clip([str(tmp_path), "--target-caption", "a fox", *flags()])
+    assert "needs two frames" in printed(capsys)["CLIPFrame"]
+
+
+@pytest.mark.parametrize("argv,message", [(["none.mp4"], "none.mp4"), (["--clip", "nowhere/at/all"], "--clip nowhere/at/all")])
+def test_wrong_paths_are_named(argv, message, tmp_path):
+    edited = [] if argv[0].endswith("mp4") else [write_clip(tmp_path / "edited.mp4", noisy_clip())]
+    with pytest.raises(UserError, match=message):
+        metrics.main_clip([*edited, *argv])
