@@ -4,17 +4,25 @@ Contents
   the shapes world     scenes drawn by code, with the exact target video of every edit: names and scenes,
                        canvases, shapes, rendering, effects and styles, captions and wordings, edits
 """
+import argparse
 import io
 import math
 import re
+import sys
 import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from random import Random
 
 import numpy as np
+import torch
 from PIL import Image
+from scipy.io import wavfile
 from scipy.ndimage import gaussian_filter, map_coordinates
+
+from model import UserError, run
+from sample import probe, write_video
 
 # ----------------------------------------------------------------------------------------------------------
 # The shapes world: procedurally drawn clips with captions, instructions and the true result of every edit.
@@ -1099,3 +1107,60 @@ def examples():
             "change the background to blue and white stripes", "replace the background with a sunset sky",
             "remove the star", "add a yellow heart at the top left", "give the square dots",
             "remove the circle and make it sepia"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line: python curate.py scene OUT [--seed 68 --task effect ...]
+# ----------------------------------------------------------------------------------------------------------
+
+def tune(path, seconds, seed, rate=44100):
+    """A small tune for a clip, as a wav file: plucked notes of a pentatonic scale, half a second each."""
+    rng, sound = Random(seed), np.zeros(int(rate * (seconds + 1)), np.float32)
+    for beat in range(int(seconds * 2)):
+        t = np.arange(rate) / rate
+        pitch = 220 * 2 ** (rng.choice((0, 2, 4, 7, 9, 12, 14, 16)) / 12)
+        note = sum(np.sin(2 * np.pi * pitch * k * t) / k ** 2 for k in (1, 2, 3)) * np.exp(-5 * t)
+        sound[beat * rate // 2:beat * rate // 2 + rate] += 0.25 * note
+    wavfile.write(path, rate, (sound[:int(rate * seconds)] * 32767).clip(-32767, 32767).astype(np.int16))
+
+
+def command_scene(args):
+    """Draw one scene and one edit of it: OUT_source.mp4 (--sound: with a tune) and OUT_target.mp4, the true edit."""
+    scene = draw_scene(args.seed, args.domain, args.split)
+    tasks = possible_tasks(scene)
+    if args.task and args.task not in tasks:
+        raise UserError(f"--task {args.task}: does not fit scene {args.seed}; {', '.join(tasks)} do")
+    edit = propose_edit(scene, args.seed, args.task, args.split)
+    out, n = Path(args.out), round(args.seconds * args.fps)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    height, width = args.size, round(args.size * args.aspect / 2) * 2
+    for name, s in (("target", edit.target), ("source", scene)):
+        path = out.with_name(f"{out.name}_{name}.mp4")
+        frames = torch.from_numpy(render(s, n, height, width, args.fps)).permute(0, 3, 1, 2)[None] * 2 - 1
+        write_video(path, frames, args.fps)
+    if args.sound:
+        wav = out.with_name(f"{out.name}_tune.wav")
+        tune(wav, n / args.fps, args.seed)
+        write_video(path, frames, args.fps, audio=replace(probe(path), path=wav, audio=True))
+        wav.unlink()
+    print(f"{out}_source.mp4: {edit.source_caption}\n{out}_target.mp4: {edit.instruction}")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Draw scenes of the shapes world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = p.add_subparsers(dest="command", required=True).add_parser("scene", help="one scene and its true edit, as videos")
+    p.add_argument("out", help="where to, without ending")
+    p.add_argument("--seed", type=int, default=68, help="which scene")
+    p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="clean, or like a hand-held camera")
+    p.add_argument("--split", default="held", choices=["train", "held"], help="held: scenes and wordings that training never saw")
+    p.add_argument("--task", choices=TASKS, help="kind of edit; default any that fits")
+    p.add_argument("--size", type=int, default=360, help="height in pixels")
+    p.add_argument("--aspect", type=float, default=16 / 9, help="width / height")
+    p.add_argument("--seconds", type=float, default=4, help="length")
+    p.add_argument("--fps", type=float, default=12, help="frames per second")
+    p.add_argument("--sound", action="store_true", help="give the source a tune")
+    command_scene(p.parse_args((argv or sys.argv[1:])[1:]))
+
+
+if __name__ == "__main__":
+    run(main)

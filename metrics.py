@@ -19,13 +19,16 @@ Networks return un-normalised projected features, so that a clip is encoded once
 and networks a clip is "frames", (F, H, W, 3) uint8.
 """
 import argparse
+import base64
 import csv
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import shutil
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,7 +44,7 @@ from tqdm import tqdm
 from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
                    find_tensors, hub_dir, load_weights, read_json, read_tensors, run)
 from sample import (choose_model, edit_stream, model_size, plan, probe, read_frames, resize, seam_score, to_rgb,
-                    to_tensor, window_starts)
+                    to_tensor, window_starts, write_video)
 
 # ------------------------------------------------------------------------------------------------------------
 # Images in
@@ -972,27 +975,23 @@ def edit_benchmark(items, folder, ed, size, options):
 
 
 def read_log(path, head):
-    """{(id, row): scores} of a results file whose first line is `head`; a last line that a crash cut is dropped."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(head) + "\n")
-    lines = path.read_text().split("\n")
-    if json.loads(lines[0]) != head:
+    """{id: {row: scores}} of a results file whose first line is `head`; a last line that a crash cut is dropped."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    if lines and json.loads(lines[0]) != head:
         raise UserError(f"{path}: was made with other scorers or settings, {lines[0]}; pass another --out")
-    if lines[-1]:
-        path.write_text("\n".join(lines[:-1]) + "\n")
-    return {(r["id"], r["row"]): r["scores"] for r in map(json.loads, lines[1:-1])}
+    write_aside(path, "\n".join(lines or [json.dumps(head)]) + "\n")
+    return {r["id"]: r["scores"] for r in map(json.loads, lines[1:])}
 
 
 def score_benchmark(items, folders, scorers, square, device, log, head, chunk=16):
     """Scores of every item's edits, of its untouched source and of its first edited frame, frozen.
 
-    folders: {row's name: folder in the submission layout}, the first the one that matters. Every finished clip is
-    appended to `log` at once. Returns {(id, row): scores}; an item that cannot be read gets a "problem".
+    folders: {row's name: folder in the submission layout}, the first the one that matters. Every finished chunk of
+    clips is appended to `log` at once. Returns {id: {row: scores}}; an item that cannot be read gets a "problem".
     """
     done, kept = read_log(log, head), {} if torch.device(device).type == "cuda" else None
     main, rows = next(iter(folders)), [*folders, "untouched source", "frozen first edit"]
-    todo = [i for i in items if not i["problem"] and any((i["id"], row) not in done for row in rows)]
+    todo = [i for i in items if not i["problem"] and set(rows) - set(done.get(i["id"], ()))]
     for at in tqdm(range(0, len(todo), chunk), unit="chunk", disable=not todo):
         clips = []
         for item in todo[at:at + chunk]:
@@ -1008,15 +1007,14 @@ def score_benchmark(items, folders, scorers, square, device, log, head, chunk=16
                 item["problem"] = str(error)
                 continue
             edits = {name: x[:len(source)] for name, x in edits.items()}
-            edits |= {"untouched source": source, "frozen first edit": edits[main][:1].repeat(len(source), 0)}
+            edits |= {"untouched source": source, "frozen first edit": np.broadcast_to(edits[main][:1], source.shape)}
             clips.append((item, item | {"source": source, "edits": edits}))
         scored = score_clips([clip for _, clip in clips], scorers, device, square, kept)
         with open(log, "a") as f:
             for (item, _), result in zip(clips, scored):
-                for row, scores in result.items():
-                    scores = {k: v for k, v in scores.items() if math.isfinite(v)}
-                    done[item["id"], row] = scores
-                    f.write(json.dumps({"id": item["id"], "row": row, "scores": scores}) + "\n")
+                done[item["id"]] = {row: {k: v for k, v in scores.items() if math.isfinite(v)}
+                                    for row, scores in result.items()}
+                f.write(json.dumps({"id": item["id"], "scores": done[item["id"]]}) + "\n")
     return done
 
 
@@ -1044,8 +1042,7 @@ def table_row(name, rows, intervals=False, sign=""):
 
 def table(items, done, folders, title, paper):
     """The benchmark as Markdown lines: this run, its tasks, the controls and what this run gains on them, the paper's."""
-    ids = [i["id"] for i in items]
-    by_row = {row: {k: done[k, row] for k in ids if (k, row) in done}
+    by_row = {row: {i["id"]: done[i["id"]][row] for i in items if row in done.get(i["id"], ())}
               for row in (*folders, "untouched source", "frozen first edit")}
     main, *controls = by_row
     ours = by_row[main]
@@ -1117,21 +1114,213 @@ def main_tgve(argv):
     print(*lines, sep="\n")
     print(f"scorers: {', '.join(f'{k} {v}' for k, v in head['scorers'].items())}")
     write_aside(out / "table.md", "\n".join(lines) + "\n")
-    clips = [item | {"scores": {row: scores for (k, row), scores in done.items() if k == item["id"]}} for item in items]
+    clips = [item | {"scores": done.get(item["id"], {})} for item in items]
     write_aside(out / "scores.json", json.dumps(head | {"clips": clips}, indent=1))
     print(f"table and every clip's scores: {out}")
 
 
 def write_aside(path, text):
     """A text file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
-#STUDY#
+# ------------------------------------------------------------------------------------------------------------
+# User study, as in the paper: two edits side by side, three questions
+# ------------------------------------------------------------------------------------------------------------
+
+QUESTIONS = {"text": "Which video follows the caption better?", "structure": "Which keeps the source's structure better?",
+             "quality": "Which looks better?"}
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Which edit is better?</title>
+<meta name="viewport" content="width=device-width">
+<style>
+body{font:16px/1.4 system-ui,sans-serif;margin:1em auto;max-width:72em;padding:0 1em;background:#fff;color:#111}
+.row{display:flex;gap:1em;flex-wrap:wrap}figure{flex:1 1 15em;margin:0}video{width:100%;background:#eee}
+fieldset{border:1px solid #bbb;margin:.6em 0;padding:.4em 1em}label{margin-right:1.5em}
+button{font:inherit;padding:.4em 1em;margin-right:.5em}progress{width:100%}
+:focus-visible{outline:3px solid #06c}kbd{border:1px solid #bbb;border-radius:3px;padding:0 .3em}
+</style>
+<h1 id="caption" aria-live="polite"></h1>
+<div class="row" id="videos"></div>
+<form id="form"></form>
+<p><button id="back" type="button">Back</button><button id="next" type="button">Next</button>
+<button id="export" type="button">Save answers (JSON)</button> <span id="left" role="status"></span></p>
+<progress id="bar" aria-label="answered"></progress>
+<p>Keys: <span id="keys"></span>, <kbd>Enter</kbd> next, <kbd>Backspace</kbd> back.
+Answers stay in this browser until you save them.</p>
+<script id="data" type="application/json">@DATA@</script>
+<script>
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id);
+const key = "study-" + data.id, questions = Object.entries(data.questions);
+let state = JSON.parse(localStorage.getItem(key) || "null");
+if (!state) {                                       // a fresh order and fresh sides for every person, kept on reload
+  const order = data.items.map((_, i) => i);
+  for (let i = order.length - 1; i > 0; i--) {
+    const j = Math.floor(Math.random() * (i + 1)); [order[i], order[j]] = [order[j], order[i]];
+  }
+  state = {order, flip: order.map(() => Math.random() < 0.5), answers: {}, at: 0};
+}
+const save = () => localStorage.setItem(key, JSON.stringify(state));
+function element(tag, props, ...inside) {
+  const e = Object.assign(document.createElement(tag), props);
+  e.append(...inside);
+  return e;
+}
+const complete = item => questions.every(([q]) => (state.answers[item.name] || {})[q] !== undefined);
+const current = () => data.items[state.order[state.at]];
+function options() {                                // [value to store, word, key] for each choice of a question
+  if (data.rating) return [1, 2, 3, 4, 5].map(n => [n, String(n), String(n)]);
+  const sides = state.flip[state.order[state.at]] ? ["b", "a"] : ["a", "b"];
+  return [[sides[0], "left", "1"], [sides[1], "right", "2"]];
+}
+let playing = null;
+function show() {
+  const item = current(), answers = state.answers[item.name] || {};
+  if (playing !== item) {                           // an answer leaves the films running
+    const films = item.source ? [["source", item.source]] : [];
+    if (data.rating) films.push(["edit", item.a]);
+    else for (const [side, word] of options()) films.push([word, item[side]]);
+    $("videos").replaceChildren(...films.map(([name, src]) => element("figure", {},
+      element("video", {muted: true, autoplay: true, loop: true, playsInline: true, ariaLabel: name, src}),
+      element("figcaption", {textContent: name}))));
+    $("caption").textContent = item.caption || item.name;
+    playing = item;
+  }
+  $("form").replaceChildren(...questions.map(([q, text]) => element("fieldset", {id: "q-" + q},
+    element("legend", {textContent: text}), ...options().map(([value, word]) => element("label", {},
+      element("input", {type: "radio", name: q, value, checked: answers[q] === value,
+                        onchange: () => answer(q, value)}), " " + word)))));
+  const done = data.items.filter(complete).length;
+  Object.assign($("bar"), {max: data.items.length, value: done});
+  $("left").textContent = `${state.at + 1} of ${data.items.length}, ${done} answered`;
+  $("keys").innerHTML = options().map(o => "<kbd>" + o[2] + "</kbd> " + o[1]).join(", ");
+  $("back").disabled = state.at === 0;
+  $("next").disabled = state.at === data.items.length - 1;
+}
+function answer(q, value) {
+  (state.answers[current().name] ||= {})[q] = value;
+  save(); show();
+  const open = questions.find(([k]) => state.answers[current().name][k] === undefined);
+  (open ? $("q-" + open[0]).querySelector("input") : $("next")).focus();
+}
+function go(step) {state.at = Math.min(Math.max(state.at + step, 0), data.items.length - 1); save(); show();}
+$("next").onclick = () => go(1);
+$("back").onclick = () => go(-1);
+$("form").onsubmit = event => event.preventDefault();
+$("export").onclick = () => {
+  const {id, rating, names} = data;
+  const text = JSON.stringify({study: id, rating, names, answers: state.answers}, null, 1);
+  element("a", {href: URL.createObjectURL(new Blob([text], {type: "application/json"})),
+                download: data.id + ".json"}).click();
+};
+document.addEventListener("keydown", event => {     // a digit answers the first open question, or the focused one
+  const choice = options().find(o => o[2] === event.key), field = document.activeElement.closest("fieldset");
+  if (choice && !event.ctrlKey && !event.metaKey && !event.altKey) {
+    const given = state.answers[current().name] || {};
+    const open = questions.find(([q]) => given[q] === undefined);
+    const q = field ? field.id.slice(2) : open && open[0];
+    if (q) answer(q, choice[0]);
+  } else if (event.key === "Enter" && document.activeElement.tagName !== "BUTTON") go(1);
+  else if (event.key === "Backspace") go(-1);
+});
+save(); show();
+</script></html>
+"""
+
+
+def find_clips(folder):
+    """{name: video file or folder of frames} of everything below a folder: edited/cat.mp4 -> "cat"."""
+    videos = {str(p.relative_to(folder).with_suffix("")): p for p in folder.rglob("*")
+              if p.suffix.lower() in (".mp4", ".webm", ".mov", ".mkv", ".gif")}
+    frames = {str(p.parent.relative_to(folder)): p.parent for p in folder.rglob("*")
+              if p.suffix.lower() in (".jpg", ".jpeg", ".png") and p.parent != folder}
+    return frames | videos
+
+
+def data_url(path, fps=8):
+    """A clip as a data: URL that browsers play; frames and other containers are written as mp4 first."""
+    if path.suffix.lower() in (".mp4", ".webm"):
+        blob, kind = path.read_bytes(), path.suffix[1:].lower()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            frames, rate = load_frames(path)
+            video = torch.stack([to_tensor(f) for f in frames])[None]
+            write_video(Path(folder) / "clip.mp4", video, fps if path.is_dir() else rate)
+            blob, kind = (Path(folder) / "clip.mp4").read_bytes(), "mp4"
+    return f"data:video/{kind};base64,{base64.b64encode(blob).decode()}"
+
+
+def main_study(argv):
+    parser = command("study", "One HTML page that asks which of two edits is better, or (--rate) how good one is.")
+    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR",
+                        help="edits A, edits B [and sources]; with --rate: edits [and sources]; clips pair by name")
+    parser.add_argument("--captions", type=Path, help="JSON {clip's name: caption} (default: captions.json in the first DIR)")
+    parser.add_argument("--rate", action="store_true", help="1 to 5 for one edit, to calibrate curation's filter")
+    parser.add_argument("--out", type=Path, default=Path("study.html"), help="page to write")
+    args = parser.parse_args(argv)
+    n_edits = 1 if args.rate else 2
+    if not n_edits <= len(args.dirs) <= n_edits + 1:
+        raise UserError(f"study: {len(args.dirs)} folders; it takes {n_edits} with edits and at most one with sources")
+    for folder in args.dirs:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such directory")
+    clips = [find_clips(folder) for folder in args.dirs]
+    names = sorted(set.intersection(*map(set, clips[:n_edits])))
+    if not names:
+        raise UserError(f"{args.dirs[0]}, {args.dirs[n_edits - 1]}: no clips of the same name in both")
+    alone = sorted(set.union(*map(set, clips[:n_edits])) - set(names))
+    if alone:
+        print(f"left out, in one folder only: {', '.join(alone)}")
+    file = args.captions or args.dirs[0] / "captions.json"
+    captions = read_json(file) if args.captions or file.is_file() else {}
+    items = []
+    for name in names:
+        item = {"name": name, "caption": str(captions.get(name, ""))}
+        for key, found in zip(("a", "source") if args.rate else ("a", "b", "source"), clips):
+            path = found.get(name) or found.get(str(Path(name).parent))  # one source for the edits in a folder of tasks
+            item |= {key: data_url(path)} if path else {}
+        items.append(item)
+    sources = "-".join(folder.resolve().name for folder in args.dirs[:n_edits])
+    data = {"id": f"{sources}-{hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]}", "rating": args.rate,
+            "names": [str(folder) for folder in args.dirs[:n_edits]], "questions": QUESTIONS, "items": items}
+    if args.rate:
+        data["questions"] = {"text": "How well does it follow the caption? (1 not at all, 5 fully)",
+                             "structure": "How well does it keep the source?", "quality": "How good does it look?"}
+    text = json.dumps(data).replace("<", "\\u003c")                     # no name or caption can end the script
+    write_aside(args.out, PAGE.replace("@DATA@", text))
+    print(f"{args.out}: {len(items)} clips, {args.out.stat().st_size / 2 ** 20:.1f} MB; open it in a browser")
+
+
+def main_votes(argv):
+    parser = command("votes", "Win rates from the JSON files that the study's page saves.")
+    parser.add_argument("files", nargs="+", type=Path)
+    files = [(path, read_json(path)) for path in parser.parse_args(argv).files]
+    studies = {answers.get("study") if isinstance(answers, dict) else None for _, answers in files}
+    if len(studies) > 1 or None in studies:
+        raise UserError(f"votes: files of different studies, {', '.join(map(str, studies))}; pass those of one")
+    if files[0][1]["rating"]:
+        raise UserError(f"{files[0][0]}: holds ratings, not votes; curate.py calibrate reads them")
+    a, b = files[0][1]["names"]
+    print(f"{a} against {b}: {len(files)} people", "| question | n | wins | 95 % |", "|---|---|---|---|", sep="\n")
+    rates = []
+    for question in QUESTIONS:
+        votes = [answer[question] for _, answers in files for answer in answers["answers"].values() if question in answer]
+        if votes:
+            test = scipy.stats.binomtest(votes.count("a"), len(votes))
+            low, high = test.proportion_ci(method="exact")
+            rates.append(test.statistic)
+            print(f"| {question} | {len(votes)} | {100 * test.statistic:.1f} | {100 * low:.1f} to {100 * high:.1f} |")
+    if not rates:
+        raise UserError("votes: no answers in these files")
+    print(f"| average | | {100 * np.mean(rates):.1f} | |")
+
+
 def main():
-    commands = {"tgve": main_tgve}
+    commands = {"tgve": main_tgve, "study": main_study, "votes": main_votes}
     name, *rest = sys.argv[1:] or ["--help"]
     commands[name](rest) if name in commands else main_clip([name, *rest])
 

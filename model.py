@@ -753,8 +753,9 @@ class UNet(nn.Module):
 class DDIM:
     """DDIM sampling schedule and step (Song et al. 2021, eq. 12), as the published scheduler configs parametrise it.
 
-    steps: 1 to T. spacing "leading" (published) or "trailing" (starts at the last time step). timesteps: int64, from
-    noise to image. set_alpha_to_one: abar after the last step is 1 instead of abar[0]. cfg: scheduler_config.json.
+    steps: 1 to T. spacing "leading" (published), "trailing" (starts at the last time step) or "linspace" (both ends).
+    timesteps: int64, from noise to image. set_alpha_to_one: abar after the last step is 1 instead of abar[0].
+    cfg: scheduler_config.json.
     """
     def __init__(self, steps, spacing="leading", steps_offset=1, set_alpha_to_one=False, cfg=None):
         cfg = cfg or {}
@@ -767,8 +768,10 @@ class DDIM:
             self.timesteps.clamp_(max=self.T - 1)
         elif spacing == "trailing":
             self.timesteps = (self.T - torch.arange(steps, dtype=torch.float64) * self.T / steps).round().long() - 1
+        elif spacing == "linspace":
+            self.timesteps = torch.linspace(0, self.T - 1, steps, dtype=torch.float64).round().long().flip(0)
         else:
-            raise UserError(f'spacing {spacing}: needs "leading" or "trailing"')
+            raise UserError(f"spacing {spacing}: needs leading, trailing or linspace")
         self.final = torch.tensor(1.0) if set_alpha_to_one else self.abar[0]
 
     def levels(self, i):

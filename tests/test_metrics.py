@@ -6,6 +6,9 @@ of transformers 4.57.1 (DINOv2 with registers), of ViCLIP's original class, and 
 import itertools
 import json
 import math
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -422,3 +425,255 @@ def test_wrong_paths_are_named(argv, message, tmp_path):
     edited = [] if argv[0].endswith("mp4") else [write_clip(tmp_path / "edited.mp4", noisy_clip())]
     with pytest.raises(UserError, match=message):
         metrics.main_clip([*edited, *argv])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Benchmarks
+# ---------------------------------------------------------------------------------------------------------------
+
+CSV = """Video name,Our GT caption,Style Change Caption,Object Change Caption,Background Change Caption,Multiple Changes Caption
+DAVIS Videos:
+fox,"a fox, running","a fox, painted",a cat,a fox in snow,a cat in snow
+,,,,,
+Youtube Videos:,,,,,
+boat,a boat,a boat at night,,a boat on sand,a car
+"""
+PROMPTS = {"fox": {f"edit_{task}": f"change {task}" for task in metrics.TASKS.values()}, "stranger": {}}
+
+
+def write_frames(folder, frames):
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / f"{i:05d}.jpg", quality=95)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A benchmark tree of one video with frames and one without its file, and three of the edits."""
+    (tmp_path / "LOVEU-TGVE-2023_Dataset.csv").write_text(CSV, encoding="utf-8-sig")
+    (tmp_path / "prompt_dict.json").write_text(json.dumps(PROMPTS))
+    write_frames(tmp_path / "DAVIS_480p/480p_frames/fox", noisy_clip(6))
+    for task in ("style", "object", "background"):
+        write_frames(tmp_path / f"edits/DAVIS_480p/fox/{task}", 255 - noisy_clip(4 if task == "object" else 6))
+    return tmp_path
+
+
+def test_the_published_csv_is_read_with_its_section_rows(tree, capsys):
+    items = metrics.read_tgve(tree)
+    assert [i["id"] for i in items] == [f"{v}/{t}" for v in ("DAVIS_480p/fox", "youtube_480p/boat")
+                                        for t in ("style", "object", "background", "multiple")]
+    assert items[0]["source_caption"] == "a fox, running" and items[0]["target_caption"] == "a fox, painted"
+    assert items[1]["instruction"] == "change object" and items[1]["problem"] is None
+    assert "no source video" in items[4]["problem"] and "empty Object Change Caption" == items[5]["problem"]
+    assert "stranger" in capsys.readouterr().out
+
+
+def test_a_csv_without_its_columns_names_them(tmp_path):
+    (tmp_path / "x.csv").write_text("Video name,Our GT caption\n")
+    with pytest.raises(UserError, match="Style Change Caption"):
+        metrics.read_tgve(tmp_path)
+    with pytest.raises(UserError, match="holds no CSV"):
+        metrics.read_tgve(tmp_path / "nothing")
+
+
+def test_long_clips_are_thinned_to_32_frames_as_insv2v_does():
+    assert metrics.thin(list(range(128))) == list(range(0, 128, 4))
+    assert metrics.thin(list(range(80))) == list(range(0, 64, 2)) and metrics.thin(list(range(20))) == list(range(20))
+
+
+def tgve(tree, capsys, *more):
+    metrics.main_tgve([str(tree), "--outputs", str(tree / "edits"), "--out", str(tree / "out"), *flags(), *more])
+    out = capsys.readouterr().out
+    return out, {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("|")}
+
+
+def test_tgve_prints_one_table_with_controls_intervals_missing_clips_and_the_papers_rows(tree, capsys):
+    out, rows = tgve(tree, capsys)
+    cells = {name: [c.strip() for c in line.split("|")[2:-1]] for name, line in rows.items()}
+    head = next(iter(cells.values()))
+    untouched, frozen = (dict(zip(head, cells[f"control: {n}"])) for n in ("untouched source", "frozen first edit"))
+    assert cells["this run [95 %]"][0] == "3" and "[" in cells["this run [95 %]"][1]
+    assert cells["object"][0] == "1" and cells["multiple"][0] == "0"
+    assert untouched["ViCLIP_dir ↑"] == "0.000" and untouched["PSNR outside ↑"] == "100.0"
+    assert frozen["CLIPFrame ↑"] == "1.000"
+    assert cells["copied from the paper: InstructVEdit"][:2] == ["", "0.280"]
+    assert "3 of 8 clips scored" in out and "missing: DAVIS_480p/fox/multiple: no edit at" in out
+    assert "missing: youtube_480p/boat/object: empty Object Change Caption" in out
+    assert "DAVIS_480p/fox/object: source has 6 frames, edit 4: the first 4 of both are scored" in out
+    clips = json.loads((tree / "out/scores.json").read_text())["clips"]
+    assert len(clips) == 8 and set(clips[0]["scores"]) == {"edit", "untouched source", "frozen first edit"}
+
+
+def test_scoring_resumes_after_a_crash_that_cut_the_log(tree, capsys):
+    _, first = tgve(tree, capsys)
+    log = tree / "out/scores.jsonl"
+    whole = log.read_text()
+    log.write_text(whole[:len(whole) * 2 // 3])                                          # ends inside a line
+    _, second = tgve(tree, capsys)
+    assert first == second and sorted(whole.splitlines()) == sorted(log.read_text().splitlines())
+    log.write_text("")
+    assert tgve(tree, capsys)[1] == first
+
+
+def test_a_log_of_other_scorers_is_refused(tree, capsys):
+    tgve(tree, capsys)
+    with pytest.raises(UserError, match="another --out"):
+        tgve(tree, capsys, "--pick", "none")
+
+
+def test_an_edit_that_appears_later_is_scored_then(tree, capsys):
+    tgve(tree, capsys)
+    write_frames(tree / "edits/DAVIS_480p/fox/multiple", noisy_clip(6) // 2)
+    assert "4 of 8 clips scored" in tgve(tree, capsys)[0]
+
+
+def test_an_interval_covers_the_mean_and_shrinks_with_n():
+    x = np.random.default_rng(0).normal(3, 1, 400)
+    low, high = metrics.interval(x)
+    assert low < x.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.2)
+    few = metrics.interval(x[:16])
+    assert few[1] - few[0] > 2 * (high - low)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# User study
+# ---------------------------------------------------------------------------------------------------------------
+
+EVIL = "</script><script>document.title = 'broken'</script> & <b>cat</b>"
+
+
+@pytest.fixture
+def study(tmp_path):
+    for folder, value in (("a", 60), ("b", 120), ("source", 200)):
+        (tmp_path / folder).mkdir()
+        for name in ("cat", "dog", "owl"):
+            write_clip(tmp_path / folder / f"{name}.mp4", np.full((4, 32, 32, 3), value, np.uint8))
+    (tmp_path / "a" / "captions.json").write_text(json.dumps({"cat": EVIL, "dog": EVIL, "owl": EVIL}))
+    page = tmp_path / "study.html"
+    metrics.main_study([str(tmp_path / f) for f in ("a", "b", "source")] + ["--out", str(page)])
+    return page
+
+
+def study_data(page):
+    text = page.read_text().split('type="application/json">')[1].split("</script>")[0]
+    return json.loads(text)
+
+
+def test_the_study_page_carries_every_clip_and_escapes_captions(study):
+    data = study_data(study)
+    assert [i["name"] for i in data["items"]] == ["cat", "dog", "owl"] and data["items"][0]["caption"] == EVIL
+    assert all(i[k].startswith("data:video/mp4;base64,") for i in data["items"] for k in ("a", "b", "source"))
+    assert EVIL not in study.read_text() and "http" not in study.read_text()
+
+
+def test_study_pairs_by_name_and_says_what_it_leaves_out(study, capsys):
+    (study.parent / "b" / "owl.mp4").unlink()
+    metrics.main_study([str(study.parent / "a"), str(study.parent / "b"), "--out", str(study)])
+    assert "in one folder only: owl" in capsys.readouterr().out and len(study_data(study)["items"]) == 2
+    with pytest.raises(UserError, match="no clips of the same name"):
+        (study.parent / "empty").mkdir()
+        metrics.main_study([str(study.parent / "a"), str(study.parent / "empty"), "--out", str(study)])
+
+
+def test_votes_are_win_rates_with_exact_binomial_intervals(tmp_path, capsys):
+    files = []
+    for person in range(2):
+        answers = {f"clip{i}": {"text": "a" if i < 8 else "b", "structure": "b", "quality": "a"} for i in range(10)}
+        files.append(tmp_path / f"{person}.json")
+        files[-1].write_text(json.dumps({"study": "s", "rating": False, "names": ["ours", "theirs"], "answers": answers}))
+    metrics.main_votes([str(f) for f in files])
+    out = capsys.readouterr().out
+    assert "| text | 20 | 80.0 | 56.3 to 94.3 |" in out                                  # Clopper-Pearson, 16 of 20
+    assert "| structure | 20 | 0.0 | 0.0 to 16.8 |" in out and "| average | | 60.0 | |" in out
+    files[1].write_text(json.dumps({"study": "other", "rating": False, "names": ["x", "y"], "answers": {}}))
+    with pytest.raises(UserError, match="different studies"):
+        metrics.main_votes([str(f) for f in files])
+
+
+class Browser:
+    """A headless chromium, driven through its debugging pipe."""
+
+    def __init__(self, profile, page):
+        theirs_in, self.write = os.pipe()
+        self.read, theirs_out = os.pipe()
+        command = (f"exec chromium --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage "
+                   f"--remote-debugging-pipe --user-data-dir={profile} about:blank 3<&{theirs_in} 4>&{theirs_out}")
+        self.process = subprocess.Popen(["bash", "-c", command], pass_fds=(theirs_in, theirs_out),
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(theirs_in), os.close(theirs_out)
+        self.session, self.buffer, self.count, self.loads = None, b"", 0, 0
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.send("Page.enable")
+        self.load("Page.navigate", url=page.as_uri())
+
+    def message(self):
+        while b"\0" not in self.buffer:
+            self.buffer += os.read(self.read, 1 << 16) or pytest.fail("chromium ended")
+        text, self.buffer = self.buffer.split(b"\0", 1)
+        self.loads += b"Page.loadEventFired" in text
+        return json.loads(text)
+
+    def send(self, method, **params):
+        self.count += 1
+        session = {"sessionId": self.session} if self.session else {}
+        os.write(self.write, json.dumps({"id": self.count, "method": method, "params": params} | session).encode() + b"\0")
+        while (reply := self.message()).get("id") != self.count:
+            pass
+        return reply.get("result", {})
+
+    def load(self, method, **params):
+        """Navigates or reloads, then waits until the page's script has run and its films can play."""
+        self.js("window.stale = true")
+        self.send(method, **params)
+        while True:                                                                      # the blank page loads, too
+            loads = self.loads
+            ready = self.send("Runtime.evaluate", expression="!window.stale && playing !== null", returnByValue=True)
+            if ready.get("result", {}).get("value") is True:
+                break
+            while self.loads == loads:
+                self.message()
+        self.js("Promise.all([...document.querySelectorAll('video')].map(v => v.readyState > 1 ? 0 :"
+                "new Promise(done => v.onloadeddata = done)))")
+
+    def js(self, expression):
+        reply = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
+
+    def press(self, *keys):
+        for key in keys:
+            text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
+            self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
+            self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed (apt install chromium)")
+def test_in_a_browser_the_study_is_answered_by_keyboard_kept_over_a_reload_and_exported(study, tmp_path):
+    browser = Browser(tmp_path / "profile", study)
+    try:
+        assert browser.js("$('caption').textContent") == EVIL and browser.js("document.title") != "broken"
+        assert browser.js("[...document.querySelectorAll('video')].map(v => v.videoWidth)") == [32, 32, 32]
+        name, left = browser.js("current().name"), browser.js("state.flip[state.order[0]] ? 'b' : 'a'")
+        browser.js("window.film = document.querySelector('video')")
+        browser.press("1", "2", "1")
+        assert browser.js("film.isConnected")                                            # an answer restarts nothing
+        browser.press("Enter")
+        right = "ab".replace(left, "")
+        want = {name: {"text": left, "structure": right, "quality": left}}
+        assert browser.js("state.answers") == want and browser.js("state.at") == 1
+        order = browser.js("state.order")
+        browser.load("Page.reload")
+        assert browser.js("state.answers") == want and browser.js("state.at") == 1 and browser.js("state.order") == order
+        assert browser.js("$('left').textContent") == "2 of 3, 1 answered"
+        browser.press("Backspace")
+        assert browser.js("state.at") == 0 and browser.js("document.querySelectorAll('input:checked').length") == 3
+        browser.js("URL.createObjectURL = blob => (window.saved = blob.text(), 'data:,')")
+        browser.js("$('export').click()")
+        saved = json.loads(browser.js("saved"))
+        assert saved["answers"] == want and saved["rating"] is False and len(saved["names"]) == 2
+        (tmp_path / "votes.json").write_text(json.dumps(saved))
+        metrics.main_votes([str(tmp_path / "votes.json")])
+    finally:
+        browser.process.kill()
+        browser.process.wait()

@@ -1,0 +1,5 @@
+"""Makes the five scripts importable from anywhere."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
