@@ -15,8 +15,8 @@ Contents
     benchmarks   read_tgve, read_tgve_plus, edit_benchmark, score_benchmark, table, main_tgve
     user study   main_study, main_votes
 
-Networks return un-normalised projected features, so that a clip is encoded once for all its scores. Between files
-and networks a clip is "frames", (F, H, W, 3) uint8.
+Networks return un-normalised projected features, so that a clip is encoded once for all its scores.
+Between files and networks a clip is "frames", (F, H, W, 3) uint8.
 """
 import argparse
 import base64
@@ -26,6 +26,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -43,15 +44,15 @@ from tqdm import tqdm
 
 from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
                    find_tensors, hub_dir, load_weights, read_json, read_tensors, run)
-from sample import (choose_model, edit_stream, model_size, plan, probe, read_frames, resize, seam_score, to_rgb,
-                    to_tensor, window_starts, write_video)
+from sample import (choose_model, edit_stream, model_size, plan, probe, read_frames, resize, seam_score,
+                    to_rgb, to_tensor, window_starts, write_video)
 
 # ------------------------------------------------------------------------------------------------------------
 # Images in
 # ------------------------------------------------------------------------------------------------------------
 
 def to_u8(images):
-    """A tensor (..., 3, H, W) in [-1, 1], one PIL image or array, or a list of them -> list of (H, W, 3) uint8."""
+    """A tensor (..., 3, H, W) in [-1, 1], a PIL image or array, or a list -> list of (H, W, 3) uint8."""
     if torch.is_tensor(images):
         x = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return list(x.reshape(-1, *x.shape[-3:]).permute(0, 2, 3, 1).contiguous().numpy())
@@ -61,10 +62,10 @@ def to_u8(images):
 
 
 def resize_crop(image, resize, crop):
-    """uint8 (H, W, 3) -> (crop, crop, 3): shortest side to `resize` (PIL bicubic, antialiased), then the centre.
+    """uint8 (H, W, 3) -> (crop, crop, 3): short side to `resize` (PIL bicubic, antialiased), then the centre.
 
-    The long side is cut to whole pixels, not rounded, and an odd margin has its extra pixel below and on the right,
-    as in the published image processors.
+    The long side is cut to whole pixels, not rounded, and an odd margin has its extra pixel below and on the
+    right, as in the published image processors.
     """
     height, width = image.shape[:2]
     if min(height, width) != resize:
@@ -75,10 +76,10 @@ def resize_crop(image, resize, crop):
 
 
 class Preprocess:
-    """preprocessor_config.json as a function: images (see `to_u8`) -> normalised pixel_values (N, 3, S, S) float32."""
+    """preprocessor_config.json as a function: images (see `to_u8`) -> pixel_values (N, 3, S, S) float32."""
 
     def __init__(self, cfg):
-        def side(value):                                 # 224 or {"shortest_edge": 224} or {"height": 224, …}
+        def side(value):                            # 224 or {"shortest_edge": 224} or {"height": 224, …}
             return value if isinstance(value, int) else value.get("shortest_edge") or value["height"]
         self.resize, self.crop = side(cfg["size"]), side(cfg["crop_size"])
         self.mean, self.std = torch.tensor(cfg["image_mean"]), torch.tensor(cfg["image_std"])
@@ -132,8 +133,8 @@ class VisionModel(nn.Module):
 class CLIP(nn.Module):
     """Both towers of CLIP from a transformers-style config {projection_dim, text_config, vision_config}.
 
-    encode_image: pixel_values (N, 3, S, S) -> (N, P); encode_text: ids (N, 77) -> (N, P); float32, not normalised.
-    `CLIP(config)` is randomly initialised and trains; `from_pretrained` also brings `.tokenizer` and `.preprocess`.
+    encode_image: pixel_values (N, 3, S, S) -> (N, P); encode_text: ids (N, 77) -> (N, P); not normalised.
+    `CLIP(config)` starts at random and trains; `from_pretrained` also brings `.tokenizer` and `.preprocess`.
     """
 
     def __init__(self, cfg):
@@ -148,14 +149,15 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """OpenAI's initialisation: residual branches shrink with depth, so that the sum of all keeps its scale."""
-        for tower, proj in ((self.text_model, self.text_projection), (self.vision_model, self.visual_projection)):
+        """OpenAI's initialisation: residual branches shrink with depth, so that their sum keeps its scale."""
+        for tower, proj in ((self.text_model, self.text_projection),
+                            (self.vision_model, self.visual_projection)):
             layers, width = tower.encoder.layers, proj.in_features
             for layer in layers:
                 attn, fc1, fc2 = layer.self_attn, layer.mlp["fc1"], layer.mlp["fc2"]
-                branch = (2 * width * len(layers)) ** -0.5
-                for lin, std in ((attn.q_proj, width ** -0.5), (attn.k_proj, width ** -0.5), (fc2, branch),
-                                 (attn.v_proj, width ** -0.5), (attn.out_proj, branch), (fc1, (2 * width) ** -0.5)):
+                inside, branch = width ** -0.5, (2 * width * len(layers)) ** -0.5
+                for lin, std in ((attn.q_proj, inside), (attn.k_proj, inside), (attn.v_proj, inside),
+                                 (attn.out_proj, branch), (fc1, (2 * width) ** -0.5), (fc2, branch)):
                     nn.init.normal_(lin.weight, std=std)
                     nn.init.zeros_(lin.bias)
             nn.init.normal_(proj.weight, std=width ** -0.5)
@@ -167,7 +169,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, device=None, dtype=torch.float32):
-        """source: a hub id (openai/clip-vit-large-patch14, yuvalkirstain/PickScore_v1) or a directory in that layout.
+        """source: openai/clip-vit-large-patch14, yuvalkirstain/PickScore_v1, or a directory in that layout.
 
         Raises UserError for missing, partial or foreign files.
         """
@@ -175,7 +177,8 @@ class CLIP(nn.Module):
         with torch.device("meta"):
             net = cls(read_json(folder / "config.json"))
         tensors, file = find_tensors(folder)
-        load_weights(net, tensors, f"{folder.name}/{file}", drop=("position_ids",), device=device, dtype=dtype)
+        file = f"{folder.name}/{file}"
+        load_weights(net, tensors, file, drop=("position_ids",), device=device, dtype=dtype)
         net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
         net.preprocess = Preprocess(read_json(folder / "preprocessor_config.json"))
         return net.eval()
@@ -196,7 +199,7 @@ class CLIP(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 def resize_positions(table, grid, rule):
-    """The square position table (1, 1 + n*n, D) for another grid (h, w), bicubic in float32. Three published rules:
+    """The square position table (1, 1 + n*n, D) for another grid (h, w), bicubic in float32, by one of
 
     "size"       to the size, no antialias: transformers' Dinov2Model
     "antialias"  to the size with antialias: the register models, in both code bases
@@ -255,13 +258,13 @@ class DINOLayer(nn.Module):
 class DINOv2(nn.Module):
     """encode_image: pixel_values (N, 3, H, W), sides divisible by the patch size -> class feature (N, D).
 
-    rule: how positions are interpolated, see `resize_positions`; None picks what transformers does for the model.
+    rule: how positions are interpolated, see `resize_positions`; None takes transformers' for the model.
     """
 
     def __init__(self, cfg, rule=None):
         super().__init__()
         if cfg.get("use_swiglu_ffn"):
-            raise UserError("DINOv2: use_swiglu_ffn (the giant model) is not supported; use small, base or large")
+            raise UserError("DINOv2: use_swiglu_ffn (the giant model) is not known; use small, base or large")
         width, registers, eps = cfg["hidden_size"], cfg.get("num_register_tokens", 0), cfg["layer_norm_eps"]
         self.image_size, self.rule = cfg["image_size"], rule or ("antialias" if registers else "size")
         self.embeddings = DINOEmbeddings(width, self.image_size, cfg["patch_size"], registers)
@@ -272,7 +275,7 @@ class DINOv2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, rule=None, device=None, dtype=torch.float32):
-        """source: facebook/dinov2-base, facebook/dinov2-with-registers-large, or a directory in that layout."""
+        """source: facebook/dinov2-base, facebook/dinov2-with-registers-large, or a directory like that."""
         folder = hub_dir(source, ["*.json", "model.safetensors"])
         with torch.device("meta"):
             net = cls(read_json(folder / "config.json"), rule)
@@ -330,9 +333,10 @@ class ViCLIPVision(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         width, patch, init = cfg["vision_width"], cfg["patch_size"], cfg["vision_width"] ** -0.5
+        n_patches = (cfg["image_size"] // patch) ** 2
         self.conv1 = nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch), bias=False)
         self.class_embedding = nn.Parameter(init * torch.randn(width))
-        self.positional_embedding = nn.Parameter(init * torch.randn((cfg["image_size"] // patch) ** 2 + 1, width))
+        self.positional_embedding = nn.Parameter(init * torch.randn(1 + n_patches, width))
         self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, cfg["num_frames"], width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = ViCLIPBlocks(width, cfg["vision_layers"], cfg["vision_heads"])
@@ -363,36 +367,38 @@ class ViCLIPText(nn.Module):
 
     def forward(self, ids):
         x = self.transformer(self.token_embedding(ids) + self.positional_embedding, causal=True)
-        x = self.ln_final(x)[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]  # at the end token, as in CLIP
+        x = self.ln_final(x)[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]   # the end token's
         return x @ self.text_projection
 
 
 class ViCLIP(nn.Module):
-    """encode_video: (N, 8 or 1, 3, S, S) normalised -> (N, P); encode_text: ids (N, 32) -> (N, P); not normalised.
+    """encode_video: (N, 8 or 1, 3, S, S) -> (N, P); encode_text: ids (N, 32) -> (N, P); not normalised.
 
-    cfg: image_size, patch_size, num_frames, {vision,text}_{width,layers,heads}, context_length, vocab_size, embed_dim.
-    All tokens are used: the published code drops 90 % of them unless told otherwise, which is meant for training.
+    cfg: image_size, patch_size, num_frames, {vision,text}_{width,layers,heads}, context_length, vocab_size,
+    embed_dim. All tokens are used; the published code drops 90 % by default, which is for training.
     """
-    MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's, not CLIP's
+    MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])        # ImageNet's
     FILES = ["ViClip-InternVid-10M-FLT.pth", "model.safetensors", "bpe_simple_vocab_16e6.txt.gz", "*.json"]
 
     def __init__(self, cfg):
         super().__init__()
-        self.image_size, self.n_frames, self.context = cfg["image_size"], cfg["num_frames"], cfg["context_length"]
+        self.image_size, self.n_frames = cfg["image_size"], cfg["num_frames"]
+        self.context = cfg["context_length"]
         self.temp = nn.Parameter(torch.tensor(0.01))                    # for training, not in scores
         self.vision_encoder, self.text_encoder = ViCLIPVision(cfg), ViCLIPText(cfg)
 
     @classmethod
     def from_pretrained(cls, source, device=None, dtype=torch.float32):
-        """source: OpenGVLab/ViCLIP (gated: accept its terms and log in) or a directory with its .pth, or with a
-        model.safetensors of the same names, and the vocabulary beside it.
+        """source: OpenGVLab/ViCLIP (gated: accept its terms and log in) or a directory with its .pth, or with
+        a model.safetensors of the same names, and the vocabulary beside it.
 
         Sizes come from the tensors; heads are 64 wide unless a config beside the file gives their number.
         """
         folder = hub_dir(source, cls.FILES)
         path = next((folder / name for name in cls.FILES[:2] if (folder / name).is_file()), None)
         if path is None:
-            raise UserError(f"{source}: holds neither {cls.FILES[0]} nor {cls.FILES[1]}; pass a copy of OpenGVLab/ViCLIP")
+            raise UserError(f"{source}: holds neither {cls.FILES[0]} nor {cls.FILES[1]}; "
+                            "pass a copy of OpenGVLab/ViCLIP")
         tensors = read_tensors(path)
         if "vision_encoder.conv1.weight" not in tensors:
             raise UserError(f"{path}: holds no vision_encoder.conv1.weight; is it ViCLIP's file?")
@@ -410,7 +416,7 @@ class ViCLIP(nn.Module):
 
     def encode_video(self, video):
         if video.shape[1] not in (1, self.n_frames):
-            raise UserError(f"ViCLIP: {video.shape[1]} frames; its positions in time fit {self.n_frames}, or one still")
+            raise UserError(f"ViCLIP: {video.shape[1]} frames; its positions fit {self.n_frames} or 1")
         return self.vision_encoder(video.to(self.text_encoder.text_projection)).float()
 
     def encode_text(self, ids):
@@ -420,11 +426,11 @@ class ViCLIP(nn.Module):
         return self.tokenizer(texts, length=self.context)
 
     def bytes(self, images):
-        """Frames (see `to_u8`) -> the 8 that ViCLIP sees, (8, S, S, 3) uint8: every (n // 8)-th, stretched, no crop."""
+        """Frames (see `to_u8`) -> the 8 that ViCLIP sees, (8, S, S, 3) uint8: stretched, not cropped."""
         return np.stack([bilinear_u8(frame, self.image_size) for frame in self.choose(to_u8(images))])
 
     def choose(self, frames):
-        """The 8 of a list of frames; ours: a shorter clip is slowed down to 8."""
+        """Every (n // 8)-th of n frames, 8 of them; ours: a shorter clip is slowed down to 8."""
         n = self.n_frames
         if len(frames) < n:
             return [frames[i * len(frames) // n] for i in range(n)]
@@ -432,7 +438,8 @@ class ViCLIP(nn.Module):
 
     def normalise(self, u8):
         """(8, S, S, 3) uint8 -> (1, 8, 3, S, S) float32."""
-        return ((torch.from_numpy(u8).float() / 255 - self.MEAN) / self.STD).permute(0, 3, 1, 2)[None].contiguous()
+        x = (torch.from_numpy(u8).float() / 255 - self.MEAN) / self.STD
+        return x.permute(0, 3, 1, 2)[None].contiguous()
 
     def preprocess(self, images):
         return self.normalise(self.bytes(images))
@@ -447,16 +454,17 @@ def viclip_sizes(t):
         return 1 + max(int(k.split(".")[3]) for k in t if k.startswith(f"{tower}_encoder.transformer."))
     return dict(image_size=grid * vision.shape[-1], patch_size=vision.shape[-1],
                 num_frames=t["vision_encoder.temporal_positional_embedding"].shape[1],
-                vision_width=len(vision), vision_layers=layers("vision"), vision_heads=max(1, len(vision) // 64),
-                text_width=text.shape[1], text_layers=layers("text"), text_heads=max(1, text.shape[1] // 64),
-                context_length=len(t["text_encoder.positional_embedding"]), vocab_size=len(text),
+                vision_width=len(vision), vision_layers=layers("vision"),
+                vision_heads=max(1, len(vision) // 64), text_heads=max(1, text.shape[1] // 64),
+                text_width=text.shape[1], text_layers=layers("text"), vocab_size=len(text),
+                context_length=len(t["text_encoder.positional_embedding"]),
                 embed_dim=t["vision_encoder.proj"].shape[1])
 
 
 def bilinear_u8(image, size):
-    """uint8 (H, W, 3) -> (size, size, 3) as OpenCV's INTER_LINEAR does it, in its fixed point: ViCLIP was fed by that.
+    """uint8 (H, W, 3) -> (size, size, 3) as OpenCV's INTER_LINEAR does it, which is what fed ViCLIP.
 
-    Weights of 11 bits, no antialias, the border repeated.
+    In its fixed point: weights of 11 bits, no antialias, the border repeated.
     """
     def taps(n):                                                        # first pixel, share of the next
         at = ((np.arange(size) + 0.5) * (n / size) - 0.5).astype(np.float32)
@@ -477,7 +485,7 @@ def bilinear_u8(image, size):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Scores on features: image features (F, P), one per frame; text and video features (P,); none normalised before
+# Scores on features: image features (F, P), one per frame; text and video features (P,); none normalised
 # ------------------------------------------------------------------------------------------------------------
 
 def cosine(a, b):
@@ -485,8 +493,8 @@ def cosine(a, b):
 
 
 def clip_frame(images):
-    """CLIPFrame: mean cosine over all ordered pairs of different frames. 0 to 1, up; rewards doing nothing; NaN for
-    one frame. Wu et al. 2023 (TGVE), run_eval.py."""
+    """CLIPFrame: mean cosine over all ordered pairs of different frames. 0 to 1, up; rewards doing nothing;
+    NaN for one frame. Wu et al. 2023 (TGVE), run_eval.py."""
     x, n = F.normalize(images, dim=-1), len(images)
     return float(((x @ x.T).sum() - (x * x).sum()) / (n * (n - 1))) if n > 1 else math.nan
 
@@ -498,13 +506,13 @@ def clip_text(images, target, scale=100.0):
 
 
 def pick_score(images, target, logit_scale):
-    """PickScore: mean over frames of exp(logit_scale) * cosine, features and logit_scale from PickScore's own network.
-    Near 20, up. Kirstain et al. 2023."""
+    """PickScore: mean over frames of exp(logit_scale) * cosine, all by PickScore's own network. Near 20, up.
+    Kirstain et al. 2023."""
     return float(math.exp(logit_scale) * cosine(images, target).mean())
 
 
 def viclip_out(edited, target):
-    """ViCLIP_out: cosine of the edited clip and the target caption. 0.2 to 0.3, up. Singer et al. 2024 (EVE)."""
+    """ViCLIP_out: cosine of the edited clip and the target caption. 0.2 to 0.3, up. Singer et al. 2024."""
     return float(cosine(edited, target))
 
 
@@ -514,8 +522,9 @@ def viclip_dir(edited, source, target, source_text):
     PAPER: neither it nor EVE says whether features are normalised before the subtraction; InstructPix2Pix's
     directional CLIP, which it follows, normalises first, and so do we.
     """
-    edited, source, target, source_text = (F.normalize(x, dim=-1) for x in (edited, source, target, source_text))
-    return float(cosine(edited - source, target - source_text))
+    video, text = ((edited, source), (target, source_text))
+    video, text = (F.normalize(b, dim=-1) - F.normalize(a, dim=-1) for b, a in (video, text))
+    return float(cosine(video, text))
 
 
 @torch.no_grad()
@@ -523,20 +532,22 @@ def image_scores(clip, dino, source, edited, source_caption, target_caption):
     """UltraEdit's six scores (Zhao et al. 2024) of N edits of one image: dict of (N,) float64 arrays, all up.
 
     source: one image, edited: a list of N of the same size (see `to_u8`); dino: None leaves its score out.
-    CLIP gets a stretch to its square by tensor bicubic without antialias; DINOv2 (theirs: ViT-L with registers) one
-    by nearest pixels, not normalised: as in the released code, not as the networks were trained.
+    CLIP gets a stretch to its square by tensor bicubic without antialias; DINOv2 (theirs: ViT-L with
+    registers) one by nearest pixels, not normalised: as in the released code, not as they were trained.
     """
     images = to_u8(source) + to_u8(edited)                              # the source first
-    if len({im.shape for im in images}) > 1:
-        raise UserError(f"image scores: sizes differ, {', '.join(sorted({str(im.shape[:2]) for im in images}))} "
-                        "(height, width); the edit must have the source's size")
+    sizes = sorted({f"{im.shape[1]}x{im.shape[0]}" for im in images})
+    if len(sizes) > 1:
+        raise UserError(f"image scores: sizes differ, {', '.join(sizes)}; edits must have the source's size")
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255  # (1 + N, 3, H, W)
     mean, std = clip.preprocess.mean[:, None, None], clip.preprocess.std[:, None, None]
     square = (F.interpolate(x, size=(clip.image_size, clip.image_size), mode="bicubic") - mean) / std
     img = F.normalize(clip.encode_image(square), dim=-1)
     src, tgt = F.normalize(clip.encode_text(clip.tokenizer([source_caption, target_caption])), dim=-1)
-    scores = {"clip_sim_source": cosine(img[:1], src).expand(len(img) - 1), "clip_sim_target": cosine(img[1:], tgt),
-              "clip_sim_dir": cosine(img[1:] - img[:1], tgt - src), "clip_sim_image": cosine(img[1:], img[:1])}
+    scores = {"clip_sim_source": cosine(img[:1], src).expand(len(img) - 1),
+              "clip_sim_target": cosine(img[1:], tgt),
+              "clip_sim_dir": cosine(img[1:] - img[:1], tgt - src),
+              "clip_sim_image": cosine(img[1:], img[:1])}
     if dino is not None:
         d = dino.encode_image(F.interpolate(x, size=(dino.image_size, dino.image_size), mode="nearest"))
         scores["dinov2_sim"] = cosine(d[1:], d[:1])
@@ -555,9 +566,10 @@ def unit(x):
 
 
 def ssim_map(first, second):
-    """Structural similarity of every full 7x7 window: (..., H, W, 3) twice -> (..., H-6, W-6, 3). Wang et al. 2004.
+    """Structural similarity of every full 7x7 window: (..., H, W, 3) twice -> (..., H-6, W-6, 3).
 
-    scikit-image's default: flat window, sample covariance (48ths, not 49ths), constants 0.01^2 and 0.03^2.
+    Wang et al. 2004, as scikit-image has it by default: flat window, sample covariance (48ths, not 49ths),
+    constants 0.01^2 and 0.03^2.
     """
     a, b = unit(first), unit(second)
     if min(a.shape[-3:-1]) < 7:
@@ -567,7 +579,8 @@ def ssim_map(first, second):
         x = uniform_filter(x, size=(1,) * (x.ndim - 3) + (7, 7, 1))
         return x[..., 3:-3, 3:-3, :]
     ma, mb = mean(a), mean(b)
-    va, vb, cov = (49 / 48 * (mean(x * y) - mx * my) for x, y, mx, my in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb)))
+    va, vb, cov = (49 / 48 * (mean(xy) - mx * my)
+                   for xy, mx, my in ((a * a, ma, ma), (b * b, mb, mb), (a * b, ma, mb)))
     return (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))
 
 
@@ -577,16 +590,17 @@ def ssim(first, second):
 
 
 def psnr(first, second, mask=None):
-    """Decibels, up; over the pixels where mask (..., H, W) is true; 100 stands for equal (or nothing to compare)."""
+    """Decibels, up; over the pixels where mask (..., H, W) is true; 100 stands for equal or no pixels."""
     error = (unit(first) - unit(second)) ** 2
     error = error if mask is None else error[mask]
     return float(-10 * np.log10(max(error.mean(), 1e-10))) if error.size else 100.0
 
 
 def flicker(frames):
-    """Mean distance of a frame from the mean of its two neighbours, in grey levels of 255; down. uint8 frames.
+    """Mean distance of a frame from the mean of its two neighbours, in grey levels of 255; down.
 
-    Steady motion mostly cancels, flicker does not. Compare with the source's own; NaN below three frames.
+    frames: uint8. Steady motion mostly cancels, flicker does not. Compare with the source's own; NaN for
+    fewer than three frames.
     """
     x = [frame.astype(np.int16) for frame in frames]
     bends = [np.abs(2 * now - before - after).mean() / 2 for before, now, after in zip(x, x[1:], x[2:])]
@@ -596,8 +610,8 @@ def flicker(frames):
 def changed_region(source, edited):
     """(F, H, W) bool: where the edit changed the picture, by Otsu's threshold on the blurred difference.
 
-    At least 10 grey levels count as a change, so that compression noise does not; an edit of the whole frame gives
-    (nearly) the whole frame.
+    Less than 10 grey levels is no change, since compression makes that, and more than 40 always is one. An
+    edit of the whole frame gives (nearly) the whole frame.
     """
     blur = 0.02 * min(source.shape[1:3])                                # pixels
     d = gaussian_filter(np.abs(unit(source) - unit(edited)).mean(-1), (0, blur, blur))
@@ -611,24 +625,25 @@ def changed_region(source, edited):
 
 
 def preservation(source, edited, mask=None):
-    """How well everything outside the edit is kept: (share of area changed, PSNR outside in dB, SSIM outside).
+    """How well all outside the edit is kept: (share of area changed, PSNR outside in dB, SSIM outside).
 
-    mask (F, H, W) bool: the true region of the edit; None derives it from the two clips, which flatters a little.
-    Where less than 5 % of the clip is outside, both are NaN: an edit of the whole frame has nothing to preserve.
+    mask (F, H, W) bool: the true region of the edit; None derives it from the clips, which flatters a little.
+    With less than 5 % of the clip outside, both are NaN: an edit of the whole frame has nothing to preserve.
     """
     mask = changed_region(source, edited) if mask is None else mask
     if mask.mean() > 0.95:
         return float(mask.mean()), math.nan, math.nan
-    return float(mask.mean()), psnr(source, edited, ~mask), float(ssim_map(source, edited)[~mask[:, 3:-3, 3:-3]].mean())
+    inner = ~mask[:, 3:-3, 3:-3]                    # where SSIM's windows are whole
+    return float(mask.mean()), psnr(source, edited, ~mask), float(ssim_map(source, edited)[inner].mean())
 
 
 # ------------------------------------------------------------------------------------------------------------
 # One clip: every score there is an input for
 # ------------------------------------------------------------------------------------------------------------
 
-SCORES = {                  # printed name, what is better, decimals, what it says
+SCORES = {                                              # printed name, what is better, decimals, what it says
     "viclip_out": ("ViCLIP_out", "up", 3, "edited clip against the target caption"),
-    "viclip_dir": ("ViCLIP_dir", "up", 3, "change of the clip against change of the caption; untouched has 0"),
+    "viclip_dir": ("ViCLIP_dir", "up", 3, "change of the clip against the caption's; untouched has 0"),
     "pick_score": ("PickScore", "up", 2, "human preference for each frame under the target caption"),
     "clip_frame": ("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1"),
     "clip_text": ("CLIPText", "up", 2, "frames against the target caption, x 100"),
@@ -639,7 +654,7 @@ SCORES = {                  # printed name, what is better, decimals, what it sa
     "psnr_outside": ("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal"),
     "ssim_outside": ("SSIM outside", "up", 3, "structure kept outside that area"),
 }
-SCORERS = {                 # role: hub id or directory
+SCORERS = {                                                             # role: hub id or directory
     "published": {"clip": "openai/clip-vit-large-patch14", "pick": "yuvalkirstain/PickScore_v1",
                   "viclip": "OpenGVLab/ViCLIP"},
     "tiny": {"clip": ROOT / "assets/tiny/clip", "viclip": ROOT / "assets/tiny/viclip"},
@@ -660,11 +675,10 @@ def stretch(frame, width, height):
 
 
 def align(source, edited, source_fps, edited_fps):
-    """Source and edit as clips of one length, size and rate: (source, edited, what was done, one line each)."""
-    notes = []
-    if max(source_fps, edited_fps) > 1.01 * min(source_fps, edited_fps):
-        rate = min(source_fps, edited_fps)
-        notes.append(f"source has {source_fps:g} frames per second, edit {edited_fps:g}: compared at {rate:g}")
+    """Source and edit as clips of one length, size and rate: (source, edited, notes on what was done)."""
+    notes, rate = [], min(source_fps, edited_fps)
+    if max(source_fps, edited_fps) > 1.01 * rate:
+        notes.append(f"source has {source_fps:g} frames a second, edit {edited_fps:g}: compared at {rate:g}")
         source, edited = (x[(np.arange(int(len(x) / fps * rate + 0.01)) * fps / rate + 0.01).astype(int)]
                           for x, fps in ((source, source_fps), (edited, edited_fps)))
     n = min(len(source), len(edited))
@@ -672,7 +686,7 @@ def align(source, edited, source_fps, edited_fps):
         notes.append(f"source has {len(source)} frames, edit {len(edited)}: the first {n} of both are scored")
     if source.shape[1:3] != edited.shape[1:3]:
         height, width = source.shape[1:3]
-        notes.append(f"edit is {edited.shape[2]}x{edited.shape[1]}, source {width}x{height}: edit stretched to it")
+        notes.append(f"edit stretched from {edited.shape[2]}x{edited.shape[1]} to the source's {width}x{height}")
         edited = np.stack([stretch(frame, width, height) for frame in edited[:n]])
     return source[:n], edited[:n], notes
 
@@ -681,29 +695,33 @@ def pixel_scores(source, edited, mask=None, n_kept=8):
     """The scores that need no network; preservation on at most `n_kept` frames, evenly spaced."""
     at = np.unique(np.linspace(0, len(edited) - 1, n_kept).astype(int))
     changed, kept_psnr, kept_ssim = preservation(source[at], edited[at], None if mask is None else mask[at])
-    steps = [[np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(x, x[1:])] for x in (edited, source)]
-    seam = seam_score(*steps, window_starts(len(edited), "video")[1:])
-    return {"flicker": (flicker(edited) + 0.25) / (flicker(source) + 0.25),             # a quarter level: stills have 0
+
+    def change(x):                                  # from frame to frame, in [0, 1]
+        return [np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(x, x[1:])]
+    seam = seam_score(change(edited), change(source), window_starts(len(edited), "video")[1:])
+    return {"flicker": (flicker(edited) + 0.25) / (flicker(source) + 0.25),  # a quarter level: stills have 0
             "seam": math.nan if seam is None else seam,
             "changed": changed, "psnr_outside": kept_psnr, "ssim_outside": kept_ssim}
 
 
 @torch.no_grad()
 def score_clips(clips, scorers, device="cpu", square=480, kept=None):
-    """Scores of many clips and of several edits of each: a list of {edit's name: {key of SCORES: float}}, with the
+    """Scores of many clips, several edits of each: a list of {edit's name: {key of SCORES: float}}, with the
     keys that the inputs allow.
 
-    clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them), `source_caption`,
-    `target_caption`, `mask` (F, H, W) of the true edit. scorers: {"clip", "pick", "viclip"} -> hub id or directory.
-    square: TGVE's script stretches every frame to 480 x 480 before the networks' own preprocessing; 0 leaves frames
-    as they are. One network is in memory at a time; `kept`, a dict, keeps them for the next call (a large GPU).
+    clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them),
+    `source_caption`, `target_caption`, `mask` (F, H, W) of the true edit. scorers: {"clip", "pick", "viclip"}
+    -> hub id or directory. square: TGVE's script stretches every frame to 480 x 480 before the networks' own
+    preprocessing; 0 leaves frames as they are. One network is in memory at a time; `kept`, a dict, keeps them
+    for the next call (a large GPU).
     """
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     crops = [{} for _ in clips]                                         # CLIP and PickScore share them
 
     def pixels(clip):
-        have = clip.get("source") is not None
-        return {k: pixel_scores(clip["source"], x, clip.get("mask")) if have else {} for k, x in clip["edits"].items()}
+        if clip.get("source") is None:
+            return {name: {} for name in clip["edits"]}
+        return {name: pixel_scores(clip["source"], x, clip.get("mask")) for name, x in clip["edits"].items()}
 
     with ThreadPoolExecutor() as pool:                                  # the next clips are resized meanwhile
         rows = list(pool.map(pixels, clips))
@@ -715,6 +733,7 @@ def score_clips(clips, scorers, device="cpu", square=480, kept=None):
             for clip, row, videos in zip(clips, rows, ready):
                 for name, scores in network_scores(net, role, clip, videos).items():
                     row[name].update(scores)
+            net = None                                                  # freed before the next one is loaded
     return rows
 
 
@@ -726,7 +745,7 @@ def open_scorer(role, path, device, dtype):
 
 
 def clip_bytes(net, clip, crops, square):
-    """{edit's name, or None for the source: uint8 as `net` sees it}, computed once for networks of one size."""
+    """{edit's name, None for the source: uint8 as `net` sees it}, computed once for networks of one size."""
     videos = clip["edits"] | ({None: clip["source"]} if clip.get("source") is not None else {})
     viclip = isinstance(net, ViCLIP)
     size = ("viclip", net.image_size) if viclip else (net.preprocess.resize, net.preprocess.crop)
@@ -750,8 +769,9 @@ def network_scores(net, role, clip, videos):
         features = dict(zip(unique, batch))                             # (P,) each
     else:
         text = net.encode_text(net.tokenizer([target or ""]))
-        features = {key: torch.cat([net.encode_image(net.preprocess.normalise(part))
-                                    for part in np.array_split(u8, 1 + len(u8) // 64)]) for key, u8 in unique.items()}
+        features = {key: torch.cat([net.encode_image(net.preprocess.normalise(part))            # (F, P) each
+                                    for part in np.array_split(u8, 1 + len(u8) // 64)])
+                    for key, u8 in unique.items()}
     features = {name: features[id(u8)] for name, u8 in videos.items()}
     source, out = features.pop(None, None), {}
     for name, x in features.items():
@@ -774,9 +794,9 @@ def network_scores(net, role, clip, videos):
 def why_missing(key, clip, scorers):
     """Why a clip has no such score, in the words of the command line."""
     role = "viclip" if key.startswith("viclip") else "pick" if key == "pick_score" else "clip"
-    captions = {"viclip_out": ["target_caption"], "pick_score": ["target_caption"], "clip_text": ["target_caption"],
-                "viclip_dir": ["source", "source_caption", "target_caption"], "clip_frame": []}
-    lacks = ["--" + flag.replace("_", "-") for flag in captions.get(key, ["source"])
+    inputs = {"viclip_out": ["target_caption"], "pick_score": ["target_caption"], "clip_frame": [],
+              "viclip_dir": ["source", "source_caption", "target_caption"], "clip_text": ["target_caption"]}
+    lacks = ["--" + flag.replace("_", "-") for flag in inputs.get(key, ["source"])
              if clip.get(flag) is None or isinstance(clip[flag], str) and not clip[flag]]
     if key.startswith(("viclip", "pick", "clip")) and role not in scorers:
         lacks.append(f"--{role}")
@@ -798,6 +818,9 @@ def print_scores(row, clip, scorers):
 
 def choose_scorers(args):
     """({role: hub id or directory}, square of `score_clips`) as the flags ask for; prints which and why."""
+    usable = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if args.device.split(":")[0] not in usable:
+        raise UserError(f"--device {args.device}: not on this machine; pass {' or '.join(usable)}")
     kind, why = args.scorers, "as --scorers says"
     if kind == "auto":
         kind = "published" if torch.cuda.is_available() else "tiny"
@@ -826,10 +849,12 @@ def command(name, description):
 
 def scorer_flags(parser):
     parser.add_argument("--scorers", choices=["auto", "tiny", "published"], default="auto",
-                        help="embedded networks or the hub's published ones (default: those where there is a GPU)")
+                        help="embedded networks or the hub's (default: the hub's if there is a GPU)")
     for role in ("clip", "pick", "viclip"):
-        parser.add_argument(f"--{role}", metavar="DIR", help=f"hub id or directory of another {role} network, or none")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+        parser.add_argument(f"--{role}", metavar="DIR",
+                            help=f"hub id or directory of another {role} network, or none")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=best, help="cuda, mps or cpu")
 
 
 def main_clip(argv):
@@ -842,15 +867,16 @@ def main_clip(argv):
     scorer_flags(parser)
     args = parser.parse_args(argv)
     edited, fps = load_frames(args.edited)
-    clip, notes = {"source_caption": args.source_caption.strip(), "target_caption": args.target_caption.strip()}, []
+    notes = []
+    clip = {"source_caption": args.source_caption.strip(), "target_caption": args.target_caption.strip()}
     if args.source:
         source, source_fps = load_frames(args.source)
         clip["source"], edited, notes = align(source, edited, source_fps, fps)
     clip["edits"] = {"edit": edited}
     scorers, square = choose_scorers(args)
     [row] = score_clips([clip], scorers, args.device, square)
-    print(*notes, f"{args.edited}: {len(edited)} frames" + (f", {args.instruction!r}" if args.instruction else ""),
-          sep="\n")
+    what = f", {args.instruction!r}" if args.instruction else ""
+    print(*notes, f"{args.edited}: {len(edited)} frames{what}", sep="\n")
     print_scores(row["edit"], clip, scorers)
 
 
@@ -863,7 +889,7 @@ TASKS = {"Style Change Caption": "style", "Object Change Caption": "object",
 SETS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}
 COLUMNS = ("viclip_out", "viclip_dir", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker",
            "psnr_outside")
-PAPER = {                   # arXiv 2503.17641, Table 1: ViCLIP_out, ViCLIP_dir, PickScore, CLIPFrame, CLIPText
+PAPER = {                  # arXiv 2503.17641, Table 1: ViCLIP_out, ViCLIP_dir, PickScore, CLIPFrame, CLIPText
     "tgve": {"Tune-A-Video": (.243, .162, 20.36, .924, 27.12), "STDF": (.226, .110, 20.40, .933, 26.34),
              "Fairy": (.208, .164, 19.80, .933), "TokenFlow": (.257, .117, 20.58, .943, 25.41),
              "AnyV2V": (.230, .141, 19.70, .919, 24.03), "InsV2V": (.262, .208, 20.76, .911, 25.56),
@@ -876,7 +902,7 @@ PAPER = {                   # arXiv 2503.17641, Table 1: ViCLIP_out, ViCLIP_dir,
 
 
 def benchmark_item(folder, subset, video, task, source_caption, target_caption, instruction):
-    """One line of a benchmark: an id that is also the folder of its edit, and where the source's frames are."""
+    """One line of a benchmark: an id, which is also the folder of its edit, and where the source is."""
     places = [folder / subset / "480p_frames" / video, folder / subset / "480p_videos" / f"{video}.mp4"]
     path = next((str(p) for p in places if p.exists()), None)
     return dict(id=f"{subset}/{video}/{task}", task=task, path=path, source_caption=source_caption,
@@ -885,14 +911,14 @@ def benchmark_item(folder, subset, video, task, source_caption, target_caption, 
 
 
 def read_tgve(folder, prompts=None):
-    """LOVEU-TGVE-2023 as published: its CSV, with section rows ("DAVIS Videos:") and blank rows, and three folders.
+    """LOVEU-TGVE-2023 as published: a CSV with section rows ("DAVIS Videos:") and blank ones, three folders.
 
-    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without it, items
-    have no instruction and can only be scored. Returns the items of `benchmark_item`, four per video.
+    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without
+    it items have no instruction and can only be scored. Returns items of `benchmark_item`, four per video.
     """
     file = next(iter(sorted(folder.glob("*.csv"))), None)
     if file is None:
-        raise UserError(f"{folder}: holds no CSV; expected LOVEU-TGVE-2023_Dataset.csv with its video folders")
+        raise UserError(f"{folder}: holds no CSV; expected LOVEU-TGVE-2023_Dataset.csv and its video folders")
     prompts = prompts or next(iter(sorted(folder.glob("*prompt*.json"))), None)
     prompts = read_json(prompts) if prompts else {}
     with open(file, encoding="utf-8-sig", newline="") as f:
@@ -924,26 +950,28 @@ def read_tgve(folder, prompts=None):
 
 
 def read_tgve_plus(folder):
-    """TGVE+ (facebook/tgve_plus): one parquet beside TGVE's video folders; its columns are found by their names."""
+    """TGVE+ (facebook/tgve_plus): one parquet beside TGVE's video folders, its columns found by name."""
     file = next(iter(sorted(folder.rglob("*.parquet"))), None)
     if file is None:
-        raise UserError(f"{folder}: holds no parquet; put facebook/tgve_plus's file beside TGVE's video folders")
+        raise UserError(f"{folder}: holds no parquet; put facebook/tgve_plus's beside TGVE's video folders")
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{file}: reading parquet needs pyarrow; pip install pyarrow")
     import pyarrow.parquet
     rows = pyarrow.parquet.read_table(file).to_pylist()
     names, column = list(rows[0]) if rows else [], {}
-    for key, words in {"instruction": ("instruction", "edit_prompt"), "task": ("task", "type"), "video": ("video", "path", "file"),
-                       "source": ("input_caption", "original_caption", "source_caption", "original_prompt", "input"),
-                       "target": ("output_caption", "edited_caption", "target_caption", "edited_prompt", "output")}.items():
+    words_of = {"instruction": ("instruction", "edit_prompt"), "task": ("task", "type"),
+                "video": ("video", "path", "file"),
+                "source": ("input_caption", "source_caption", "original_caption", "original_prompt", "input"),
+                "target": ("output_caption", "target_caption", "edited_caption", "edited_prompt", "output")}
+    for key, words in words_of.items():
         column[key] = next((n for w in words for n in names if w in n.lower().replace(" ", "_")), None)
         if column[key] is None:
             raise UserError(f"{file}: no column for the {key}; it has {', '.join(names)}")
     items, count = [], {}
     for row in rows:
-        path, task = Path(row[column["video"]]), str(row[column["task"]]).lower().replace(" ", "_").replace("/", "_")
+        path, task = Path(row[column["video"]]), re.sub(r"\W+", "_", str(row[column["task"]]).lower())
         key = path.parts[0], path.stem, task
-        count[key] = count.get(key, 0) + 1                              # a task may come several times per video
+        count[key] = count.get(key, 0) + 1                           # a task may come several times per video
         task_id = task if count[key] == 1 else f"{task}-{count[key]}"
         item = benchmark_item(folder, path.parts[0], path.stem, task_id, row[column["source"]] or "",
                               row[column["target"]] or "", row[column["instruction"]] or "")
@@ -957,8 +985,8 @@ def thin(frames, n=32):
 
 
 def edit_benchmark(items, folder, ed, size, options):
-    """Edit every item into <folder>/<id>/00000.jpg, …, the submission layout. Folders appear whole; those that are
-    there already are kept, so that a run continues where it stopped."""
+    """Edit every item into <folder>/<id>/00000.jpg, …, the submission layout. Folders appear whole, and those
+    that are there already are kept, so that a run continues where it stopped."""
     for item in tqdm([i for i in items if not i["problem"] and not (folder / i["id"]).is_dir()], unit="clip"):
         if not item["instruction"]:
             item["problem"] = "no instruction for it in the prompts"
@@ -970,12 +998,13 @@ def edit_benchmark(items, folder, ed, size, options):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for i, frame in enumerate(edit_stream(ed, frames, item["instruction"], **options)):
-            Image.fromarray(to_rgb(resize(frame.float(), clip.height, clip.width))).save(aside / f"{i:05d}.jpg", quality=95)
+            rgb = to_rgb(resize(frame.float(), clip.height, clip.width))
+            Image.fromarray(rgb).save(aside / f"{i:05d}.jpg", quality=95)
         os.replace(aside, target)
 
 
 def read_log(path, head):
-    """{id: {row: scores}} of a results file whose first line is `head`; a last line that a crash cut is dropped."""
+    """{id: {row: scores}} of a results file that starts with `head`; a line that a crash cut is dropped."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     if lines and json.loads(lines[0]) != head:
         raise UserError(f"{path}: was made with other scorers or settings, {lines[0]}; pass another --out")
@@ -986,8 +1015,8 @@ def read_log(path, head):
 def score_benchmark(items, folders, scorers, square, device, log, head, chunk=16):
     """Scores of every item's edits, of its untouched source and of its first edited frame, frozen.
 
-    folders: {row's name: folder in the submission layout}, the first the one that matters. Every finished chunk of
-    clips is appended to `log` at once. Returns {id: {row: scores}}; an item that cannot be read gets a "problem".
+    folders: {row's name: folder in the submission layout}, the first the one that matters. Every finished
+    chunk of clips is appended to `log` at once. Returns {id: {row: scores}}; what cannot be read gets a "problem".
     """
     done, kept = read_log(log, head), {} if torch.device(device).type == "cuda" else None
     main, rows = next(iter(folders)), [*folders, "untouched source", "frozen first edit"]
@@ -1007,7 +1036,8 @@ def score_benchmark(items, folders, scorers, square, device, log, head, chunk=16
                 item["problem"] = str(error)
                 continue
             edits = {name: x[:len(source)] for name, x in edits.items()}
-            edits |= {"untouched source": source, "frozen first edit": np.broadcast_to(edits[main][:1], source.shape)}
+            edits |= {"untouched source": source,
+                      "frozen first edit": np.broadcast_to(edits[main][:1], source.shape)}
             clips.append((item, item | {"source": source, "edits": edits}))
         scored = score_clips([clip for _, clip in clips], scorers, device, square, kept)
         with open(log, "a") as f:
@@ -1022,7 +1052,8 @@ def interval(values):
     """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples of clips, fixed seed)."""
     if len(values) < 2:
         return math.nan, math.nan
-    found = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    found = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=rng)
     return found.confidence_interval
 
 
@@ -1041,7 +1072,7 @@ def table_row(name, rows, intervals=False, sign=""):
 
 
 def table(items, done, folders, title, paper):
-    """The benchmark as Markdown lines: this run, its tasks, the controls and what this run gains on them, the paper's."""
+    """The benchmark as Markdown lines: this run, its tasks, the controls, the gains on them, the paper's."""
     by_row = {row: {i["id"]: done[i["id"]][row] for i in items if row in done.get(i["id"], ())}
               for row in (*folders, "untouched source", "frozen first edit")}
     main, *controls = by_row
@@ -1059,7 +1090,8 @@ def table(items, done, folders, title, paper):
                  for k in ours if k in by_row[name]]
         lines.append(table_row(f"this run − {name} [95 %]", gains, intervals=True, sign="+"))
     for name, values in paper.items():
-        lines.append(table_row(f"copied from the paper: {name}", [dict(zip(COLUMNS, values))]).replace("| 1 |", "| |", 1))
+        row = table_row(f"copied from the paper: {name}", [dict(zip(COLUMNS, values))])
+        lines.append(row.replace("| 1 |", "| |", 1))
     missing = [f"{i['id']}: {i['problem']}" for i in items if i["problem"]]
     lines += ["", f"{len(ours)} of {len(items)} clips scored."] + [f"missing: {m}" for m in missing]
     lines += [f"note: {i['id']}: {note}" for i in items for note in i.get("notes", [])]
@@ -1068,23 +1100,29 @@ def table(items, done, folders, title, paper):
 
 def main_tgve(argv):
     parser = command("tgve", "Run and score TGVE or TGVE+; prints one Markdown table.")
-    parser.add_argument("dir", type=Path, help="LOVEU-TGVE-2023 as published: CSV, video folders, InsV2V's prompt JSON")
-    parser.add_argument("--plus", action="store_true", help="TGVE+: the parquet of facebook/tgve_plus is in DIR")
+    parser.add_argument("dir", type=Path,
+                        help="LOVEU-TGVE-2023 as published: CSV, video folders, InsV2V's prompt JSON")
+    parser.add_argument("--plus", action="store_true", help="TGVE+: DIR also holds facebook/tgve_plus")
     parser.add_argument("--prompts", type=Path, help="InsV2V's prompt JSON (default: *prompt*.json in DIR)")
-    parser.add_argument("--outputs", type=Path, help="score these edits, <set>/<video>/<task>/00000.jpg, edit nothing")
+    parser.add_argument("--outputs", type=Path,
+                        help="score these edits, <set>/<video>/<task>/00000.jpg, and edit nothing")
     parser.add_argument("--limit", type=int, default=-1, help="only the first N clips (-1: all)")
     parser.add_argument("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
     # editor
     parser.add_argument("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
     parser.add_argument("--weights", help="directory in hub layout or trained run, instead of --model")
-    parser.add_argument("--size", type=int, default=-1, help="short side of the model's frame, pixels (-1: its own)")
+    parser.add_argument("--size", type=int, default=-1, help="short side of the model's frame (-1: own)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--text-cfg", type=float, help="guidance on the instruction (default: the model's)")
     parser.add_argument("--source-cfg", type=float, help="guidance on the source clip (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of every clip's noise")
-    parser.add_argument("--no-image-control", action="store_true", help="leave out the frame-by-frame editor's row")
+    parser.add_argument("--no-image-control", action="store_true", help="leave out the frame-by-frame editor")
     scorer_flags(parser)
     args = parser.parse_args(argv)
+    if args.limit == 0 or args.limit < -1:
+        raise UserError(f"--limit {args.limit}: must be at least 1, or -1 for all clips")
+    if not 1 <= args.steps <= 1000:
+        raise UserError(f"--steps {args.steps}: must lie between 1 and 1000")
 
     name = "tgve_plus" if args.plus else "tgve"
     items = read_tgve_plus(args.dir) if args.plus else read_tgve(args.dir, args.prompts)
@@ -1103,11 +1141,14 @@ def main_tgve(argv):
         title = f"{source}, text {s_txt:g}, source {s_src:g}, {args.steps} steps, seed {args.seed}"
         label = f"{Path(source).name}_t{s_txt:g}_s{s_src:g}_n{args.steps}_seed{args.seed}"
         out = args.out or ROOT / "results" / name / label
-        folders = {"edit": out / "edit"} | ({} if args.no_image_control else {"image editor, frame by frame": out / "image"})
+        folders = {"edit": out / "edit", "image editor, frame by frame": out / "image"}
+        if args.no_image_control:
+            del folders["image editor, frame by frame"]
+        size = ed.size if args.size == -1 else args.size
         options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
         for folder, mode in zip(folders.values(), ("auto", "image")):
-            edit_benchmark(items, folder, ed, ed.size if args.size == -1 else args.size, options | {"mode": mode})
-        del ed
+            edit_benchmark(items, folder, ed, size, options | {"mode": mode})
+        del ed                                      # its memory is the scorers' now
     head = {"title": title, "scorers": {k: str(v) for k, v in scorers.items()}, "square": square}
     done = score_benchmark(items, folders, scorers, square, args.device, out / "scores.jsonl", head)
     lines = table(items, done, folders, title, PAPER[name])
@@ -1131,13 +1172,13 @@ def write_aside(path, text):
 # User study, as in the paper: two edits side by side, three questions
 # ------------------------------------------------------------------------------------------------------------
 
-QUESTIONS = {"text": "Which video follows the caption better?", "structure": "Which keeps the source's structure better?",
-             "quality": "Which looks better?"}
+QUESTIONS = {"text": "Which video follows the caption better?",
+             "structure": "Which keeps the source's structure better?", "quality": "Which looks better?"}
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Which edit is better?</title>
 <meta name="viewport" content="width=device-width">
 <style>
-body{font:16px/1.4 system-ui,sans-serif;margin:1em auto;max-width:72em;padding:0 1em;background:#fff;color:#111}
+body{font:16px/1.4 system-ui,sans-serif;margin:1em auto;max-width:72em;padding:0 1em;color:#111}
 .row{display:flex;gap:1em;flex-wrap:wrap}figure{flex:1 1 15em;margin:0}video{width:100%;background:#eee}
 fieldset{border:1px solid #bbb;margin:.6em 0;padding:.4em 1em}label{margin-right:1.5em}
 button{font:inherit;padding:.4em 1em;margin-right:.5em}progress{width:100%}
@@ -1157,7 +1198,7 @@ Answers stay in this browser until you save them.</p>
 const data = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id);
 const key = "study-" + data.id, questions = Object.entries(data.questions);
 let state = JSON.parse(localStorage.getItem(key) || "null");
-if (!state) {                                       // a fresh order and fresh sides for every person, kept on reload
+if (!state) {                                       // own order and sides for every person, kept on reload
   const order = data.items.map((_, i) => i);
   for (let i = order.length - 1; i > 0; i--) {
     const j = Math.floor(Math.random() * (i + 1)); [order[i], order[j]] = [order[j], order[i]];
@@ -1172,7 +1213,7 @@ function element(tag, props, ...inside) {
 }
 const complete = item => questions.every(([q]) => (state.answers[item.name] || {})[q] !== undefined);
 const current = () => data.items[state.order[state.at]];
-function options() {                                // [value to store, word, key] for each choice of a question
+function options() {                                // [value to store, word, key] for each choice
   if (data.rating) return [1, 2, 3, 4, 5].map(n => [n, String(n), String(n)]);
   const sides = state.flip[state.order[state.at]] ? ["b", "a"] : ["a", "b"];
   return [[sides[0], "left", "1"], [sides[1], "right", "2"]];
@@ -1217,7 +1258,8 @@ $("export").onclick = () => {
   element("a", {href: URL.createObjectURL(new Blob([text], {type: "application/json"})),
                 download: data.id + ".json"}).click();
 };
-document.addEventListener("keydown", event => {     // a digit answers the first open question, or the focused one
+document.addEventListener("keydown", event => {     // a digit answers the focused or first open question
+
   const choice = options().find(o => o[2] === event.key), field = document.activeElement.closest("fieldset");
   if (choice && !event.ctrlKey && !event.metaKey && !event.altKey) {
     const given = state.answers[current().name] || {};
@@ -1227,7 +1269,7 @@ document.addEventListener("keydown", event => {     // a digit answers the first
   } else if (event.key === "Enter" && document.activeElement.tagName !== "BUTTON") go(1);
   else if (event.key === "Backspace") go(-1);
 });
-save(); show();
+show();
 </script></html>
 """
 
@@ -1255,16 +1297,17 @@ def data_url(path, fps=8):
 
 
 def main_study(argv):
-    parser = command("study", "One HTML page that asks which of two edits is better, or (--rate) how good one is.")
+    parser = command("study", "One HTML page that asks which of two edits is better, or how good one is.")
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR",
-                        help="edits A, edits B [and sources]; with --rate: edits [and sources]; clips pair by name")
-    parser.add_argument("--captions", type=Path, help="JSON {clip's name: caption} (default: captions.json in the first DIR)")
-    parser.add_argument("--rate", action="store_true", help="1 to 5 for one edit, to calibrate curation's filter")
+                        help="edits A, edits B [sources]; with --rate: edits [sources]; paired by name")
+    parser.add_argument("--captions", type=Path,
+                        help="JSON {clip's name: caption} (default: captions.json in the first DIR)")
+    parser.add_argument("--rate", action="store_true", help="1 to 5 for one edit, to calibrate the filter")
     parser.add_argument("--out", type=Path, default=Path("study.html"), help="page to write")
     args = parser.parse_args(argv)
     n_edits = 1 if args.rate else 2
     if not n_edits <= len(args.dirs) <= n_edits + 1:
-        raise UserError(f"study: {len(args.dirs)} folders; it takes {n_edits} with edits and at most one with sources")
+        raise UserError(f"study: {len(args.dirs)} folders; it takes {n_edits} of edits, then one of sources")
     for folder in args.dirs:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such directory")
@@ -1281,16 +1324,18 @@ def main_study(argv):
     for name in names:
         item = {"name": name, "caption": str(captions.get(name, ""))}
         for key, found in zip(("a", "source") if args.rate else ("a", "b", "source"), clips):
-            path = found.get(name) or found.get(str(Path(name).parent))  # one source for the edits in a folder of tasks
+            path = found.get(name) or found.get(str(Path(name).parent))         # one source for several tasks
             item |= {key: data_url(path)} if path else {}
         items.append(item)
-    sources = "-".join(folder.resolve().name for folder in args.dirs[:n_edits])
-    data = {"id": f"{sources}-{hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]}", "rating": args.rate,
+    labels = [folder.resolve().name for folder in args.dirs[:n_edits]]
+    digest = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
+    data = {"id": f"{'-'.join(labels)}-{digest}", "rating": args.rate,
             "names": [str(folder) for folder in args.dirs[:n_edits]], "questions": QUESTIONS, "items": items}
     if args.rate:
         data["questions"] = {"text": "How well does it follow the caption? (1 not at all, 5 fully)",
-                             "structure": "How well does it keep the source?", "quality": "How good does it look?"}
-    text = json.dumps(data).replace("<", "\\u003c")                     # no name or caption can end the script
+                             "structure": "How well does it keep the source?",
+                             "quality": "How good does it look?"}
+    text = json.dumps(data).replace("<", "\\u003c")                    # no name or caption can end the script
     write_aside(args.out, PAGE.replace("@DATA@", text))
     print(f"{args.out}: {len(items)} clips, {args.out.stat().st_size / 2 ** 20:.1f} MB; open it in a browser")
 
@@ -1299,21 +1344,26 @@ def main_votes(argv):
     parser = command("votes", "Win rates from the JSON files that the study's page saves.")
     parser.add_argument("files", nargs="+", type=Path)
     files = [(path, read_json(path)) for path in parser.parse_args(argv).files]
-    studies = {answers.get("study") if isinstance(answers, dict) else None for _, answers in files}
-    if len(studies) > 1 or None in studies:
-        raise UserError(f"votes: files of different studies, {', '.join(map(str, studies))}; pass those of one")
+    for path, file in files:
+        if not isinstance(file, dict) or not {"study", "rating", "names", "answers"} <= set(file):
+            raise UserError(f"{path}: holds no answers of a study; pass what the page's button saved")
+    studies = {file["study"] for _, file in files}
+    if len(studies) > 1:
+        raise UserError(f"votes: files of several studies, {', '.join(sorted(studies))}; pass those of one")
     if files[0][1]["rating"]:
         raise UserError(f"{files[0][0]}: holds ratings, not votes; curate.py calibrate reads them")
     a, b = files[0][1]["names"]
-    print(f"{a} against {b}: {len(files)} people", "| question | n | wins | 95 % |", "|---|---|---|---|", sep="\n")
+    print(f"{a} against {b}: {len(files)} people")
+    print("| question | n | wins, % | 95 % |", "|---|---|---|---|", sep="\n")
     rates = []
     for question in QUESTIONS:
-        votes = [answer[question] for _, answers in files for answer in answers["answers"].values() if question in answer]
+        votes = [vote[question] for _, file in files for vote in file["answers"].values() if question in vote]
         if votes:
             test = scipy.stats.binomtest(votes.count("a"), len(votes))
             low, high = test.proportion_ci(method="exact")
             rates.append(test.statistic)
-            print(f"| {question} | {len(votes)} | {100 * test.statistic:.1f} | {100 * low:.1f} to {100 * high:.1f} |")
+            interval = f"{100 * low:.1f} to {100 * high:.1f}"
+            print(f"| {question} | {len(votes)} | {100 * test.statistic:.1f} | {interval} |")
     if not rates:
         raise UserError("votes: no answers in these files")
     print(f"| average | | {100 * np.mean(rates):.1f} | |")

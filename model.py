@@ -177,37 +177,44 @@ def frame_positions(n_frames, dim, device, dtype):
 # Text: CLIP's tokenizer and text tower
 # ---------------------------------------------------------------------------------------------------------------
 
-LIGATURES = {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st", "Ĳ": "IJ", "ĳ": "ij",
-             "‘": "'", "’": "'", "‚": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "‟": '"', "ŉ": "'n"}
-CP1252 = {bytes([b]).decode("cp1252", "ignore") or chr(b): b for b in range(128, 256)}    # sloppy: gaps stay as they are
-MOJIBAKE = re.compile("[" + "".join(map(re.escape, CP1252)) + "]{2,}")                     # runs that may be UTF-8 bytes
-UTF8 = re.compile(rb"[\xc3-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}|\xc2[\xa0-\xbf]")
+C1 = {b: bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(128, 160)}        # what browsers make of them
+CP1252 = {chr(b): b for b in range(128, 256)} | {c: b for b, c in C1.items()}             # character -> byte
+TAIL = "[%s]" % "".join(re.escape(c) for c, b in CP1252.items() if b < 192)               # UTF-8's continuation bytes
+# UTF-8 read as cp1252 or latin-1; lead bytes of rare scripts and French e-acute before a guillemet are left alone
+MOJIBAKE = re.compile(f"[Â-ÅÌÎ-Ñ×-Û]{TAIL}|È[˜™š›\x98-\x9b]|Æ[’\x92]|Ë[†œ\x86\x9c]|"
+                      f"[à-ï](?!\xa0»){TAIL}{{2}}|[ð-ô]{TAIL}{{3}}")
+PLAIN = C1 | {i: unicodedata.normalize("NFKC", chr(i)) for i in [0x3000, *range(0xFF01, 0xFFF0)]}      # full width
+PLAIN |= {ord(c): "'" for c in "ʼ‘’‚‛\x82\x91\x92"} | {ord(c): '"' for c in "“”„‟\x84\x93\x94"}
+PLAIN |= {ord(c[0]): c[1:] for c in ("ﬀff ﬁfi ﬂfl ﬃffi ﬄffl ﬅſt ﬆst ĲIJ ĳij ŉ'n ǄDŽ ǅDž ǆdž ǇLJ ǈLj ǉlj ǊNJ ǋNj ǌnj "
+                                     "ǱDZ ǲDz ǳdz").split()}
+PLAIN |= dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)])
 
 
 def clean_text(text):
     """CLIP's text cleaning: repair broken UTF-8, ligatures, curly quotes, full-width letters, HTML entities; lower case.
 
-    OpenAI's tokenizer calls ftfy here; this does those of its repairs that change what the words are.
+    OpenAI's tokenizer calls ftfy here; this follows its steps, but knows only cp1252 and latin-1 as wrong encodings.
     """
-    text = text.encode("utf-8", "replace").decode("utf-8")                                # lone surrogates
-    if "<" not in text:
-        text = html.unescape(html.unescape(text))
+    def entity(m):                                                 # &EACUTE; counts as well
+        c = html.unescape(m[0])
+        return c if c != m[0] else html.unescape(m[0].lower())
 
-    def repair(run):
-        data, out, i = bytes(CP1252[c] for c in run[0]), "", 0
-        while i < len(data):
-            m = UTF8.match(data, i)
-            try:
-                out, i = (out + m[0].decode("utf-8"), m.end()) if m else (out + run[0][i], i + 1)
-            except UnicodeDecodeError:
-                out, i = out + run[0][i], i + 1
-        return out
-    text = MOJIBAKE.sub(repair, text)
-    text = "".join(unicodedata.normalize("NFKC", c) if "\uff01" <= c <= "\uffef" or c == "\u3000" else
-                   LIGATURES.get(c, c) for c in text)
-    text = "".join(c for c in text if c in "\t\n\r\f\x85" or unicodedata.category(c) != "Cc").replace("\ufeff", "")
-    text = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
-    return re.sub(r"\s+", " ", text).strip().lower()
+    def repair(m):
+        return bytes(CP1252[c] for c in m[0]).decode("utf-8", "ignore") or m[0]
+
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")            # lone surrogates
+    markup, before = "<" in text, None
+    while text != before:                                          # a repair can uncover the next one
+        before = text
+        text = text if markup else re.sub(r"&#?\w{1,24};", entity, text)
+        # one odd pair of letters proves nothing, unless it starts like the usual ones or holds a control character
+        found, broken = MOJIBAKE.findall(text), None
+        while text != broken and (len("".join(found)) > 2 or found and re.match("[ÂÃ]|.[\x80-\x9f]", found[0])):
+            text, broken = MOJIBAKE.sub(repair, text), text
+            found = MOJIBAKE.findall(text)
+        text = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", text).translate(PLAIN)                # terminal colours
+        text = unicodedata.normalize("NFC", text)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()
 
 
 class Tokenizer:
@@ -215,7 +222,7 @@ class Tokenizer:
 
     `pad` fills up after the end token; by default the end token itself, as in Stable Diffusion.
     """
-    SPLIT = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    SPLIT = (r"<\|startoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
     def __init__(self, vocab, merges, pad=None):
         if not isinstance(vocab, dict):                            # two file names, as published
@@ -882,6 +889,7 @@ class VideoEditor:
         else:
             tensors, file = find_tensors(root / "unet")
             load_weights(self.unet, tensors, f"unet from {file}", **place)
+            del tensors                                            # unmaps the file before the next one is read
             if motion is not None:
                 load_motion(self.unet, motion, gamma, norm_over_frames, place)
             if epm:
@@ -1054,6 +1062,7 @@ def load_motion(unet, source, gamma, norm_over_frames, place):
         raise UserError(f"{source}: holds no motion modules; is it an AnimateDiff adapter?")
     # a bare .ckpt has no config: its position table and names tell the rest, the U-Net the number of heads and groups
     heads, pe = unet.config["attention_head_dim"], [v for k, v in tensors.items() if k.endswith(".pe")]
+    heads = heads[0] if isinstance(heads, list) else heads
     cfg = {"motion_num_attention_heads": heads, "motion_norm_num_groups": unet.config["norm_num_groups"],
            "motion_max_seq_length": pe[0].shape[1] if pe else 32,
            "use_motion_mid_block": any(k.replace("module.", "").startswith("mid_block") for k in tensors)} | cfg

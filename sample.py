@@ -65,8 +65,10 @@ def open_video(path):
     """(PyAV container, its video stream). Raises UserError in one line for what cannot be opened or shows nothing."""
     try:
         container = av.open(f"file:{path}", metadata_errors="replace")
-    except (OSError, av.FFmpegError) as error:
-        raise UserError(f"{path}: cannot be read as a video ({error.strerror}): not one, or cut off before its index; "
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: not a video, or cut off before its index ({error.strerror}); "
                         "pass an mp4, mov, webm, mkv or gif file, or a folder of numbered frames") from None
     with container:
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -85,47 +87,46 @@ def probe(path, rate=24):
     Raises UserError for a path that is missing, empty, no video, or without frames.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    files = [path]
-    if path.is_dir():
-        files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != "."),
-                       key=lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)])
-        if not files:
-            raise UserError(f"{path}: no frames in this folder; it should hold numbered png or jpg files")
-    if files[0].stat().st_size == 0:
+    try:
+        files = [path] if not path.is_dir() else sorted(
+            (f for f in path.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != "."),
+            key=lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)])
+        size = files[0].stat().st_size if files else 0
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not files:
+        raise UserError(f"{path}: no frames in this folder; it should hold numbered png or jpg files")
+    if size == 0:
         raise UserError(f"{files[0]}: an empty file (0 bytes)")
+    frame, times, final, cut = None, [], 0.0, False
     with open_video(files[0]) as (container, stream):
         try:
-            frame = next(container.decode(stream), None)
-        except av.FFmpegError as error:
-            raise UserError(f"{files[0]}: its first frame cannot be decoded ({error.strerror})") from None
+            for packet in container.demux():
+                if packet.stream_index == stream.index and frame is None:
+                    frame = next(iter(packet.decode()), None)
+                stamp = packet.dts if packet.pts is None else packet.pts
+                if stamp is not None:
+                    final = max(final, float((stamp + (packet.duration or 0)) * packet.time_base))
+                    if packet.stream_index == stream.index and not packet.is_discard:
+                        times.append((stamp, packet.duration or 0))
+        except av.FFmpegError:                                      # what came so far can be used
+            cut = True
         if frame is None:
-            raise UserError(f"{files[0]}: holds no frames")
-        turns, width, height = round(frame.rotation / 90) % 4, frame.width, frame.height
-        pixel = stream.sample_aspect_ratio or Fraction(1)
-        if turns % 2:
-            width, height, pixel = height, width, 1 / pixel
-        if path.is_dir():
-            rate = Fraction(rate)
-            return Clip(path, files, width, height, turns, pixel, rate, 1 / rate, Fraction(0),
-                        list(range(len(files))), 1, False, "")
-        rate, tick = stream.average_rate or stream.guessed_rate or Fraction(25), stream.time_base
-        beyond = any(entry.pos + entry.size > path.stat().st_size for entry in stream.index_entries)
+            raise UserError(f"{files[0]}: holds no frames" + " that can be decoded" * bool(times or cut))
+        pixel, rates = stream.sample_aspect_ratio or Fraction(1), (stream.average_rate, stream.guessed_rate, Fraction(25))
         audio = any(s.codec_context is not None for s in container.streams.audio)
-    times, last, final = [], 0, 0.0
-    with open_video(path) as (container, stream):                   # once through the packets, none decoded
-        for packet in container.demux():
-            stamp = packet.dts if packet.pts is None else packet.pts
-            if stamp is None:
-                continue
-            final = max(final, float((stamp + (packet.duration or 0)) * packet.time_base))
-            if packet.stream_index == stream.index and not packet.is_discard:
-                last = packet.duration or 0 if not times or stamp > max(times[-1], times[0]) else last
-                times.append(stamp)
         length = ((container.duration or 0) + (container.start_time or 0)) / av.time_base
-    times = sorted(set(times)) or [frame.pts or 0]
-    cut = beyond or length - final > max(0.25, 1.5 / rate)          # Matroska has no table of frames: lengths tell
+        cut = cut or any(entry.pos + entry.size > size for entry in stream.index_entries)
+        tick = stream.time_base
+    turns, width, height = round(frame.rotation / 90) % 4, frame.width, frame.height
+    if turns % 2:
+        width, height, pixel = height, width, 1 / pixel
+    if path.is_dir():
+        rate, times = Fraction(rate), list(range(len(files)))
+        return Clip(path, files, width, height, turns, pixel, rate, 1 / rate, Fraction(0), times, 1, False, "")
+    rate, last = next(r for r in rates if r), max(times)[1] if times else 0
+    times = sorted({t for t, _ in times}) or [0]
+    cut = cut or length - final > max(0.25, 1.5 / rate)             # Matroska has no table of frames: lengths tell
     return Clip(path, files, width, height, turns, pixel, rate, tick, times[0] * tick, [t - times[0] for t in times],
                 last or max(1, round(1 / rate / tick)), audio,
                 f"cut short, it announces {length:.1f} s and ends at {final:.1f} s" if cut else "")
@@ -286,7 +287,8 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
     part = path.with_name(f".{path.stem}.{os.getpid()}.part")
     try:
         with av.open(f"file:{part}", "w", format="mp4", options={"movflags": "+faststart"}) as out:
-            stream = out.add_stream("libx264", rate=Fraction(rate).limit_denominator(60000), options={"crf": "16"})
+            stream = out.add_stream("libx264", rate=Fraction(rate).limit_denominator(60000),
+                                    options={"crf": "16", "bf": "0"})   # no B-frames: mp4 then holds each duration
             stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
             coder = stream.codec_context
             stream.time_base = coder.time_base = tick
@@ -384,7 +386,7 @@ def seam_score(edit_change, source_change, joins):
 
 # ---- detail ----------------------------------------------------------------------------------------------------
 
-def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.003, tau=0.15):
+def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.005, tau=0.08):
     """Carry an edit up to the source's resolution: fit colours in small windows, apply the fit to the large source.
 
     source_low, edit_low (N, 3, h, w) and source_full (N, 3, H, W), all in [-1, 1] -> (N, 3, H, W). In each window of
@@ -393,42 +395,44 @@ def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.003, tau=0
     the plainly resized edit shows. source_low is best taken through the autoencoder, whose errors then cancel.
     Source: guided upsampling, after He et al. 2010 (Guided Image Filtering), eq. 14-16.
     """
-    s, e = source_low, edit_low
+    s, e, eye = source_low, edit_low, torch.eye(3, device=source_low.device)[..., None, None]
 
     def box(x):                                                     # mean over the window around each pixel
         return F.avg_pool2d(x.flatten(1, -3), 2 * radius + 1, 1, radius, count_include_pad=False).view_as(x)
 
-    def apply(matrix, x):                                           # (N, 3, 3, h, w) on colours (N, 3, h, w)
-        return (matrix * x[:, None]).sum(2)
+    def fit(mean, pull):                                            # least squares under a mean, as A and e - A s
+        ms, me = mean(s), mean(e)
+        css = mean(s[:, :, None] * s[:, None]) - ms[:, :, None] * ms[:, None] + ridge * eye
+        ces = mean(e[:, :, None] * s[:, None]) - me[:, :, None] * ms[:, None] + ridge * pull
+        rows = css.unbind(1)                                        # inverse of a symmetric 3x3 in closed form
+        minors = torch.stack([torch.linalg.cross(rows[i - 2], rows[i - 1], dim=1) for i in range(3)], dim=1)
+        inverse = minors / (rows[0] * minors[:, 0]).sum(1)[:, None, None]
+        a = sum(ces[:, :, j, None] * inverse[:, None, j] for j in range(3))
+        return a, me - apply(a, ms)
+
+    def apply(a, x):                                                # a (N, 3, 3, h, w) on colours x (N, 3, h, w)
+        return sum(a[:, :, j] * x[:, j, None] for j in range(3))
 
     weight = torch.ones_like(s[:, :1])
     for _ in range(5):                                              # the whole frame's fit, outliers weighed down
-        ms, me = ((weight * x).mean((2, 3), keepdim=True) / weight.mean((2, 3), keepdim=True) for x in (s, e))
-        css, ces = (torch.einsum("nihw,njhw->nij", weight * x, s - ms) / weight.sum((2, 3)) [..., None]
-                    + 1e-3 * torch.eye(3, device=s.device) for x in (s - ms, e - me))
-        whole = torch.linalg.solve(css, ces, left=False)[..., None, None]
-        off = (e - me - apply(whole, s - ms)).square().mean(1, keepdim=True)
+        def mean(x):
+            w = weight.view(len(x), *[1] * (x.ndim - 3), *x.shape[-2:])
+            return (w * x).sum((-2, -1), keepdim=True) / w.sum((-2, -1), keepdim=True)
+        whole, shift = fit(mean, eye)
+        off = (e - apply(whole, s) - shift).square().mean(1, keepdim=True)
         weight = 1 / (1 + off / tau ** 2) ** 2
 
-    ms, me = box(s), box(e)
-    css = box(s[:, :, None] * s[:, None]) - ms[:, :, None] * ms[:, None]
-    ces = box(e[:, :, None] * s[:, None]) - me[:, :, None] * ms[:, None]
-    css = css + ridge * torch.eye(3, device=s.device)[..., None, None]
-    ces = ces + ridge * whole * box(torch.exp(-off / tau ** 2))[:, None]
-    rows = css.unbind(1)                                            # closed-form inverse, symmetric 3x3
-    minors = torch.stack([torch.linalg.cross(rows[i - 2], rows[i - 1], dim=1) for i in range(3)], dim=1)
-    inverse = minors / (rows[0] * minors[:, 0]).sum(1)[:, None, None]
-    a = (ces[:, :, :, None] * inverse[:, None]).sum(2)
-    a, b = box(a), box(me - apply(a, ms))                           # every pixel averages the windows it is in
-    fit = apply(a, s) + b
-    left = box((e - fit).square().mean(1, keepdim=True))
-    explained = (box(fit.square()) - box(fit).square()).mean(1, keepdim=True).clamp(min=0) + 1e-4
+    a, b = fit(box, whole * box(torch.exp(-off / tau ** 2))[:, None])
+    a, b = box(a), box(b)                                           # every pixel averages the windows it is in
+    low = apply(a, s) + b
+    left = box((e - low).square().mean(1, keepdim=True))
+    explained = (box(low.square()) - box(low).square()).mean(1, keepdim=True).clamp(min=0) + 1e-4
     trust = explained / (explained + left) * torch.exp(-left / tau ** 2)
 
     size = source_full.shape[-2:]
     a, b, trust = (F.interpolate(x.flatten(1, -3), size, mode="bilinear") for x in (a, b, trust))
-    fit = apply(a.unflatten(1, (3, 3)), source_full) + b
-    return F.interpolate(e, size, mode="bicubic").lerp(fit, trust).clamp(-1, 1)
+    full = apply(a.unflatten(1, (3, 3)), source_full) + b
+    return F.interpolate(e, size, mode="bicubic").lerp(full, trust).clamp(-1, 1)
 
 # ---- command ---------------------------------------------------------------------------------------------------
 
@@ -510,9 +514,8 @@ def output_paths(clip, instructions, out, ending):
     """One path per instruction: video_make-it-snow.mp4 beside the source, or where --out says."""
     source, out = clip.path.resolve(), Path(out) if out else None
     if out and not out.is_dir():
-        if len(instructions) > 1 or out.suffix.lower() != Path(ending).suffix:
-            raise UserError(f"--out {out}: pass an existing folder" +
-                            (f" or a {Path(ending).suffix} file" if len(instructions) == 1 else " for several instructions"))
+        if len(instructions) > 1 or out.suffix.lower() != ending[-4:]:
+            raise UserError(f"--out {out}: pass an existing folder" + f", or a {ending[-4:]} file" * (len(instructions) == 1))
         paths = [out]
     else:
         paths, folder, stem = [], out or clip.path.parent, source.name if source.is_dir() else source.stem
@@ -589,12 +592,14 @@ def edit_file(ed, clip, span, size, instruction, path, compare, detail, options)
         edits = edit_stream(ed, small_frames(), instruction, **options, with_source=True, on_step=lambda i: bar.update())
         for n, (ticks, length, (edit, source_low)) in enumerate(zip(times, lengths, edits), 1):
             rgb, small = waiting.popleft()
-            full = resize(edit, clip.height, clip.width)
             if detail:
                 full = carry_detail(source_low[None], edit[None], to_tensor(rgb)[None].to(edit.device))[0]
-            write(to_rgb(full), ticks - first, length)
+            else:
+                full = resize(edit, clip.height, clip.width)
+            full = to_rgb(full)
+            write(full, ticks - first, length)
             if compare:
-                pair(np.concatenate([rgb, to_rgb(full)], axis=1), ticks - first, length)
+                pair(np.concatenate([rgb, full], axis=1), ticks - first, length)
             now = (edit.cpu(), small)
             for change, a, b in zip(changes, before or (), now):
                 change.append(float((a - b).abs().mean()))

@@ -107,7 +107,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     out.mkdir(parents=True, exist_ok=True)
     net.to(device).train()
     params = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
     start = 0
     if (out / "state.pt").is_file():
@@ -162,12 +162,12 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     return net.eval()
 
 
-def pick(shards, n, step, generator):
-    """A batch for this step: a random shard (so one frame size), random pairs of it, about the same number of pixels."""
+def pick(shards, n, generator, axis=2):
+    """A random batch: a shard (so one frame size; height and width at `axis`), and pairs of it, n at 1:1 aspect and
+    fewer of a wider or taller frame, so that every batch holds about the same number of pixels."""
     frames, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
-    n = max(2, round(n * frames.shape[2] ** 2 / (frames.shape[2] * frames.shape[3])) if frames.shape[2] < frames.shape[3]
-            else round(n * frames.shape[3] / frames.shape[2]))
-    rows = torch.randint(len(records), (n,), generator=generator).tolist()
+    short, long = sorted(frames.shape[axis:axis + 2])
+    rows = torch.randint(len(records), (max(2, round(n * short / long)),), generator=generator).tolist()
     return frames, records, rows
 
 
@@ -181,7 +181,7 @@ def as_input(frames):
 # ---------------------------------------------------------------------------------------------------------------
 
 TINY_VAE = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=32, layers_per_block=1,
-                block_out_channels=[16, 48, 64, 96], norm_num_groups=8, act_fn="silu", sample_size=96)
+                block_out_channels=[16, 48, 64, 96], norm_num_groups=2, act_fn="silu", sample_size=96)
 
 
 def stage_vae(args, shards, out):
@@ -190,7 +190,7 @@ def stage_vae(args, shards, out):
     vae = VAE(TINY_VAE)
 
     def loss_fn(step, generator):
-        frames, _, rows = pick(shards, 16, step, generator)
+        frames, _, rows = pick(shards, 16, generator)
         x = as_input(np.stack([frames[i, k % 2] for k, i in enumerate(rows)])).to(args.device)
         mean, logvar = vae.encode(x)
         z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
@@ -199,9 +199,9 @@ def stage_vae(args, shards, out):
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
         return d.abs().mean() + 2 * d.square().mean() + 0.5 * edges + 1e-4 * kl
 
-    steps = args.steps or 3000
+    steps = args.steps or 2200
     meta = dict(stage="vae", config=TINY_VAE, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=args.lr or 1.5e-3))
-    fit(vae, loss_fn, out, meta, steps, args.lr or 1.5e-3, 16, device=args.device, resume_any=args.force)
+    fit(vae, loss_fn, out, meta, steps, args.lr or 1.5e-3, 16, ema=0.998, device=args.device, resume_any=args.force)
     # the factor that brings the latents to unit variance goes into the published place, the config
     with torch.no_grad():
         z = torch.cat([vae.encode(as_input(f[:16, 0]).to(args.device))[0].flatten() for f, _ in shards[:20]])
@@ -269,7 +269,7 @@ def stage_clip(args, shards, out):
         return ids[:, :length].to(args.device)
 
     def loss_fn(step, generator):
-        frames, records, rows = pick(square, 48, step, generator)
+        frames, records, rows = pick(square, 48, generator)
         records = [records[i] for i in rows]
         captions = [r["source"] for r in records] + [r["target"] for r in records]
         orders = [r["instruction"] for r in records]
@@ -287,7 +287,7 @@ def stage_clip(args, shards, out):
         return (match(image, clip.encode_text(tokens(captions)), scale, same(captions)) +
                 0.5 * match(change, clip.encode_text(tokens(orders)), scale.clamp(max=20), same(orders)))
 
-    steps = args.steps or 1500
+    steps = args.steps or 1000
     meta = dict(stage="clip", config=config, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=args.lr or 1e-3))
     fit(clip, loss_fn, out, meta, steps, args.lr or 1e-3, 96, ema=0.995, device=args.device, resume_any=args.force)
     return clip, config, tokenizer
@@ -298,7 +298,7 @@ def stage_clip(args, shards, out):
 # ---------------------------------------------------------------------------------------------------------------
 
 TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=64, out_channels=32, block_out_channels=[96, 128],
-                 layers_per_block=1, norm_num_groups=16, attention_head_dim=4, cross_attention_dim=96, sample_size=12,
+                 layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=96, sample_size=12,
                  down_block_types=["CrossAttnDownBlock2D"] * 2, mid_block_type="UNetMidBlock2DCrossAttn",
                  up_block_types=["CrossAttnUpBlock2D"] * 2, norm_eps=1e-5, act_fn="silu", use_linear_projection=False)
 TINY_GUIDANCE = [1.5, 1.0]                                         # text, source: measured, see README
@@ -351,7 +351,7 @@ def stage_image(args, shards, out, base):
     batch = args.batch or 24
 
     def loss_fn(step, generator):
-        latents, records, rows = pick(shards, batch, step, generator)
+        latents, records, rows = pick(shards, batch, generator, axis=3)
         z = torch.from_numpy(latents[rows]).to(args.device).float()
         z_src, z_tgt = z[:, 0], z[:, 1]
         drop = torch.rand(len(rows), generator=generator)
@@ -406,7 +406,8 @@ def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=No
     inside: where truth and source differ by more than 4 % (the whole frame for global edits). "bound" is the
     autoencoded truth, "closer" the share of edits nearer to the truth than the untouched source is. outside: the edit
     and the autoencoded source against the source. Edits whose truth is random (snow, hidden backgrounds) have rows of
-    their own, marked ~. Returns the rows; prints a Markdown table. PSNR in dB, higher is better.
+    their own, marked ~. flicker (clips only): frame-to-frame change of the edit's error, relative to the truth's own
+    change; lower is better. Returns the rows; prints a Markdown table. PSNR in dB, higher is better.
     """
     rows = {}
     for task in curate.TASKS:
@@ -428,15 +429,16 @@ def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=No
             if not inside.any():
                 continue
             row = (psnr(edited, truth, inside), psnr(source, truth, inside), psnr(coded["truth"], truth, inside),
-                   psnr(edited, source, ~inside), psnr(coded["source"], source, ~inside))
+                   psnr(edited, source, ~inside), psnr(coded["source"], source, ~inside),
+                   np.abs(np.diff(edited - truth, axis=0)).mean() / (np.abs(np.diff(truth, axis=0)).mean() + 1e-3) if n_frames > 1 else np.nan)
             rows.setdefault(task + ("" if edit.deterministic else " ~"), []).append(row)
     print(f"held-out {domain} scenes, {size} px, {n_frames} frame(s), {steps} steps, seed {seed}; PSNR in dB")
-    print("| task | n | inside: edit | source | bound | closer | outside: edit | coded |\n|---|---|---|---|---|---|---|---|")
+    print("| task | n | inside: edit | source | bound | closer | outside: edit | coded | flicker |\n|" + "---|" * 9)
     for task, values in rows.items():
         v = np.array(values)
-        out = [f"{np.nanmean(v[:, k]):.1f}" if np.isfinite(v[:, k]).any() else "-" for k in range(5)]
+        out = [f"{np.nanmean(v[:, k]):.{1 + (k == 5)}f}" if np.isfinite(v[:, k]).any() else "-" for k in range(6)]
         closer = (v[:, 0] > v[:, 1]).mean()
-        print(f"| {task} | {len(v)} | {out[0]} | {out[1]} | {out[2]} | {closer:.0%} | {out[3]} | {out[4]} |", flush=True)
+        print(f"| {task} | {len(v)} | {out[0]} | {out[1]} | {out[2]} | {closer:.0%} | {out[3]} | {out[4]} | {out[5]} |", flush=True)
     return rows
 
 
@@ -488,7 +490,7 @@ def parse_args(argv=None):
     p.add_argument("--force", action="store_true", help="resume a run although its settings changed")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     # training
-    p.add_argument("--steps", type=int, help="optimizer steps; default 3000 vae, 1500 clip, 12000 image")
+    p.add_argument("--steps", type=int, help="optimizer steps; default 2200 vae, 1000 clip, 12000 image")
     p.add_argument("--lr", type=float, help="peak learning rate; default 1.5e-3 vae, 1e-3 clip and image")
     p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 24")
     p.add_argument("--pairs", type=int, default=60000, help="pairs of the world set")
@@ -500,6 +502,8 @@ def parse_args(argv=None):
     p.add_argument("--weights", help="eval: what to load, as VideoEditor.from_pretrained; default the run, else tiny")
     p.add_argument("--n", type=int, default=24, help="eval: edits per task")
     p.add_argument("--frames", type=int, default=1, help="eval: frames a clip; 1 edits single frames")
+    p.add_argument("--mode", default="auto", choices=["auto", "image", "ffg", "video"], help="eval: how clips are edited")
+    p.add_argument("--ffg-keys", default="beside", choices=["beside", "instead"], help="eval: a frame's own keys in FFG-V2V")
     p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="eval: which scenes")
     p.add_argument("--clips", type=Path, help="eval: also a folder of real clips")
     p.add_argument("--text-cfg", type=float, help="eval: text guidance; default the checkpoint's")
@@ -525,10 +529,10 @@ def main(argv=None):
     base = args.runs / "base"
     if args.stage in ("all", "vae", "clip", "image"):
         shards = world_set(args.data / "world", args.pairs, args.size)
-    if args.stage == "vae" or args.stage == "all" and not done(args.runs / "vae", args, 3000):
+    if args.stage == "vae" or args.stage == "all" and not done(args.runs / "vae", args, 2200):
         vae, config = stage_vae(args, shards, args.runs / "vae")
         write_network(base / "vae", config, vae.state_dict(), "diffusion_pytorch_model.safetensors")
-    if args.stage == "clip" or args.stage == "all" and not done(args.runs / "clip", args, 1500):
+    if args.stage == "clip" or args.stage == "all" and not done(args.runs / "clip", args, 1000):
         clip, config, tokenizer = stage_clip(args, shards, args.runs / "clip")
         write_network(base / "clip", config, clip.state_dict())
         write_network(base / "text_encoder", config["text_config"],
@@ -550,7 +554,8 @@ def main(argv=None):
     if args.stage in ("all", "image", "eval"):
         found = args.runs / "image" if (args.runs / "image" / "model.safetensors").is_file() else "tiny"
         ed = VideoEditor.from_pretrained(args.weights or found, device=args.device)
-        evaluate(ed, args.n, args.seed, ed.size, args.domain, args.text_cfg, args.source_cfg, n_frames=args.frames)
+        ed.unet.ffg_keys = args.ffg_keys
+        evaluate(ed, args.n, args.seed, ed.size, args.domain, args.text_cfg, args.source_cfg, n_frames=args.frames, mode=args.mode)
         if args.clips:
             evaluate_clips(ed, args.clips, ed.size, 8, args.text_cfg, args.source_cfg)
     if args.stage in ("all", "export"):

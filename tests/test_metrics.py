@@ -1,7 +1,8 @@
 """metrics.py against the reference libraries and against the definitions of the scores.
 
-Goldens: tiny random networks in the published formats with the outputs of transformers 5.23.0 (CLIP, PickScore, DINOv2),
-of transformers 4.57.1 (DINOv2 with registers), of ViCLIP's original class, and of scikit-image (SSIM); CPU, float32.
+Goldens: tiny random networks in the published formats with the outputs of transformers 5.23.0 (CLIP, PickScore,
+DINOv2), of transformers 4.57.1 (DINOv2 with registers), of ViCLIP's original class and of scikit-image (SSIM), on
+a CPU in float32.
 """
 import itertools
 import json
@@ -37,8 +38,9 @@ def no_grad():
 
 def golden(folder):
     """(expected tensors, absolute tolerances, cases) of one golden folder."""
-    read = [json.loads((folder / f).read_text()) if (folder / f).exists() else {} for f in ("tolerance.json", "cases.json")]
-    return load_file(folder / "expected.safetensors"), {k: v["atol"] for k, v in read[0].items()}, read[1]
+    tolerance, cases = (json.loads((folder / f).read_text()) if (folder / f).exists() else {}
+                        for f in ("tolerance.json", "cases.json"))
+    return load_file(folder / "expected.safetensors"), {k: v["atol"] for k, v in tolerance.items()}, cases
 
 
 def apart(a, b):
@@ -49,9 +51,9 @@ def shapes(module):
     return {k: list(v.shape) for k, v in module.state_dict().items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Networks
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("folder", [CLIP_DIR, PICK_DIR], ids=lambda p: p.name)
 def test_clip_equals_transformers(folder):
@@ -69,7 +71,7 @@ def test_clip_equals_transformers(folder):
 def test_clip_preprocessing_equals_the_published_one_for_every_kind_of_image(folder):
     want, _, _ = golden(folder)
     net, arrays = CLIP.from_pretrained(folder), [want["image_u8"].numpy(), want["image2_u8"].numpy()]
-    video = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)[None] / 127.5 - 1             # (1, 2, 3, H, W)
+    video = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)[None] / 127.5 - 1  # (1, 2, 3, H, W)
     for images in (arrays, [Image.fromarray(a) for a in arrays], video):
         assert apart(net.preprocess(images), want["pixel_values"]) <= 1e-6
 
@@ -125,12 +127,11 @@ def test_the_three_position_rules_agree_on_the_own_grid_and_differ_elsewhere():
     assert min(apart(a, b) for a, b in itertools.combinations(resized, 2)) > 1e-2
 
 
-def test_the_scale_rule_samples_at_the_offset_factor():
-    # on a ramp along x, away from the border, bicubic values show where it samples (to 0.04; no offset is 0.15 off)
+def test_the_scale_rule_samples_at_the_offset_factor():  # on a ramp along x, away from the border, bicubic values show where it samples (to 0.04; no offset is 0.15 off)
     ramp = torch.arange(20.0).expand(20, 20).reshape(1, 400, 1)
     table = torch.cat([torch.zeros(1, 1, 1), ramp], 1)
     row = metrics.resize_positions(table, (10, 10), "scale")[0, 1:, 0].reshape(10, 10)[5]
-    at = (torch.arange(10) + 0.5) * (20 / 10.1) - 0.5                                    # scale (10 + 0.1) / 20
+    at = (torch.arange(10) + 0.5) * (20 / 10.1) - 0.5  # scale (10 + 0.1) / 20
     assert apart(row[2:8], at[2:8]) < 0.05
 
 
@@ -201,9 +202,9 @@ def test_a_fresh_clip_of_other_sizes_learns_to_tell_eight_pictures_apart():
     assert net.logit_scale.grad is not None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scores
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def test_clip_frame_is_the_mean_over_ordered_pairs_as_tgves_script_writes_it():
     torch.manual_seed(0)
@@ -230,8 +231,7 @@ def test_viclip_dir_is_zero_for_an_untouched_clip_and_one_for_a_change_along_the
     source, edited, before = torch.randn(3, 16)
     assert metrics.viclip_dir(source, source, edited, before) == 0
     after = F.normalize(before, dim=0) + F.normalize(edited, dim=0) - F.normalize(source, dim=0)
-    before = F.normalize(before, dim=0)
-    # the direction is exact only where the sum has unit length, so make the step small and compare with a random one
+    before = F.normalize(before, dim=0)  # the direction is exact only where the sum has unit length, so make the step small and compare with a random one
     step = 1e-3 * (after - before)
     moved = metrics.viclip_dir(F.normalize(source, dim=0) + step, source, before + step, before)
     assert moved > metrics.viclip_dir(torch.randn(16), source, before + step, before)
@@ -325,9 +325,9 @@ def test_flicker_rises_with_brightness_jumps_and_falls_to_zero_for_a_still():
     assert math.isnan(metrics.flicker(clip[:2]))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One clip
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SCORERS = {"clip": CLIP_DIR, "pick": PICK_DIR, "viclip": VICLIP_DIR}
 
@@ -420,16 +420,21 @@ def test_a_still_image_has_no_frame_consistency(tmp_path, capsys):
     assert "needs two frames" in printed(capsys)["CLIPFrame"]
 
 
-@pytest.mark.parametrize("argv,message", [(["none.mp4"], "none.mp4"), (["--clip", "nowhere/at/all"], "--clip nowhere/at/all")])
-def test_wrong_paths_are_named(argv, message, tmp_path):
-    edited = [] if argv[0].endswith("mp4") else [write_clip(tmp_path / "edited.mp4", noisy_clip())]
-    with pytest.raises(UserError, match=message):
-        metrics.main_clip([*edited, *argv])
+@pytest.mark.parametrize("flag,value", [("--clip", "nowhere/at/all"), ("--source", "none.mp4"), ("--device", "tpu"),
+                                        ("--scorers", "best")])
+def test_a_wrong_flag_is_named(flag, value, tmp_path):
+    with pytest.raises(UserError, match=f"{flag}.*{value}|^{value}"):
+        metrics.main_clip([write_clip(tmp_path / "edited.mp4", noisy_clip()), flag, value])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def test_a_missing_edit_is_named():
+    with pytest.raises(UserError, match="none.mp4"):
+        metrics.main_clip(["none.mp4"])
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Benchmarks
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CSV = """Video name,Our GT caption,Style Change Caption,Object Change Caption,Background Change Caption,Multiple Changes Caption
 DAVIS Videos:
@@ -474,6 +479,30 @@ def test_a_csv_without_its_columns_names_them(tmp_path):
         metrics.read_tgve(tmp_path)
     with pytest.raises(UserError, match="holds no CSV"):
         metrics.read_tgve(tmp_path / "nothing")
+
+
+PLUS = {"video": "DAVIS_480p/480p_videos/fox.mp4", "task": "Object Removal", "instruction": "remove the fox",
+        "input_caption": "a fox in a forest", "output_caption": "a forest"}
+
+
+def test_tgve_plus_finds_its_columns_by_name_and_numbers_repeated_tasks(tree):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [PLUS, PLUS | {"instruction": "erase it"}, PLUS | {"task": "texture"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tree / "test.parquet")
+    items = metrics.read_tgve_plus(tree)
+    assert [i["id"].split("/")[-1] for i in items] == ["object_removal", "object_removal-2", "texture"]
+    assert items[1]["instruction"] == "erase it" and items[1]["task"] == "object_removal"
+    assert items[0]["source_caption"] == "a fox in a forest" and items[0]["target_caption"] == "a forest"
+    assert items[0]["problem"] is None and items[0]["path"].endswith("480p_frames/fox")
+    rows = [{k: v for k, v in PLUS.items() if k != "output_caption"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tree / "test.parquet")
+    with pytest.raises(UserError, match="no column for the target; it has video, task"):
+        metrics.read_tgve_plus(tree)
+
+
+def test_tgve_plus_without_its_parquet_says_what_to_get(tree):
+    with pytest.raises(UserError, match="facebook/tgve_plus"):
+        metrics.read_tgve_plus(tree)
 
 
 def test_long_clips_are_thinned_to_32_frames_as_insv2v_does():
@@ -527,6 +556,34 @@ def test_an_edit_that_appears_later_is_scored_then(tree, capsys):
     assert "4 of 8 clips scored" in tgve(tree, capsys)[0]
 
 
+def test_the_editor_fills_the_submission_layout_and_continues_where_it_stopped(tree, capsys):
+    out = tree / "out"
+    argv = [str(tree), "--weights", str(GOLDENS / "instruct-pix2pix"), "--out", str(out), "--limit", "2", "--size", "16",
+            "--steps", "2", "--device", "cpu", *flags()]
+    metrics.main_tgve(argv)
+    first = capsys.readouterr().out
+    assert "| control: image editor, frame by frame | 2 |" in first and "text 7.5, source 1.5, 2 steps, seed 0" in first
+    folder = out / "edit/DAVIS_480p/fox"
+    assert sorted(p.name for p in folder.iterdir()) == ["object", "style"]  # and nothing half-written
+    names = [p.name for p in sorted((folder / "style").iterdir())]
+    assert names == [f"{i:05d}.jpg" for i in range(6)]
+    assert np.asarray(Image.open(folder / "style/00000.jpg")).shape == (48, 64, 3)
+    kept, again = folder / "style/00003.jpg", (folder / "object/00003.jpg").read_bytes()
+    Image.new("RGB", (64, 48)).save(kept)
+    black = kept.read_bytes()
+    shutil.rmtree(folder / "object")
+    metrics.main_tgve(argv)
+    assert kept.read_bytes() == black and (folder / "object/00003.jpg").read_bytes() == again
+    rows = [[ln for ln in text.splitlines() if ln.startswith("| ")] for text in (first, capsys.readouterr().out)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("argv", [["--limit", "0"], ["--steps", "0"], ["--outputs", "nowhere"]])
+def test_a_benchmark_flag_out_of_range_is_named(tree, argv):
+    with pytest.raises(UserError, match=" ".join(argv)):
+        metrics.main_tgve([str(tree), *argv])
+
+
 def test_an_interval_covers_the_mean_and_shrinks_with_n():
     x = np.random.default_rng(0).normal(3, 1, 400)
     low, high = metrics.interval(x)
@@ -535,9 +592,9 @@ def test_an_interval_covers_the_mean_and_shrinks_with_n():
     assert few[1] - few[0] > 2 * (high - low)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # User study
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 EVIL = "</script><script>document.title = 'broken'</script> & <b>cat</b>"
 
@@ -583,10 +640,13 @@ def test_votes_are_win_rates_with_exact_binomial_intervals(tmp_path, capsys):
         files[-1].write_text(json.dumps({"study": "s", "rating": False, "names": ["ours", "theirs"], "answers": answers}))
     metrics.main_votes([str(f) for f in files])
     out = capsys.readouterr().out
-    assert "| text | 20 | 80.0 | 56.3 to 94.3 |" in out                                  # Clopper-Pearson, 16 of 20
+    assert "| text | 20 | 80.0 | 56.3 to 94.3 |" in out  # Clopper-Pearson, 16 of 20
     assert "| structure | 20 | 0.0 | 0.0 to 16.8 |" in out and "| average | | 60.0 | |" in out
     files[1].write_text(json.dumps({"study": "other", "rating": False, "names": ["x", "y"], "answers": {}}))
-    with pytest.raises(UserError, match="different studies"):
+    with pytest.raises(UserError, match="several studies, other, s"):
+        metrics.main_votes([str(f) for f in files])
+    files[1].write_text("[1]")
+    with pytest.raises(UserError, match="1.json: holds no answers"):
         metrics.main_votes([str(f) for f in files])
 
 
@@ -626,7 +686,7 @@ class Browser:
         """Navigates or reloads, then waits until the page's script has run and its films can play."""
         self.js("window.stale = true")
         self.send(method, **params)
-        while True:                                                                      # the blank page loads, too
+        while True:  # the blank page loads, too
             loads = self.loads
             ready = self.send("Runtime.evaluate", expression="!window.stale && playing !== null", returnByValue=True)
             if ready.get("result", {}).get("value") is True:
@@ -657,13 +717,16 @@ def test_in_a_browser_the_study_is_answered_by_keyboard_kept_over_a_reload_and_e
         name, left = browser.js("current().name"), browser.js("state.flip[state.order[0]] ? 'b' : 'a'")
         browser.js("window.film = document.querySelector('video')")
         browser.press("1", "2", "1")
-        assert browser.js("film.isConnected")                                            # an answer restarts nothing
+        assert browser.js("film.isConnected")  # an answer restarts nothing
         browser.press("Enter")
         right = "ab".replace(left, "")
         want = {name: {"text": left, "structure": right, "quality": left}}
         assert browser.js("state.answers") == want and browser.js("state.at") == 1
         order = browser.js("state.order")
-        browser.load("Page.reload")
+        for _ in range(20):                             # chromium stores what a page keeps a moment later
+            browser.load("Page.reload")
+            if browser.js("state.at"):
+                break
         assert browser.js("state.answers") == want and browser.js("state.at") == 1 and browser.js("state.order") == order
         assert browser.js("$('left').textContent") == "2 of 3, 1 answered"
         browser.press("Backspace")

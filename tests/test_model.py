@@ -1,0 +1,589 @@
+"""model.py against the reference libraries, and what must hold whatever the weights are.
+
+Goldens: tiny random networks in the published formats with the outputs of diffusers 0.42.1 and transformers 5.23.0 on
+CPU in float32 (`instruct-pix2pix`, the two motion adapters, AnimateDiff's .ckpt, `other-sizes`: another shape of every
+network, v-prediction; `dpm-solver`: DPMSolverMultistepScheduler's trajectories); `<network>.json`: names and shapes of
+the published files. Each tolerance is ten times the reference's own distance between float32 and float64.
+"""
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model
+from model import EPM, VAE, DDIM, DPMSolver, TextEncoder, Tokenizer, UNet, UserError, VideoEditor, clean_text
+
+GOLDENS = Path(__file__).parent / "goldens"
+IP2P, OTHER = GOLDENS / "instruct-pix2pix", GOLDENS / "other-sizes"
+ADAPTERS = [GOLDENS / f"animatediff-motion-adapter-{v}" for v in ("v1-5-2", "v1-5-3")]
+CKPT = GOLDENS / "animatediff" / "mm_sd_v15_v2.ckpt"
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def golden(folder):
+    """(expected tensors, absolute tolerances) of one golden folder."""
+    return load_file(folder / "expected.safetensors"), {k: v["atol"] for k, v in read(folder / "tolerance.json").items()}
+
+
+def apart(a, b):
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def load(folder=IP2P, **kw):
+    return VideoEditor.from_pretrained(folder, device="cpu", **kw)
+
+
+@pytest.fixture(scope="module")
+def image_editor():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def video_editor():
+    return load(motion=ADAPTERS[0], epm=True)
+
+
+def inputs(batch=1, n_frames=4, size=(4, 6), seed=0, ctx=32):
+    """z (B, F, 8, h, w), t (B,), ctx (B, 77, D), random."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, n_frames, 8, *size, generator=g), torch.randint(1000, (batch,), generator=g),
+            torch.randn(batch, 77, ctx, generator=g))
+
+
+def clip(n_frames=4, height=32, width=48, seed=0):
+    return torch.rand(1, n_frames, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------
+
+def test_token_ids_equal_openais_on_tricky_strings(image_editor):
+    want, strings = golden(IP2P)[0]["tokens.openai"], read(IP2P / "cases.json")["token_strings"]
+    for row, text in zip(want, strings):                            # OpenAI pads with 0, Stable Diffusion with the end
+        length = int(row.nonzero().max()) + 1
+        row = torch.cat([row[:length], row.new_full((77 - length,), image_editor.tokenizer.end)])
+        assert torch.equal(image_editor.tokenize([text])[0], row), text
+
+
+@pytest.mark.parametrize("text, clean", [
+    ("â€œbrokenâ€\x9d cafÃ©", '"broken" café'), ("â\x80\x9cquoteâ\x80\x9d", '"quote"'),     # cp1252; latin-1
+    ("FranÃƒÂ§ois", "françois"), ("Ð¼Ð¾Ñ€Ðµ ðŸ\x90±", "море 🐱"), ("Å\x93uvre", "œuvre"),  # twice; other scripts
+    ("&lt;b&gt; &amp;amp; &EACUTE;t&eacute; &#39;x&#39;", "<b> & été 'x'"), ("ﬁne ŉ Ǆ", "fine 'n dž"),
+    ("\x1b[31mred\x1b[0m\x07 sky\ufeff", "red sky"), ("Ｗｉｄｅ　ﾀ", "wide タ"), ("a\ud83d\udc31 \ud800", "a🐱 \ufffd"),
+    ("\x93C1\x94 wait\x85", '"c1" wait…'), (" tab\t\n\u2003 wide ", "tab wide"), ("e\u0301", "é"), ("ʼs ‚low‛ „x‟", "'s 'low' \"x\""),
+])
+def test_text_is_cleaned_as_ftfy_does(text, clean):
+    assert clean_text(text) == clean
+
+
+@pytest.mark.parametrize("text", ["«\xa0café\xa0»", "voilà, ça — naïve…", "são paulo", "25°c ± 5", "größe “ß”", "l'œil", "привет",
+                                  "日本語", "é²", "ñandú™", "½ ² ③", "x = <b>&nbsp</b>"])
+def test_correct_text_is_left_alone(text):
+    plain = text.replace("\xa0", " ").replace("“", '"').replace("”", '"').replace("&nbsp", " ")
+    assert clean_text(text) == plain
+
+
+def test_a_long_text_keeps_its_end_token(image_editor):
+    ids = image_editor.tokenize(["a b c d e f g h " * 40])[0]
+    assert ids[0] == image_editor.tokenizer.start and ids[-1] == image_editor.tokenizer.end
+    assert (ids == image_editor.tokenizer.end).sum() == 1
+
+
+def test_special_tokens_written_in_the_text_are_one_token(image_editor):
+    tok = image_editor.tokenizer
+    assert tok.encode("<|ENDOFTEXT|> <|startoftext|>") == [tok.end, tok.start]
+
+
+def test_text_attention_is_causal(image_editor):
+    ids = image_editor.tokenize(["make the sky purple"])
+    other = ids.clone()
+    other[0, 3:] = 7
+    a, b = image_editor.text_encoder(ids), image_editor.text_encoder(other)
+    assert apart(a[:, :3], b[:, :3]) < 1e-6 and apart(a[:, 3], b[:, 3]) > 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parity of the networks
+# ---------------------------------------------------------------------------------------------------------------
+
+def test_text_encoder_equals_transformers(image_editor):
+    want, atol = golden(IP2P)
+    got = image_editor.text_encoder(want["tokens.hf5"][[0, 1, 8, 15]])
+    assert apart(got, want["text.last_hidden_state"]) <= atol["text.last_hidden_state"]
+
+
+@pytest.mark.parametrize("case", ["unet", "unet_odd"])
+def test_image_unet_equals_diffusers(image_editor, case):
+    want, atol = golden(IP2P)
+    got = image_editor.unet(want[case + ".sample"][:, None], want[case + ".timesteps"], want[case + ".text"])[:, 0]
+    assert apart(got, want[case + ".eps"]) <= atol[case + ".eps"]
+
+
+def test_vae_equals_diffusers(image_editor):
+    want, atol = golden(IP2P)
+    mean, logvar = image_editor.vae.encode(want["vae.image_u8"].permute(2, 0, 1)[None] / 127.5 - 1)
+    assert apart(mean, want["vae.mean"]) <= atol["vae.mean"]
+    assert apart(logvar, want["vae.logvar"]) <= atol["vae.logvar"]
+    assert apart(image_editor.vae.decode(want["vae.latent"]), want["vae.decoded"]) <= atol["vae.decoded"]
+
+
+@pytest.mark.parametrize("norm", ["per_frame", "over_frames"])
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=["v1-5-2", "v1-5-3"])
+def test_motion_unet_equals_diffusers_with_either_norm(adapter, norm):
+    want, atol = golden(adapter)
+    ed = load(motion=adapter, norm_over_frames=norm == "over_frames")
+    for n in (8, 16):
+        z = want["sample16"].transpose(1, 2)[:, :n]
+        got = ed.unet(z, want["timestep"], want["text"]).transpose(1, 2)
+        assert apart(got, want[f"eps{n}.{norm}"]) <= atol[f"eps{n}.{norm}"]
+
+
+@pytest.mark.parametrize("norm", ["per_frame", "over_frames"])
+def test_original_ckpt_equals_animatediffs_module(norm):
+    want, atol = golden(CKPT.parent)
+    x = want["module.input"]                                        # (B, C, F, h, w)
+    net = load(motion=CKPT, norm_over_frames=norm == "over_frames").unet.down_blocks[1].motion_modules[0]
+    got = net(x.transpose(1, 2).flatten(0, 1), x.shape[2]).unflatten(0, (len(x), -1)).transpose(1, 2)
+    assert apart(got, want["module." + norm]) <= atol["module." + norm]
+
+
+def test_every_way_of_writing_the_ckpt_loads_the_same(tmp_path):
+    z, t, ctx = inputs(n_frames=3)
+    want = load(motion=ADAPTERS[0]).unet(z, t, ctx)
+    state = torch.load(CKPT, weights_only=True)["state_dict"]
+    for i, file in enumerate([state, {"module." + k: v for k, v in state.items()},
+                              {"state_dict": state, "animatediff_config": {"motion_module_type": "Vanilla"}}]):
+        torch.save(file, tmp_path / f"{i}.ckpt")
+        assert torch.equal(load(motion=tmp_path / f"{i}.ckpt").unet(z, t, ctx), want)
+
+
+def test_a_whole_edit_equals_diffusers_pipeline(image_editor):
+    want, atol = golden(IP2P)
+    video, case, path = want["e2e.image_u8"].permute(2, 0, 1)[None, None] / 127.5 - 1, read(IP2P / "cases.json")["e2e"], []
+    args = (case["prompt"], want["e2e.latents"][None], case["steps"], case["guidance_scale"], case["image_guidance_scale"])
+    z = image_editor.sample(image_editor.encode(video), *args, mode="image", keep=path)
+    assert apart(torch.cat(path[1:])[:, 0], want["e2e.trajectory"]) <= atol["e2e.trajectory"]
+    assert apart((image_editor.decode(z)[0] + 1) / 2, want["e2e.image"]) <= atol["e2e.image"]
+
+
+def test_other_sizes_heads_and_schedule_equal_diffusers():
+    want, atol = golden(OTHER)
+    ed = load(OTHER, motion=OTHER / "motion")
+    args = want["sample"], want["timesteps"], want["text"]
+    x = want["image_u8"].permute(2, 0, 1)[None] / 127.5 - 1
+    image = ed.edit(x[None], "make it snow", steps=4, s_txt=7.5, s_src=1.5, z_T=want["latents"][None], mode="image")[0]
+    assert torch.equal(ed.tokenize(["make it snow", ""]), want["ids"])
+    for name, got in dict(text_states=ed.text_encoder(want["ids"]), image_prediction=ed.unet(*args, mode="image"),
+                          video_prediction=ed.unet(*args), mean=ed.vae.encode(x)[0], decoded=ed.vae.decode(want["latents"]),
+                          **{"e2e.image": (image + 1) / 2}).items():
+        assert apart(got, want[name]) <= atol[name], name
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names and shapes of the published files
+# ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, build", [("ip2p_unet", UNet), ("ip2p_vae", VAE), ("clip_text_l", TextEncoder)])
+def test_full_size_names_and_shapes_equal_the_published_file(name, build):
+    file = read(GOLDENS / f"{name}.json")
+    with torch.device("meta"):
+        ours = {k: list(v.shape) for k, v in build(file["config"]).state_dict().items()}
+    theirs = {}
+    for k, shape in file["tensors"].items():
+        for old, new in VAE.LEGACY if name == "ip2p_vae" else ():
+            k = k.replace(old, new)
+        theirs[k] = shape
+    theirs.pop("text_model.embeddings.position_ids", None)          # a stray buffer of the published file
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("version", ["v1-5-2", "v1-5-3"])
+def test_full_size_motion_names_and_shapes_equal_the_published_file(version):
+    file = read(GOLDENS / f"motion_adapter_{version}.json")
+    with torch.device("meta"):
+        net = UNet(read(GOLDENS / "ip2p_unet.json")["config"])
+        net.add_motion(file["config"])
+    ours = {k: list(v.shape) for k, v in net.state_dict().items() if "motion_modules" in k and not k.endswith("gamma")}
+    assert ours == {k: v for k, v in file["tensors"].items() if not k.endswith(".pe")}
+    assert sum(k.endswith("gamma") for k in net.state_dict()) == (21 if version == "v1-5-2" else 20)
+
+
+def test_shards_and_pickles_load_like_one_safetensors_file(image_editor, tmp_path):
+    z, t, ctx = inputs(n_frames=1)
+    want = image_editor.unet(z, t, ctx)
+    for kind in ("shards", "bin"):
+        shutil.copytree(IP2P, tmp_path / kind)
+        file = tmp_path / kind / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        file.unlink()
+        if kind == "bin":
+            torch.save(tensors, file.with_suffix(".bin"))
+        else:
+            parts = {f"part-{i}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
+            for part, some in parts.items():
+                save_file(some, file.parent / part)
+            index = {"weight_map": {k: part for part, some in parts.items() for k in some}}
+            file.with_name(file.name + ".index.json").write_text(json.dumps(index))
+        assert apart(load(tmp_path / kind).unet(z, t, ctx), want) < 1e-5
+
+
+def test_a_trained_run_brings_its_own_motion_gamma_and_epm(video_editor, tmp_path):
+    state = {k: v + 0.1 if "gamma" in k or "epm" in k else v for k, v in video_editor.unet.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    unet = video_editor.unet
+    (tmp_path / "meta.json").write_text(json.dumps(dict(base=str(IP2P), unet=unet.config, motion=unet.motion_config,
+                                                        epm=unet.epm_config)))
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        ed = load(source)
+        assert ed.default_mode == "video"
+        assert all(torch.equal(v, state[k]) for k, v in ed.unet.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Samplers
+# ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [5, 20, 50])
+def test_ddim_equals_diffusers(spacing, steps):
+    want, atol = golden(IP2P)
+    ddim = DDIM(steps, spacing)
+    assert torch.equal(ddim.timesteps, want[f"ddim.{spacing}.{steps}.timesteps"])
+    assert torch.equal(ddim.abar, want["ddim.alphas_cumprod"])
+    for eta in (0, 1):
+        z, path, name = want["ddim.start"], [], f"ddim.{spacing}.{steps}.eta{eta}"
+        for i in range(steps):
+            z = ddim.step(want["ddim.eps"][i], i, z, eta=float(eta), noise=want["ddim.noise"][i])
+            path.append(z)
+        assert apart(torch.stack(path), want[name]) <= atol[name]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_dpm_solver_equals_diffusers(prediction):
+    want, atol = golden(GOLDENS / "dpm-solver")
+    for steps in (10, 12, 20, 25):
+        dpm, z, path, name = DPMSolver(steps, {"prediction_type": prediction}), want["start"], [], f"{prediction}.{steps}"
+        assert torch.equal(dpm.timesteps, want[name + ".timesteps"])
+        for i in range(steps):
+            z = dpm.step(dpm.to_eps(want["out"][i], i, z), i, z)
+            path.append(z)
+        assert apart(torch.stack(path), want[name]) <= atol[name]
+
+
+@pytest.mark.parametrize("sampler", [DDIM(7, set_alpha_to_one=True), DDIM(20, "trailing", set_alpha_to_one=True),
+                                     DDIM(9, "linspace", set_alpha_to_one=True), DPMSolver(10)],
+                         ids=["leading", "trailing", "linspace", "dpm"])
+def test_sampling_with_the_true_noise_returns_the_clean_latent(sampler):
+    z0, eps = torch.randn(2, 1, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    a = sampler.abar[int(sampler.timesteps[0])]
+    z = a.sqrt() * z0 + (1 - a).sqrt() * eps
+    for i, t in enumerate(sampler.timesteps):
+        a = sampler.abar[int(t)]
+        z = sampler.step((z - a.sqrt() * z0) / (1 - a).sqrt(), i, z)
+    assert apart(z, z0) < 1e-4
+
+
+def test_v_prediction_gives_the_true_noise():
+    z0, eps = torch.randn(2, 1, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    ddim = DDIM(10, cfg={"prediction_type": "v_prediction"})
+    for i, t in enumerate(ddim.timesteps):
+        a = ddim.abar[int(t)]
+        z, v = a.sqrt() * z0 + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * z0
+        assert apart(ddim.to_eps(v, i, z), eps) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# SMA and EPM
+# ---------------------------------------------------------------------------------------------------------------
+
+def test_untrained_sma_is_the_image_editor_exactly(image_editor):
+    z, t, ctx = inputs(batch=2)
+    untrained = load(motion=ADAPTERS[0], gamma=0.0).unet
+    assert torch.equal(untrained(z, t, ctx), image_editor.unet(z, t, ctx))
+    untrained.set_gamma(0.5)                                        # and the motion modules do matter
+    assert apart(untrained(z, t, ctx), image_editor.unet(z, t, ctx)) > 0.05
+
+
+def test_frame_by_frame_modes_agree(image_editor, video_editor):
+    z, t, ctx = inputs(batch=2)
+    one_by_one = torch.stack([image_editor.unet(z[:, i:i + 1], t, ctx)[:, 0] for i in range(4)], dim=1)
+    assert apart(image_editor.unet(z, t, ctx), one_by_one) < 1e-5
+    assert apart(video_editor.unet(z, t, ctx, "image"), one_by_one) < 1e-5
+
+
+def test_untrained_epm_keeps_999_permille_of_the_attention_in_the_own_frame():
+    n, length = 16, 6
+    bias = EPM(8)(torch.randn(n, 8, 2, 3), n).detach()
+    assert torch.equal(bias[0], -10 * (1 - torch.eye(n)))
+    frame = torch.eye(n).repeat_interleave(length, 0)[None]         # values that tell which frame they came from
+    got = model.epm_attention(torch.zeros_like(frame), torch.zeros_like(frame), frame, 1, bias)
+    assert (got * frame).sum(-1).min() > 0.999
+
+
+def test_untrained_epm_leaves_the_unet_almost_unchanged():
+    z, t, ctx = inputs(n_frames=16)
+    with_epm, without = load(epm=True).unet(z, t, ctx), load().unet(z, t, ctx)
+    assert 0 < (with_epm - without).norm() / without.norm() < 0.01
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_epm_attention_equals_explicit_bias_in_values_and_gradients(heads):
+    b, n, length, width = 2, 5, 6, 12
+    g = torch.Generator().manual_seed(0)
+    def ours(q, k, v, bias):
+        return model.epm_attention(q, k, v, heads, bias)
+    def explicit(q, k, v, bias):
+        mask = bias.repeat_interleave(length, 1).repeat_interleave(length, 2)[:, None]     # (B, 1, F*L, F*L)
+        return model.attention(q, k, v, heads, mask=mask)
+    leaves = [torch.randn(b, n * length, width, generator=g) for _ in range(3)] + [3 * torch.randn(b, n, n, generator=g)]
+    weight, results = torch.randn(b, n * length, width, generator=g), []
+    for f in (ours, explicit):
+        args = [x.clone().requires_grad_() for x in leaves]
+        y = f(*args)
+        results.append([y.detach(), *torch.autograd.grad((y * weight).sum(), args)])
+    for name, a, e in zip(("output", "dq", "dk", "dv", "dbias"), *results):
+        assert apart(a, e) < 2e-5, name
+
+
+def test_epm_of_a_short_clip_reads_the_corner_of_the_matrix():
+    net, x = EPM(8, frames=6), torch.randn(4, 8, 3, 3)
+    torch.nn.init.normal_(net.fc2.weight)
+    padded = torch.cat([x, x[-1:].expand(2, -1, -1, -1)])
+    assert apart(net(x, 4), net(padded, 6)[:, :4, :4]) < 1e-5
+
+
+def test_epm_memory_grows_with_frames_not_with_their_square():
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if torch.is_tensor(x):
+                    largest[-1] = max(largest[-1], x.numel())
+            return out
+
+    net, size = model.Attention(16, 2), (8, 8)
+    net.epm = EPM(16)
+    for n in (4, 8, 16):
+        x = torch.randn(n, 64, 16, requires_grad=True)
+        largest.append(0)
+        with Sizes():
+            net.across_frames(x, n, "video", "beside", size).sum().backward()
+    tokens = 16 * 64
+    assert largest[2] < tokens ** 2 / 8 and largest[2] <= 2.2 * largest[1] <= 2.2 ** 2 * largest[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The editor
+# ---------------------------------------------------------------------------------------------------------------
+
+def test_guidance_is_the_three_branch_formula(image_editor):
+    (z, _, _), src = inputs(n_frames=2), torch.randn(1, 2, 4, 4, 6)
+    z, ctx, t = z[:, :, :4], image_editor.encode_text(["make it snow", ""]), torch.tensor([500])
+
+    def branch(source, k):
+        return image_editor.unet(torch.cat([z, source], dim=2), t, ctx[k:k + 1], "image")
+    none, image, both = branch(torch.zeros_like(src), 1), branch(src, 1), branch(src, 0)
+    for s_txt, s_src in ((7.5, 1.5), (7.5, 1.0), (1.0, 1.0), (3.0, 3.0)):
+        want = none + s_src * (image - none) + s_txt * (both - image)
+        assert apart(image_editor.guided(z, src, 500, ctx, s_txt, s_src, "image"), want) < 1e-4
+
+
+def test_source_guidance_one_runs_two_branches(image_editor):
+    z, ctx, rows = torch.randn(1, 2, 4, 4, 6), image_editor.encode_text(["make it snow", ""]), []
+    hook = image_editor.unet.register_forward_pre_hook(lambda net, args: rows.append(len(args[0])))
+    for s_src in (1.5, 1.0):
+        image_editor.guided(z, z, 500, ctx, 7.5, s_src, "image")
+    hook.remove()
+    assert rows == [3, 2]
+
+
+@pytest.mark.parametrize("keys", ["beside", "instead"])
+def test_ffg_of_equal_frames_gives_equal_frames(keys):
+    ed = load()                                                     # no motion: its positions tell equal frames apart
+    ed.unet.ffg_keys = keys
+    z_src, z_T = ed.encode(clip(1)), torch.randn(1, 1, 4, 4, 6)
+    z = ed.sample(z_src.expand(-1, 4, -1, -1, -1), "make it snow", z_T.expand(-1, 4, -1, -1, -1), steps=3, mode="ffg")
+    assert apart(z, z[:, :1].expand_as(z)) < 1e-4
+    if keys == "instead":                                           # every frame then is the anchor's own edit
+        assert apart(z[:, :1], ed.sample(z_src, "make it snow", z_T, steps=3, mode="image")) < 1e-3
+
+
+def test_the_ffg_anchor_follows_the_image_editor(image_editor, video_editor):
+    z, t, ctx = inputs(n_frames=5)
+    anchor = video_editor.unet(z, t, ctx, "ffg")[:, :1]
+    assert apart(anchor, image_editor.unet(z[:, :1], t, ctx)) < 2e-5
+
+
+def test_ffg_frames_depend_on_the_anchor(image_editor):
+    z, t, ctx = inputs(n_frames=3)
+    other = z.clone()
+    other[:, 0] += 1
+    a, b = image_editor.unet(z, t, ctx, "ffg"), image_editor.unet(other, t, ctx, "ffg")
+    assert apart(a[:, 1:], b[:, 1:]) > 1e-3
+
+
+def test_noise_correction_holds_reference_frames_at_their_known_latents(image_editor):
+    z_src, z_T, z0 = torch.randn(3, 1, 3, 4, 4, 6, generator=torch.Generator().manual_seed(0))
+    z = image_editor.sample(z_src, "make it snow", z_T, steps=1, mode="image", z0_ref=z0[:, :2])
+    ddim = image_editor.scheduler_for(1)
+    t = int(ddim.timesteps[0])
+    eps = (z_T[:, :2] - ddim.abar[t].sqrt() * z0[:, :2]) / (1 - ddim.abar[t]).sqrt()
+    assert apart(z[:, :2], ddim.step(eps, 0, z_T[:, :2])) < 1e-4
+
+
+def test_a_frames_noise_does_not_depend_on_its_window(image_editor):
+    whole, window = image_editor.noise(6, 4, 6, seed=3, mode="video"), image_editor.noise(3, 4, 6, seed=3, first=2, mode="video")
+    assert torch.equal(whole[:, 2:5], window)
+    still = image_editor.noise(3, 4, 6, seed=3, mode="image")
+    assert torch.equal(still, still[:, :1].expand_as(still)) and not torch.equal(whole[:, :1], whole[:, 1:2])
+
+
+def test_the_source_latent_is_the_unscaled_posterior_mode(image_editor):
+    video = clip(5)
+    assert apart(image_editor.encode(video)[0], image_editor.vae.encode(video[0])[0]) < 1e-5
+    z = torch.randn(1, 2, 4, 4, 6)
+    assert apart(image_editor.decode(z)[0], image_editor.vae.decode(z[0] / 0.18215).clamp(-1, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["image", "ffg", "video"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+def test_an_edit_has_the_clips_shape_and_its_seed(video_editor, mode, sampler):
+    video = clip(3)
+    a, b, c = (video_editor.edit(video, "make it snow", steps=2, seed=s, mode=mode, sampler=sampler) for s in (0, 0, 1))
+    assert a.shape == video.shape and a.abs().max() <= 1 and torch.equal(a, b) and not torch.equal(a, c)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a user can get wrong
+# ---------------------------------------------------------------------------------------------------------------
+
+def changed_copy(tmp_path, change):
+    """The golden InstructPix2Pix folder with the U-Net's tensors passed through `change`."""
+    shutil.copytree(IP2P, tmp_path / "copy")
+    file = tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {k: v.clone() for k, v in load_file(file).items()}
+    file.unlink()                                                   # not in place: other editors have it mapped
+    save_file(change(tensors), file)
+    return tmp_path / "copy"
+
+
+def test_a_missing_directory_is_named():
+    with pytest.raises(UserError, match="/no/such/place: no such directory"):
+        load("/no/such/place")
+
+
+def test_a_folder_without_its_config_is_named(tmp_path):
+    with pytest.raises(UserError, match="unet.config.json: missing"):
+        load(tmp_path)
+
+
+def test_a_partial_unet_file_is_refused(tmp_path):
+    folder = changed_copy(tmp_path, lambda state: {k: v for k, v in state.items() if not k.startswith("mid_block")})
+    with pytest.raises(UserError, match="unet from .*safetensors: lacks 46 of 686 tensors, first mid_block"):
+        load(folder)
+
+
+def test_a_cut_file_is_refused(tmp_path):
+    shutil.copytree(IP2P, tmp_path / "copy")
+    file = tmp_path / "copy" / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="not a readable weight file"):
+        load(tmp_path / "copy")
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    folder = changed_copy(tmp_path, lambda state: state | {"conv_elsewhere.weight": torch.zeros(1)})
+    with pytest.raises(UserError, match="has unknown 1 of 686 tensors, first conv_elsewhere.weight"):
+        load(folder)
+
+
+def test_another_models_sizes_are_refused(tmp_path):
+    shutil.copytree(OTHER, tmp_path / "copy")
+    cfg = read(tmp_path / "copy" / "unet" / "config.json")
+    (tmp_path / "copy" / "unet" / "config.json").write_text(json.dumps(cfg | {"cross_attention_dim": 16}))
+    with pytest.raises(UserError, match=r"has wrong shapes for .*attn2.to_k.weight \(8, 12\) instead of \(8, 16\)"):
+        load(tmp_path / "copy")
+
+
+def test_motion_of_another_unet_or_of_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="motion from"):
+        load(motion=OTHER / "motion")
+    with pytest.raises(UserError, match="holds no motion modules"):
+        load(motion=IP2P / "vae")
+
+
+class Nasty:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
+    torch.save({"state_dict": Nasty()}, tmp_path / "bad.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Nasty()))
+    for file in ("bad.ckpt", "plain.ckpt"):
+        with pytest.raises(UserError, match=f"{file}: (refused|not a readable)"):
+            load(motion=tmp_path / file)
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_an_unknown_prediction_type_is_refused(tmp_path):
+    shutil.copytree(OTHER, tmp_path / "copy")
+    (tmp_path / "copy" / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "sample"}')
+    with pytest.raises(UserError, match="prediction_type sample; known are epsilon and v_prediction"):
+        load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("kw, message", [
+    (dict(steps=0), "--steps 0: needs 1 to 1000"), (dict(steps=1001), "--steps 1001"), (dict(mode="both"), "mode both: needs"),
+    (dict(sampler="dpm", steps=1000), "--steps 1000"), (dict(sampler="euler"), "--sampler euler: needs ddim or dpm"),
+])
+def test_a_setting_out_of_range_is_named(image_editor, kw, message):
+    with pytest.raises(UserError, match=message):
+        image_editor.edit(clip(1, 16, 16), "make it snow", **({"mode": "image"} | kw))
+
+
+def test_frames_of_the_wrong_size_are_refused(image_editor):
+    with pytest.raises(UserError, match="frames of 44x32: width and height must be multiples of 8"):
+        image_editor.edit(clip(1, 32, 44), "make it snow")
+
+
+def test_too_many_frames_for_motion_or_epm_are_refused(video_editor):
+    z, t, ctx = inputs(n_frames=33, size=(2, 2))
+    with pytest.raises(UserError, match="the motion modules know 32 positions"):
+        load(motion=ADAPTERS[1]).unet(z, t, ctx)
+    with pytest.raises(UserError, match="EPM knows 16 frames, got 17"):
+        video_editor.unet(z[:, :17], t, ctx)
+
+
+def test_nan_in_sampling_names_the_step():
+    ed, calls = load(), []
+
+    def spoil(net, args, out):
+        calls.append(1)
+        return out * float("nan") if len(calls) == 2 else out
+    ed.unet.register_forward_hook(spoil)
+    with pytest.raises(UserError, match="sampling step 2 of 4 gave NaN or Inf"):
+        ed.edit(clip(1, 16, 16), "make it snow", steps=4, mode="image")
+
+
+def test_a_scripts_user_error_is_one_line_and_status_2(capsys):
+    def main():
+        raise UserError("--frames 40: too many")
+    with pytest.raises(SystemExit) as stop:
+        model.run(main)
+    out = capsys.readouterr()
+    assert stop.value.code == 2 and out.err == "error: --frames 40: too many\n" and out.out == ""

@@ -1,0 +1,370 @@
+"""sample.py: reading and writing any clip, windows, detail, and what the command refuses. Clips are made on the spot."""
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import sample
+from model import UserError, VideoEditor
+from sample import (audio_packets, carry_detail, choose_model, edit_stream, main, plan, probe, read_frames, read_video,
+                    seam_score, select, video_writer, window_starts, write_video)
+
+HUB = str(Path(__file__).parent / "goldens" / "instruct-pix2pix")      # random weights, latents 8 times smaller
+
+
+def picture(i, height=48, width=64):
+    """Frame i of the test clip (H, W, 3) uint8: red, a blue top left quarter, a green bar moving right."""
+    rgb = np.zeros((height, width, 3), np.uint8)
+    rgb[:] = 200, 30, 30
+    rgb[:height // 2, :width // 2] = 30, 30, 200
+    rgb[:, 2 * i:2 * i + 4] = 30, 180, 30
+    return rgb
+
+
+def make_clip(path, n=20, codec="libx264", pix="yuv420p", height=48, width=64, tick=Fraction(1, 25), times=None,
+              rotation=None, audio=None, options=None, pixel=1):
+    """Write a small video; times: ticks of the frames; audio: codec of a 440 Hz tone as long as the pictures."""
+    with av.open(str(path), "w", options=options or {}) as out:
+        stream = out.add_stream(codec, rate=Fraction(25), options={"x265-params": "log-level=none"} if "265" in codec else {})
+        stream.width, stream.height, stream.pix_fmt = width, height, pix
+        stream.time_base = stream.codec_context.time_base = tick
+        stream.codec_context.sample_aspect_ratio = pixel
+        stream.codec_context.colorspace, stream.codec_context.color_range = 1, 1
+        if rotation:
+            stream.set_display_rotation(rotation)
+        sound = out.add_stream(audio, rate=48000, layout="mono") if audio else None
+        for i in range(n):
+            frame = av.VideoFrame.from_ndarray(picture(i, height, width), "rgb24")
+            frame = frame.reformat(format=pix, dst_colorspace="itu709", dst_color_range="MPEG")
+            frame.pts, frame.time_base = times[i] if times else i, tick
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+        for k in range(0, n * 1920 if sound else 0, 960):
+            tone = (0.3 * np.sin(np.arange(k, k + 960) * 2 * np.pi * 440 / 48000)).astype(np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(tone, "fltp", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48000, k, Fraction(1, 48000)
+            out.mux(sound.encode(frame))
+        if sound:
+            out.mux(sound.encode(None))
+    return path
+
+
+def seconds(path):
+    """Time stamps of all frames of a file, and the end of the last, in seconds."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+        return [float(f.pts * f.time_base) for f in frames], float((frames[-1].pts + frames[-1].duration) * frames[-1].time_base)
+
+
+def sound_packets(path):
+    with av.open(str(path)) as container:
+        return [(float(p.pts * p.time_base), bytes(p)) for p in container.demux(audio=0) if p.size]
+
+
+@pytest.fixture(scope="module")
+def editor():
+    return VideoEditor.from_pretrained(HUB, device="cpu")
+
+
+def command(*args):
+    return main([*map(str, args), "--weights", HUB, "--device", "cpu", "--steps", "2", "--size", "32"])
+
+
+# ---- reading
+
+@pytest.mark.parametrize("name, options", [
+    ("a.mp4", {}), ("a.mov", dict(codec="prores_ks", pix="yuv422p10le")), ("a.webm", dict(codec="libvpx-vp9", tick=Fraction(1, 1000),
+    times=list(range(0, 320, 40)))), ("a.mkv", dict(codec="libx265", pix="yuv420p10le")), ("a.avi", dict(codec="mpeg4")),
+    ("a.gif", dict(codec="gif", pix="rgb8", tick=Fraction(1, 100), times=list(range(0, 32, 4))))])
+def test_every_container_gives_the_same_frames(tmp_path, name, options):
+    video, fps = read_video(make_clip(tmp_path / name, n=8, **options))
+    assert video.shape == (1, 8, 3, 48, 64) and fps == 25
+    off = (video - torch.stack([sample.to_tensor(picture(i)) for i in range(8)])).abs()
+    assert off.mean() < (0.2 if name in ("a.gif", "a.avi") else 0.08)       # few colours; no tag says which matrix
+
+
+def test_a_folder_of_frames_is_read_in_numerical_order(tmp_path):
+    for i in range(11):
+        Image.fromarray(picture(i)).save(tmp_path / f"frame{i}.png")
+    clip = probe(tmp_path, rate=10)
+    rgb = [x for _, x in read_frames(clip)]
+    assert clip.rate == 10 and float(clip.seconds) == 1.1
+    assert all((x == picture(i)).all() for i, x in enumerate(rgb)) and len(rgb) == 11
+
+
+def test_rotation_metadata_turns_the_frames_upright(tmp_path):
+    for degrees in (90, 180, -90):
+        clip = probe(make_clip(tmp_path / "a.mp4", n=2, rotation=degrees))
+        upright = np.rot90(picture(0), degrees // 90)
+        rgb = next(read_frames(clip))[1]
+        assert (clip.height, clip.width) == rgb.shape[:2] == upright.shape[:2]
+        assert np.abs(rgb.astype(int) - upright).mean() < 6
+
+
+def test_start_end_and_frames_choose_by_time(tmp_path):
+    clip = probe(make_clip(tmp_path / "a.mp4", n=25))
+    times, tick, lengths = plan(clip, Fraction("0.2"), Fraction("0.6"))
+    assert [round(float(t * tick), 3) for t in times] == [0.2 + 0.04 * i for i in range(10)] or len(times) == 10
+    assert [t for t, _ in read_frames(clip, Fraction("0.2"), Fraction("0.6"))] == times
+    assert len(plan(clip, Fraction("0.2"), None, None, 3)[0]) == 3 and len(set(lengths)) == 1
+
+
+def test_resampling_shows_the_frame_that_is_on_screen(tmp_path):
+    clip = probe(make_clip(tmp_path / "a.mkv", n=24, tick=Fraction(1, 24)))             # milliseconds inside
+    frames = [(t, i) for i, t in enumerate(clip.times)]
+    assert [i for _, i in select(frames, clip, fps=Fraction(8))] == list(range(0, 24, 3))
+    assert [i for _, i in select(frames, clip, fps=Fraction(48))] == [i // 2 for i in range(48)]
+    assert [k for k, _ in select(frames, clip, Fraction(1, 2), None, Fraction(8), 3)] == [0, 1, 2]
+
+
+# ---- writing
+
+def test_written_video_is_tagged_h264_that_starts_fast(tmp_path):
+    video = torch.stack([sample.to_tensor(picture(i)) for i in range(5)])[None]
+    write_video(tmp_path / "o.mp4", video, 12.5)
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        coder = container.streams.video[0].codec_context
+        assert (coder.name, coder.pix_fmt, container.streams.video[0].average_rate) == ("h264", "yuv420p", Fraction(25, 2))
+        assert (coder.colorspace, coder.color_primaries, coder.color_trc, coder.color_range) == (1, 1, 1, 1)
+    data = (tmp_path / "o.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+    back, fps = read_video(tmp_path / "o.mp4")
+    assert fps == 12.5 and (back - video).abs().mean() < 0.04
+
+
+def test_odd_sizes_gain_one_repeated_line(tmp_path):
+    clip = probe(make_clip(tmp_path / "a.mkv", n=2, codec="ffv1", pix="yuv444p", height=47, width=65))
+    assert (clip.height, clip.width) == (47, 65)
+    with video_writer(tmp_path / "o.mp4", 65, 47, 25, Fraction(1, 25)) as write:
+        for i, (_, rgb) in enumerate(read_frames(clip)):
+            write(rgb, i, 1)
+    assert read_video(tmp_path / "o.mp4")[0].shape[-2:] == (48, 66)
+
+
+@pytest.mark.parametrize("name, audio, kept", [("a.mp4", "aac", True), ("a.webm", "libopus", True), ("a.mov", "pcm_s16le", False)])
+def test_sound_is_copied_where_mp4_holds_it_else_encoded(tmp_path, name, audio, kept):
+    webm = dict(codec="libvpx-vp9", tick=Fraction(1, 1000), times=list(range(0, 800, 40))) if "webm" in name else {}
+    path = make_clip(tmp_path / name, audio=audio, **webm)
+    command(path, "make it snow", "--mode", "image")
+    copy = sound_packets(tmp_path / "a_make-it-snow.mp4")
+    if kept:
+        assert [data for _, data in copy] == [data for _, data in sound_packets(path)]
+    assert abs(copy[-1][0] - 0.8) < 0.06
+
+
+def test_sound_is_cut_with_the_pictures(tmp_path):
+    path = make_clip(tmp_path / "a.mp4", n=50, audio="aac")
+    command(path, "make it snow", "--start", "0.5", "--end", "1.5", "--fps", "5", "--mode", "image")
+    times, end = seconds(tmp_path / "a_make-it-snow.mp4")
+    sound, source = sound_packets(tmp_path / "a_make-it-snow.mp4"), sound_packets(path)
+    assert np.allclose(times, np.arange(5) / 5) and abs(end - 1) < 1e-3
+    assert abs(sound[0][0]) < 0.03 and abs(sound[-1][0] - 1) < 0.04
+    index = [data for _, data in source].index(sound[0][1])
+    assert abs(source[index][0] - sound[0][0] - 0.5) < 1e-3            # in step with the pictures
+
+
+def test_variable_frame_rate_keeps_every_time(tmp_path):
+    times = [0, 40, 100, 140, 300, 360, 400, 500]
+    path = make_clip(tmp_path / "a.mp4", n=8, tick=Fraction(1, 1000), times=times)
+    command(path, "make it snow", "--mode", "image")
+    assert np.allclose(seconds(tmp_path / "a_make-it-snow.mp4")[0], np.array(times) / 1000)
+    assert seconds(tmp_path / "a_make-it-snow.mp4")[1] == pytest.approx(seconds(path)[1])
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with video_writer(tmp_path / "o.mp4", 64, 48, 25, Fraction(1, 25)) as write:
+            write(picture(0), 0, 1)
+            1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- windows
+
+@pytest.mark.parametrize("n", [1, 5, 16])
+@pytest.mark.parametrize("mode", ["ffg", "image"])
+def test_a_clip_of_one_window_equals_one_pass(editor, n, mode):
+    video = torch.rand(1, n, 3, 32, 40, generator=torch.Generator().manual_seed(n)) * 2 - 1
+    one = editor.edit(video, "make it snow", steps=2, seed=3, mode=mode)
+    windows = torch.stack(list(edit_stream(editor, video[0], "make it snow", 2, seed=3, mode=mode)))[None]
+    assert torch.equal(one, windows)
+
+
+@pytest.mark.parametrize("n, sizes", [(1, [(1, 0)]), (16, [(16, 0)]), (17, [(1, 15)]), (32, [(12, 4), (4, 12)]),
+                                      (33, [(12, 4), (5, 11)]), (40, [(12, 4), (12, 4)])])
+def test_windows_cover_any_length_once(editor, monkeypatch, n, sizes):
+    seen, sampler = [], editor.sample
+
+    def watch(z_src, *args, z0_ref=None, **more):
+        seen.append((z_src.shape[1] - (0 if z0_ref is None else z0_ref.shape[1]), 0 if z0_ref is None else z0_ref.shape[1]))
+        return sampler(z_src, *args, z0_ref=z0_ref, **more)
+
+    monkeypatch.setattr(editor, "anchor", lambda z, *_: (z, [z] * 2))  # the test is about windows: the anchor's cost aside
+    monkeypatch.setattr(editor, "sample", watch)
+    out = list(edit_stream(editor, torch.zeros(n, 3, 16, 16), "make it snow", 1, mode="ffg"))
+    assert len(out) == n and seen[n > 16:] == sizes and sum(new for new, _ in seen) == n
+    assert len(window_starts(n, "ffg")) == len(seen)
+
+
+def test_a_long_clip_is_read_only_as_far_as_it_is_edited(editor):
+    taken = []
+    frames = (taken.append(i) or torch.zeros(3, 16, 16) for i in range(10 ** 9))
+    stream = edit_stream(editor, frames, "make it snow", 1, mode="image")
+    for _ in range(20):
+        next(stream)
+    assert len(taken) == 32
+
+
+def test_seam_score_finds_a_jump_at_the_joins():
+    source, flat = [0.1] * 39, [0.2] * 39
+    jump = [0.6 if i + 1 in (16, 28) else 0.2 for i in range(39)]
+    assert seam_score(flat, source, [16, 28]) == pytest.approx(1) and seam_score(jump, source, [16, 28]) == pytest.approx(3)
+    assert seam_score(flat[:5], source[:5], []) is None
+
+
+# ---- detail
+
+def scene(seed=0, size=240):
+    """A textured picture (1, 3, size, size) in [-1, 1] with detail down to single pixels."""
+    g = torch.Generator().manual_seed(seed)
+    layers = [F.interpolate(torch.rand(1, 3, n, n, generator=g), size, mode="bilinear") for n in (5, 20, 80, 240)]
+    return sum(layers) / 2 - 1
+
+
+def small(x):
+    return F.interpolate(x, 48, mode="bicubic", antialias=True)
+
+
+def psnr(x, y):
+    return float(-10 * torch.log10(((x - y) / 2).square().mean()))
+
+
+def test_a_global_colour_edit_keeps_every_pixel_of_detail():
+    source = scene()
+    matrix = torch.tensor([[0.4, 0.3, 0.1], [0.1, 0.5, 0.2], [0.2, 0.1, 0.3]])
+    truth = torch.einsum("ij,njhw->nihw", matrix, source) + 0.1
+    carried = carry_detail(small(source), small(truth), source)
+    plain = F.interpolate(small(truth), 240, mode="bicubic")
+    assert psnr(carried, truth) > 40 > psnr(plain, truth) + 10
+
+
+def test_no_edit_returns_the_source():
+    assert psnr(carry_detail(small(scene()), small(scene()), scene()), scene()) > 50
+
+
+def test_a_replaced_object_does_not_show_the_old_texture():
+    source = scene()
+    truth = source.clone()
+    truth[..., 60:180, 60:180] = scene(seed=1)[..., 60:180, 60:180]
+    carried, inside = carry_detail(small(source), small(truth), source), (..., slice(80, 160), slice(80, 160))
+    plain = F.interpolate(small(truth), 240, mode="bicubic")
+    assert psnr(carried[inside], plain[inside]) > psnr(source[inside], plain[inside]) + 8
+    assert psnr(carried[inside], truth[inside]) > psnr(plain[inside], truth[inside]) - 1
+    assert psnr(carried[..., :40], truth[..., :40]) > 40                # and the rest stays the source
+
+
+# ---- the command
+
+def test_same_seed_gives_the_same_file_and_another_does_not(tmp_path):
+    path = make_clip(tmp_path / "a.mp4", n=3)
+    files = []
+    for name, seed in (("x.mp4", 1), ("y.mp4", 1), ("z.mp4", 2)):
+        command(path, "make it snow", "--seed", seed, "--out", tmp_path / name)
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_several_instructions_and_comparison_in_one_call(tmp_path, capsys):
+    path = make_clip(tmp_path / "a.mp4", n=18)
+    command(path, "make it snow", "Add rain!", "--compare", "--verbose", "--mode", "ffg")
+    names = {"a.mp4"} | {f"a_{slug}{more}.mp4" for slug in ("make-it-snow", "add-rain") for more in ("", "_compare")}
+    assert {f.name for f in tmp_path.iterdir()} == names
+    pair, _ = read_video(tmp_path / "a_add-rain_compare.mp4")
+    assert pair.shape == (1, 18, 3, 48, 128) and (pair[..., :64] - read_video(path)[0]).abs().mean() < 0.05
+    assert "seam score" in capsys.readouterr().out
+
+
+def test_grid_writes_one_labelled_picture(tmp_path):
+    command(make_clip(tmp_path / "a.mp4", n=2), "make it snow", "--grid", "--steps", "1")
+    sheet = Image.open(tmp_path / "a_make-it-snow_grid.png")
+    assert sheet.size == (100 + 4 * 164, 44 + 4 * (round(32 * 160 / 40) + 4))
+
+
+def test_a_still_picture_is_a_clip_of_one_frame(tmp_path):
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    command(tmp_path / "a.png", "make it snow")
+    assert len(seconds(tmp_path / "a_make-it-snow.mp4")[0]) == 1
+
+
+def test_wide_pixels_keep_their_shape(tmp_path):
+    clip = probe(make_clip(tmp_path / "a.mp4", n=1, pixel=Fraction(2)))
+    assert sample.model_size(clip, 48, 8) == (48, 128)
+    command(clip.path, "make it snow")
+    assert probe(tmp_path / "a_make-it-snow.mp4").pixel == 2
+
+
+def test_a_cut_off_file_says_how_much_is_left(tmp_path):
+    whole = make_clip(tmp_path / "w.mp4", n=60, audio="aac", options={"movflags": "+faststart"}).read_bytes()
+    (tmp_path / "a.mp4").write_bytes(whole[:len(whole) * 6 // 10])
+    with pytest.raises(UserError, match=r"a.mp4: cut short.*pass --frames \d+ to edit those") as error:
+        command(tmp_path / "a.mp4", "make it snow")
+    good = int(str(error.value).split("--frames ")[1].split()[0])
+    command(tmp_path / "a.mp4", "make it snow", "--frames", good, "--mode", "image")
+    assert 5 < good < 60 and len(seconds(tmp_path / "a_make-it-snow.mp4")[0]) == good
+    (tmp_path / "b.mp4").write_bytes(make_clip(tmp_path / "v.mp4").read_bytes()[:-200])         # its index is last
+    with pytest.raises(UserError, match="b.mp4: not a video, or cut off"):
+        command(tmp_path / "b.mp4", "make it snow")
+
+
+def test_inputs_that_hold_no_pictures_are_named(tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(4000))
+    (tmp_path / "text.txt").write_text("hello\n" * 99)
+    (tmp_path / "folder").mkdir()
+    with av.open(str(tmp_path / "song.wav"), "w") as out:
+        tone = out.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        frame.sample_rate = 8000
+        out.mux(tone.encode(frame))
+    for name, says in (("missing.mp4", "No such file"), ("empty.mp4", "empty file"), ("noise.mp4", "not a video"),
+                       ("text.txt", "no video"), ("folder", "no frames in this folder"), ("song.wav", "only audio")):
+        with pytest.raises(UserError, match=rf"{name}.*{says}") as error:
+            command(tmp_path / name, "make it snow")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--steps", "0"], "--steps 0: must lie"), (["--steps", "x"], "--steps"), (["--frames", "0"], "--frames 0"),
+    (["--size", "7"], "--size 7"), (["--text-cfg", "nan"], "--text-cfg nan"), (["--source-cfg", "99"], "--source-cfg 99"),
+    (["--fps", "0"], "--fps 0"), (["--start", "9"], "--start 9.*lasts 0.12 s"), (["--start", "1", "--end", "0.5"], "--end 0.5"),
+    (["--seed", "-3"], "--seed -3"), (["--device", "tpu"], "--device tpu"), (["--weights", "nowhere"], "--weights nowhere"),
+    (["--out", "nowhere/x.mp4"], "cannot be written"), (["--out", "x.avi"], "--out x.avi"), (["--sampler", "euler"], "--sampler")])
+def test_flags_out_of_range_are_refused_in_one_line(tmp_path, flags, says):
+    path = make_clip(tmp_path / "a.mp4", n=3)
+    with pytest.raises(UserError, match=says) as error:
+        main([str(path), "make it snow", *flags] if "--weights" in flags else [str(path), "make it snow", "--weights", HUB, *flags])
+    assert "\n" not in str(error.value) and [f.name for f in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_empty_instructions_are_refused_and_long_ones_cut_with_a_warning(tmp_path, capsys):
+    path = make_clip(tmp_path / "a.mp4", n=1)
+    with pytest.raises(UserError, match="is empty"):
+        command(path, "  ")
+    command(path, "make it snow " * 170)
+    assert "more than 77 tokens" in capsys.readouterr().err
+    command(path, "make it snow")
+    assert "77" not in capsys.readouterr().err
+
+
+def test_auto_takes_the_newest_trained_run_that_fits_else_tiny(tmp_path):
+    assert choose_model("auto", None, "cpu", tmp_path)[0] == "tiny"
+    for run in ("tiny/image", "tiny/vae", "sd15/round0"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "model.safetensors").write_bytes(b"")
+    assert choose_model("auto", None, "cpu", tmp_path)[0] == str(tmp_path / "runs" / "tiny" / "image")
+    assert choose_model("sd15", None, "cpu", tmp_path)[0] == "sd15"
