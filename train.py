@@ -3,6 +3,7 @@
     python train.py --stage vae         the autoencoder of `tiny`, on scenes drawn by code
     python train.py --stage clip        tiny CLIP on frames and captions; its text tower then is the editor's text encoder
     python train.py --stage image       the InstructPix2Pix-style image editor, on (source, instruction, target)
+    python train.py --stage decoder     the autoencoder's decoder alone a while longer (the latents stay as they are)
     python train.py --stage eval        held-out table of the trained or embedded image editor (also printed after training)
     python train.py --stage export      copy the finished networks into assets/tiny as float16
     python train.py                     all of them, in this order, skipping what is finished
@@ -36,6 +37,7 @@ from model import ROOT, VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEdito
 # The world set: pairs of frames drawn once, shared by all stages
 # ---------------------------------------------------------------------------------------------------------------
 
+STEPS = {"vae": 2200, "clip": 1000, "image": 12000, "decoder": 2000}             # optimizer steps of each stage
 SHARD = 500                                                        # pairs in a file
 # how often each task is drawn: the local ones are harder to learn than the global ones, so they come more often
 TASK_MIX = {"style": 1, "object": 2.4, "background": 1.3, "multiple": 1.2, "removal": 2, "addition": 1.6,
@@ -184,10 +186,18 @@ TINY_VAE = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, late
                 block_out_channels=[16, 48, 64, 96], norm_num_groups=2, act_fn="silu", sample_size=96)
 
 
-def stage_vae(args, shards, out):
-    """Autoencoder: L1 + L2 on pixels and on their differences (edges), and a very small KL term (no adversary)."""
+def stage_vae(args, shards, out, start=None):
+    """Autoencoder: L1 + L2 on pixels and on their differences (edges), and a very small KL term (no adversary).
+
+    start: a finished autoencoder whose decoder alone is trained further (stage "decoder"): its latents, and with them
+    the editor, stay as they are.
+    """
     torch.manual_seed(args.seed)
     vae = VAE(TINY_VAE)
+    if start:
+        vae.load_state_dict(load_file(start / "diffusion_pytorch_model.safetensors"))
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
 
     def loss_fn(step, generator):
         frames, _, rows = pick(shards, 16, generator)
@@ -199,17 +209,17 @@ def stage_vae(args, shards, out):
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
         return d.abs().mean() + 2 * d.square().mean() + 0.5 * edges + 1e-4 * kl
 
-    steps = args.steps or 2200
-    meta = dict(stage="vae", config=TINY_VAE, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=args.lr or 1.5e-3))
-    fit(vae, loss_fn, out, meta, steps, args.lr or 1.5e-3, 16, ema=0.998, device=args.device, resume_any=args.force)
+    steps, lr = args.steps or STEPS[out.name], args.lr or 1.5e-3
+    meta = dict(stage=out.name, config=TINY_VAE, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=lr))
+    fit(vae, loss_fn, out, meta, steps, lr, 16, ema=0.998, device=args.device, resume_any=args.force)
     # the factor that brings the latents to unit variance goes into the published place, the config
     with torch.no_grad():
         z = torch.cat([vae.encode(as_input(f[:16, 0]).to(args.device))[0].flatten() for f, _ in shards[:20]])
         x = torch.cat([as_input(f[16:24, 0]) for f, _ in shards[:20] if f.shape[2] == f.shape[3]])
         y = torch.cat([vae.decode(vae.encode(part.to(args.device))[0]).cpu() for part in x.split(16)])
     config = TINY_VAE | {"scaling_factor": round(1 / z.std().item(), 5)}
-    psnr = -10 * ((x - y.clamp(-1, 1)).square().mean(dim=(1, 2, 3)) / 4).log10()
-    print(f"vae: {psnr.mean():.2f} dB on {len(x)} frames, latent scale {config['scaling_factor']}")
+    error = (x - y.clamp(-1, 1)).square().mean(dim=(1, 2, 3)) / 4
+    print(f"{out.name}: {-10 * error.log10().mean():.2f} dB on {len(x)} training frames, latent scale {config['scaling_factor']}")
     return vae, config
 
 
@@ -287,7 +297,7 @@ def stage_clip(args, shards, out):
         return (match(image, clip.encode_text(tokens(captions)), scale, same(captions)) +
                 0.5 * match(change, clip.encode_text(tokens(orders)), scale.clamp(max=20), same(orders)))
 
-    steps = args.steps or 1000
+    steps = args.steps or STEPS["clip"]
     meta = dict(stage="clip", config=config, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=args.lr or 1e-3))
     fit(clip, loss_fn, out, meta, steps, args.lr or 1e-3, 96, ema=0.995, device=args.device, resume_any=args.force)
     return clip, config, tokenizer
@@ -373,7 +383,7 @@ def stage_image(args, shards, out, base):
         weight = 1 + args.region_weight * (changed / 0.5).clamp(max=1)
         return (error * weight / weight.mean(dim=(1, 2), keepdim=True)).mean()
 
-    steps, lr = args.steps or 12000, args.lr or 1e-3
+    steps, lr = args.steps or STEPS["image"], args.lr or 1e-3
     meta = dict(stage="image", base=str(base.relative_to(ROOT)) if base.is_relative_to(ROOT) else str(base), unet=TINY_UNET,
                 args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=lr, batch=batch, t_bias=args.t_bias,
                           region_weight=args.region_weight))
@@ -484,14 +494,14 @@ def export(runs, target):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--stage", default="all", choices=["all", "vae", "clip", "image", "eval", "export"], help="what to train or do")
+    p.add_argument("--stage", default="all", choices=["all", *STEPS, "eval", "export"], help="what to train or do")
     p.add_argument("--data", type=Path, default=ROOT / "data" / "tiny", help="where the world set and cached latents lie")
     p.add_argument("--runs", type=Path, default=ROOT / "runs" / "tiny", help="where checkpoints and logs go")
     p.add_argument("--force", action="store_true", help="resume a run although its settings changed")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     # training
-    p.add_argument("--steps", type=int, help="optimizer steps; default 2200 vae, 1000 clip, 12000 image")
-    p.add_argument("--lr", type=float, help="peak learning rate; default 1.5e-3 vae, 1e-3 clip and image")
+    p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}")
+    p.add_argument("--lr", type=float, help="peak learning rate; default 1.5e-3 vae and decoder, 1e-3 clip and image")
     p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 24")
     p.add_argument("--pairs", type=int, default=60000, help="pairs of the world set")
     p.add_argument("--size", type=int, default=96, help="short side in pixels, a multiple of 32")
@@ -518,21 +528,22 @@ def parse_args(argv=None):
     return args
 
 
-def done(folder, args, default):
-    """True where a stage has run all its steps."""
-    meta = folder / "meta.json"
-    return meta.is_file() and read_json(meta)["step"] >= (args.steps or default)
+def wanted(stage, args):
+    """True where a stage was asked for by name, or is part of "all" and has not run all its steps."""
+    meta = args.runs / stage / "meta.json"
+    return args.stage == stage or args.stage == "all" and not (
+        meta.is_file() and read_json(meta)["step"] >= (args.steps or STEPS[stage]))
 
 
 def main(argv=None):
     args = parse_args(argv)
     base = args.runs / "base"
-    if args.stage in ("all", "vae", "clip", "image"):
+    if args.stage in ("all", *STEPS):
         shards = world_set(args.data / "world", args.pairs, args.size)
-    if args.stage == "vae" or args.stage == "all" and not done(args.runs / "vae", args, 2200):
+    if wanted("vae", args):
         vae, config = stage_vae(args, shards, args.runs / "vae")
         write_network(base / "vae", config, vae.state_dict(), "diffusion_pytorch_model.safetensors")
-    if args.stage == "clip" or args.stage == "all" and not done(args.runs / "clip", args, 1000):
+    if wanted("clip", args):
         clip, config, tokenizer = stage_clip(args, shards, args.runs / "clip")
         write_network(base / "clip", config, clip.state_dict())
         write_network(base / "text_encoder", config["text_config"],
@@ -542,7 +553,7 @@ def main(argv=None):
             folder.mkdir(exist_ok=True)
             for name in ("vocab.json", "merges.txt"):
                 (folder / name).write_bytes((args.runs / "clip" / "tokenizer" / name).read_bytes())
-    if args.stage in ("all", "image"):
+    if wanted("image", args):
         for part, stage in (("vae", "vae"), ("text_encoder", "clip")):
             if not (base / part / "config.json").is_file():
                 raise UserError(f"--stage image needs {base / part}; run --stage {stage} first")
@@ -551,6 +562,10 @@ def main(argv=None):
         write_json(base / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": dict(
             size=args.size, guidance=TINY_GUIDANCE, words=curate.known_words(), examples=curate.examples())})
         stage_image(args, shards, args.runs / "image", base)
+    if wanted("decoder", args):
+        vae, config = stage_vae(args, shards, args.runs / "decoder", start=base / "vae")
+        config["scaling_factor"] = read_json(base / "vae" / "config.json")["scaling_factor"]
+        write_network(base / "vae", config, vae.state_dict(), "diffusion_pytorch_model.safetensors")
     if args.stage in ("all", "image", "eval"):
         found = args.runs / "image" if (args.runs / "image" / "model.safetensors").is_file() else "tiny"
         ed = VideoEditor.from_pretrained(args.weights or found, device=args.device)

@@ -8,11 +8,10 @@ the published files. Each tolerance is ten times the reference's own distance be
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -335,7 +334,7 @@ def test_untrained_epm_keeps_999_permille_of_the_attention_in_the_own_frame():
 def test_untrained_epm_leaves_the_unet_almost_unchanged():
     z, t, ctx = inputs(n_frames=16)
     with_epm, without = load(epm=True).unet(z, t, ctx), load().unet(z, t, ctx)
-    assert 0 < (with_epm - without).norm() / without.norm() < 0.01
+    assert 0 < (with_epm - without).norm() / without.norm() < 0.005
 
 
 @pytest.mark.parametrize("heads", [1, 3])
