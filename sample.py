@@ -623,12 +623,12 @@ def main(argv=None):
     paths = output_paths(clip, args.instruction, args.out, "_grid.png" if args.grid else ".mp4")
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
-    ed = VideoEditor.from_pretrained(source, device=args.device, dtype=args.dtype)
-    height, width = model_size(clip, ed.size if args.size == -1 else args.size, ed.multiple)
-    print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} on {ed.device}")
-    s_txt, s_src = (d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance))
-    options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed, sampler=args.sampler)
     try:
+        ed = VideoEditor.from_pretrained(source, device=args.device, dtype=args.dtype)
+        height, width = model_size(clip, ed.size if args.size == -1 else args.size, ed.multiple)
+        print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} on {ed.device}")
+        s_txt, s_src = (d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance))
+        options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed, sampler=args.sampler)
         for instruction, path in zip(args.instruction, paths):
             check_words(ed, instruction)
             if args.grid:
@@ -647,7 +647,7 @@ def main(argv=None):
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        raise UserError(f"out of memory with frames of {width}x{height}: lower --size, or pass --device cpu") from None
+        raise UserError("out of memory: lower --size (the short side of the model's frame), or pass --device cpu") from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Contents: flags, the world set (drawn once, shared by all stages), the loop, one
 A run lives in runs/<model>/<stage>/: model.safetensors (EMA), state.pt (to resume), meta.json, log.jsonl.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -175,7 +176,7 @@ def pick(shards, n, generator, axis=2):
 
 def as_input(frames):
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -327,13 +328,14 @@ def cache_latents(vae, shards, folder, device):
     out = []
     for i, (frames, records) in enumerate(tqdm(shards, desc="latents", unit="shard")):
         path = folder / f"{i:05d}.npy"
+        keep = [k for k, r in enumerate(records) if r["domain"] == "synthetic"]
         if not path.is_file():
-            z = [vae.encode(as_input(part.reshape(-1, *part.shape[2:])).to(device))[0].half().cpu() for part in np.array_split(frames, 16)]
+            x = frames[keep].reshape(-1, *frames.shape[2:])
+            z = [vae.encode(as_input(part).to(device))[0].half().cpu() for part in np.array_split(x, len(x) // 16 + 1)]
             with open(path.with_suffix(".tmp"), "wb") as f:
                 np.save(f, torch.cat(z).unflatten(0, (-1, 2)).numpy())
             os.replace(path.with_suffix(".tmp"), path)
-        keep = [k for k, r in enumerate(records) if r["domain"] == "synthetic"]
-        out.append((np.load(path)[keep], [records[k] for k in keep]))
+        out.append((np.load(path), [records[k] for k in keep]))
     return out
 
 
@@ -350,7 +352,8 @@ def stage_image(args, shards, out, base):
     text.load_state_dict(load_file(base / "text_encoder" / "model.safetensors"))
     vae, text = (net.to(args.device).eval().requires_grad_(False) for net in (vae, text))
     tokenizer = Tokenizer(base / "tokenizer" / "vocab.json", base / "tokenizer" / "merges.txt")
-    shards = cache_latents(vae, shards, args.data / "latents", args.device)
+    encoder = hashlib.sha1(vae.quant_conv.weight.cpu().numpy().tobytes()).hexdigest()[:8]      # another encoder, another cache
+    shards = cache_latents(vae, shards, args.data / f"latents-{encoder}", args.device)
     torch.manual_seed(args.seed)
     unet = UNet(TINY_UNET)
     for name, p in unet.named_parameters():                        # every residual branch and the output start at zero
