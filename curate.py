@@ -3,11 +3,16 @@
 Contents
   the shapes world     scenes drawn by code, with the exact target video of every edit: names and scenes,
                        canvases, shapes, rendering, effects and styles, captions and wordings, edits
+  CogVideoX            the teacher that turns a frame into a clip: T5, transformer, causal 3-D VAE, samplers
+  command line         python curate.py scene OUT: one scene and its true edit, as videos
 """
 import argparse
+import hashlib
 import io
 import math
+import os
 import re
+import struct
 import sys
 import zlib
 from dataclasses import dataclass, replace
@@ -17,11 +22,18 @@ from random import Random
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from scipy.io import wavfile
 from scipy.ndimage import gaussian_filter, map_coordinates
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models
+from tqdm import tqdm
 
-from model import UserError, run
+from model import UserError, attention, hub_dir, load_weights, read_json, read_tensors, run, timestep_embedding
 from sample import probe, write_video
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1107,6 +1119,708 @@ def examples():
             "change the background to blue and white stripes", "replace the background with a sunset sky",
             "remove the star", "add a yellow heart at the top left", "give the square dots",
             "remove the circle and make it sepia"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The teacher CogVideoX-5B image-to-video (Yang et al. 2024): a frame and a caption become a clip
+#     T5Tokenizer, T5Encoder     caption -> 226 states
+#     CogTransformer             [noisy latent, image latent] + states -> v
+#     CogVAE                     causal 3-D autoencoder, 8x in space, 4x in time
+#     CogSchedule                zero-terminal-SNR noise levels; DDIM and DPM steps
+#     CogVideoX                  loads them one after another; animate(image, caption, seed) -> clip
+# Attribute names are the published keys; `cfg` is a published config.json as a dict, so other sizes load too.
+# ------------------------------------------------------------------------------------------------------------
+
+COGVIDEOX = "zai-org/CogVideoX-5b-I2V"     # 21.6 GB: T5 9.5, transformer 11.3, VAE 0.9; the CogVideoX licence
+
+
+# ---------------------------------------------------------------------------- text: T5 v1.1 XXL
+
+def protobuf_fields(buf):
+    """Yield (field number, value) of one protobuf message; a value is an int (varint) or bytes (all else)."""
+    at = 0
+
+    def varint():
+        nonlocal at
+        n = shift = 0
+        while True:
+            byte, at = buf[at], at + 1
+            n, shift = n | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return n
+    while at < len(buf):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+        else:
+            size = {1: 8, 5: 4}.get(key & 7) or varint()        # wire types: 64 bit, 32 bit, length-delimited
+            yield key >> 3, bytes(buf[at:at + size])
+            at += size
+
+
+class T5Tokenizer:
+    """T5's SentencePiece unigram model from the published `spiece.model`, without the sentencepiece package.
+
+    tokenizer(texts, length=226) -> ids (N, length) int64: pieces, </s>, then <pad>. Ids are sentencepiece's,
+    except that special tokens written in a text (</s>, <pad>, <extra_id_3>) are cut out as such, as in the
+    published pipeline. A text over `length` tokens is cut, with a warning. UserError for a damaged file.
+    """
+    def __init__(self, folder):
+        path, pieces, self.trie, self.strings = Path(folder) / "spiece.model", [], [], b""
+        try:
+            for number, value in protobuf_fields(path.read_bytes()):
+                if number == 1:                                 # a piece: 1 text, 2 score, 3 type (1: normal)
+                    piece = {2: bytes(4), 3: 1, **dict(protobuf_fields(value))}
+                    pieces.append((piece[1].decode(), struct.unpack("<f", piece[2])[0], piece[3]))
+                elif number == 3:                               # the normalizer: 2 is its character map
+                    chars = dict(protobuf_fields(value)).get(2, bytes(4))
+                    end = 4 + int.from_bytes(chars[:4], "little")           # a double-array trie, its strings
+                    self.trie, self.strings = np.frombuffer(chars[4:end], "<u4").tolist(), chars[end:]
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing; download the repository's tokenizer folder again") from None
+        except (OSError, IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error):
+            pieces = []                                         # no protobuf of pieces: said in the next line
+        if not any(kind == 2 for _, _, kind in pieces):
+            raise UserError(f"{path}: not a SentencePiece model; download the repository's tokenizer folder")
+        # types 2 and 3: unknown and control pieces
+        self.special = {text: i for i, (text, _, kind) in enumerate(pieces) if kind in (2, 3)}
+        extra = Path(folder) / "added_tokens.json"              # <extra_id_0> has the last id, counting down
+        self.special |= (read_json(extra) if extra.is_file() else
+                         {f"<extra_id_{i}>": len(pieces) + 99 - i for i in range(100)})
+        self.split = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
+        # a special piece must never match inside a word: NUL does not survive normalisation
+        vocab = [(text if kind == 1 else "\0" + text, score) for text, score, kind in pieces]
+        unknown = [kind for _, _, kind in pieces].index(2)
+        self.unigram = FastTokenizer(models.Unigram(vocab, unknown, byte_fallback=False))
+
+    def normalize(self, text):
+        """SentencePiece's normalisation: longest match in the character map, spaces become one '▁'."""
+        data, out, at = text.encode("utf-8", "replace"), b"", 0
+        child = lambda i: i ^ self.trie[i] >> 10 << ((self.trie[i] & 512) >> 6)     # darts-clone's packing
+        while at < len(data):
+            node, end, found = child(0) if self.trie else 0, at, None
+            for i in range(at, len(data) if self.trie else at):
+                node ^= data[i]
+                unit = self.trie[node]
+                if unit & 0x800000FF != data[i]:
+                    break
+                node = child(node)
+                if unit >> 8 & 1:                                           # a key ends here
+                    end, found = i + 1, self.trie[node] & 0x7FFFFFFF
+            if found is None:                                               # unmapped: keep a UTF-8 character
+                end = next((i for i in range(at + 1, len(data)) if data[i] & 0xC0 != 0x80), len(data))
+                out += data[at:end]
+            else:
+                out += self.strings[found:self.strings.index(0, found)]
+            at = end
+        return ("▁" + re.sub(" +", "▁", out.decode().strip(" "))).rstrip("▁")
+
+    def __call__(self, texts, length=226):
+        eos, rows = self.special["</s>"], torch.full((len(texts), length), self.special["<pad>"])
+        for row, text in zip(rows, texts):
+            ids = []
+            for part in self.split.split(text):
+                special = self.special.get(part)
+                ids += self.unigram.encode(self.normalize(part)).ids if special is None else [special]
+            if len(ids) >= length:
+                print(f"warning: caption of {len(ids) + 1} tokens cut to {length}: {text[:50]}",
+                      file=sys.stderr)
+            ids = ids[:length - 1]
+            ids += [eos] if ids[-1:] != [eos] else []                       # one </s>, not two
+            row[:len(ids)] = torch.tensor(ids)
+        return rows
+
+
+class T5Block(nn.Module):
+    """Pre-norm self-attention and gated feed-forward. No biases; no 1/sqrt(d) in the attention."""
+    def __init__(self, cfg, first):
+        super().__init__()
+        d, ff, self.heads = cfg["d_model"], cfg["d_ff"], cfg["num_heads"]
+        inner = self.heads * cfg["d_kv"]
+        linear = lambda *names, shape: {name: nn.Linear(*shape, bias=False) for name in names}
+        attn = nn.ModuleDict(linear("q", "k", "v", shape=(d, inner)) | linear("o", shape=(inner, d)))
+        if first:                                               # one table of position biases for all blocks
+            attn["relative_attention_bias"] = nn.Embedding(cfg["relative_attention_num_buckets"], self.heads)
+        dense = nn.ModuleDict(linear("wi_0", "wi_1", shape=(d, ff)) | linear("wo", shape=(ff, d)))
+        norm = lambda: nn.RMSNorm(d, cfg["layer_norm_epsilon"])
+        self.layer = nn.ModuleList(nn.ModuleDict({name: part, "layer_norm": norm()})
+                                   for name, part in (("SelfAttention", attn), ("DenseReluDense", dense)))
+
+    def forward(self, x, bias):
+        (attn, norm), (ff, norm2) = (layer.values() for layer in self.layer)
+        y = norm(x)
+        x = x + attn["o"](attention(attn["q"](y), attn["k"](y), attn["v"](y), self.heads, bias, scale=1.0))
+        y = norm2(x)
+        return x + ff["wo"](F.gelu(ff["wi_0"](y), approximate="tanh") * ff["wi_1"](y))
+
+
+class T5Encoder(nn.Module):
+    """T5 v1.1 encoder (Raffel et al. 2020). ids (N, L) int64 -> states (N, L, d_model). Padding is attended,
+    as CogVideoX was trained. float16 overflows: use bfloat16 or float32. cfg: transformers' T5Config keys."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.config, self.shared = cfg, nn.Embedding(cfg["vocab_size"], cfg["d_model"])
+        blocks = nn.ModuleList(T5Block(cfg, first=i == 0) for i in range(cfg["num_layers"]))
+        norm = nn.RMSNorm(cfg["d_model"], cfg["layer_norm_epsilon"])
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": norm})
+
+    @classmethod
+    def from_pretrained(cls, source=COGVIDEOX, device=None, dtype=None):
+        """The text encoder alone; arguments as in CogVideoX.from_pretrained."""
+        return CogVideoX.from_pretrained(source, device, dtype).network("text_encoder")
+
+    def position_bias(self, length):
+        """(1, heads, L, L). Buckets: exact below distance 8, log-spaced to 128; upper half for later keys."""
+        table = self.encoder["block"][0].layer[0]["SelfAttention"]["relative_attention_bias"]
+        half, reach = table.num_embeddings // 2, self.config.get("relative_attention_max_distance", 128)
+        at = torch.arange(length, device=table.weight.device)
+        ahead = at[None] - at[:, None]                          # key minus query
+        far, exact = ahead.abs(), half // 2
+        log = (far.clamp(min=1) / exact).log() / math.log(reach / exact) * (half - exact)
+        bucket = torch.where(far < exact, far, (exact + log.long()).clamp(max=half - 1))
+        return table(bucket + half * (ahead > 0)).permute(2, 0, 1)[None]
+
+    @torch.no_grad()
+    def forward(self, ids):
+        x, bias = self.shared(ids), self.position_bias(ids.shape[1])
+        for block in self.encoder["block"]:
+            x = block(x, bias)
+        return self.encoder["final_layer_norm"](x)
+
+
+# ---------------------------------------------------------------------------- transformer
+
+def rope_3d(frames, h, w, dim):
+    """Rotary cos and sin (frames*h*w, dim) of a grid. A pair of channels shares an angle; the first quarter
+    of a head turns with time, then 3/8 each with row and column (theta 10000)."""
+    angles = []
+    for axis, n in enumerate((dim // 4, dim // 8 * 3, dim // 8 * 3)):
+        freqs = (1 / 10000 ** (torch.arange(0, n, 2, dtype=torch.float32) / n)).repeat_interleave(2)
+        at = torch.arange((frames, h, w)[axis]).view([-1 if a == axis else 1 for a in range(4)])
+        angles.append((at * freqs).expand(frames, h, w, n))
+    angle = torch.cat(angles, -1).flatten(0, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of channels of x (B, L, heads, d) by its position's angle; cos, sin (L, d)."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], -1).flatten(-2)
+    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+def sincos_3d(frames, h, w, dim, space, time):
+    """Computed position table (frames*h*w, dim): a quarter time, then column, row; sin before cos in each.
+    Positions are divided by `space` and `time`."""
+    def sincos(n, scale, width):
+        at = torch.arange(n, dtype=torch.float64)[:, None] / scale
+        angle = at / 10000 ** (torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+        return torch.cat([angle.sin(), angle.cos()], 1)
+    t, side = sincos(frames, time, dim // 4)[:, None, None], dim * 3 // 8
+    parts = [x.expand(frames, h, w, -1) for x in (t, sincos(w, space, side), sincos(h, space, side)[:, None])]
+    return torch.cat(parts, -1).flatten(0, 2)
+
+
+class CogNorm(nn.Module):
+    """Adaptive LayerNorm: the time step gives shift, scale and gate, one set for video, one for text."""
+    def __init__(self, temb, width, eps):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(temb, 6 * width), nn.LayerNorm(width, eps)
+
+    def forward(self, x, temb, n):
+        """x (B, L, D), its first n tokens text -> normed x, gates (video (B, 1, D), text (B, 1, D))."""
+        shift, scale, gate, t_shift, t_scale, t_gate = self.linear(F.silu(temb))[:, None].chunk(6, -1)
+        y = self.norm(x)                                        # in place from here on: inference only
+        y[:, :n].mul_(1 + t_scale).add_(t_shift)
+        y[:, n:].mul_(1 + scale).add_(shift)
+        return y, (gate, t_gate)
+
+
+class CogBlock(nn.Module):
+    """Joint attention over text and video, then a feed-forward, each behind an adaptive norm and gates."""
+    def __init__(self, cfg, width):
+        super().__init__()
+        self.heads, head, bias = cfg["num_attention_heads"], cfg["attention_head_dim"], cfg["attention_bias"]
+        self.norm1, self.norm2 = (CogNorm(cfg["time_embed_dim"], width, cfg["norm_eps"]) for _ in range(2))
+        self.attn1 = nn.ModuleDict({f"norm_{s}": nn.LayerNorm(head, 1e-6) for s in "qk"} |
+                                   {f"to_{s}": nn.Linear(width, width, bias) for s in "qkv"} |
+                                   {"to_out": nn.ModuleList([nn.Linear(width, width)])})
+        inner = nn.ModuleDict({"proj": nn.Linear(width, 4 * width)})
+        self.ff = nn.ModuleDict({"net": nn.ModuleList([inner, nn.Identity(), nn.Linear(4 * width, width)])})
+
+    def forward(self, x, temb, n, rope):
+        """x (B, n + L, D) with n text tokens; changed in place."""
+        def add(y, gates):
+            x[:, n:].addcmul_(gates[0], y[:, n:])
+            x[:, :n].addcmul_(gates[1], y[:, :n])
+        y, gates = self.norm1(x, temb, n)
+        q, k, v = (self.attn1[f"to_{s}"](y).unflatten(-1, (self.heads, -1)) for s in "qkv")
+        q, k = self.attn1["norm_q"](q), self.attn1["norm_k"](k)
+        for s in (q, k):                                        # (B, n + L, heads, d); only video tokens turn
+            s[:, n:] = rotate(s[:, n:], *rope)
+        add(self.attn1["to_out"][0](attention(q.flatten(2), k.flatten(2), v.flatten(2), self.heads)), gates)
+        y, gates = self.norm2(x, temb, n)
+        up, _, down = self.ff["net"]
+        add(down(F.gelu(up["proj"](y), approximate="tanh")), gates)
+        return x
+
+
+class CogTransformer(nn.Module):
+    """transformer(z, ctx, t) -> v (B, F, c, h, w). z (B, F, 2c, h, w) = [noisy latent, image latent], ctx (B,
+    T, 4096) T5 states, t (B,) int64. Text and patches form one sequence, text first. cfg: diffusers' config
+    of the image-to-video 5B. Raises UserError for h, w other than the learned positions' 60x90."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.config, p, temb, eps = cfg, cfg["patch_size"], cfg["time_embed_dim"], cfg["norm_eps"]
+        self.width = width = cfg["num_attention_heads"] * cfg["attention_head_dim"]
+        frames = (cfg["sample_frames"] - 1) // cfg["temporal_compression_ratio"] + 1
+        patches = frames * (cfg["sample_height"] // p) * (cfg["sample_width"] // p)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(cfg["in_channels"], width, p, p),
+                                          "text_proj": nn.Linear(cfg["text_embed_dim"], width)})
+        length = cfg["max_text_seq_length"] + patches
+        self.patch_embed.pos_embedding = nn.Parameter(torch.zeros(1, length, width))
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(width, temb),
+                                             "linear_2": nn.Linear(temb, temb)})
+        self.transformer_blocks = nn.ModuleList(CogBlock(cfg, width) for _ in range(cfg["num_layers"]))
+        self.norm_final = nn.LayerNorm(width, eps)
+        self.norm_out = nn.ModuleDict({"linear": nn.Linear(temb, 2 * width),
+                                       "norm": nn.LayerNorm(width, eps)})
+        self.proj_out = nn.Linear(width, cfg["out_channels"] * p * p)
+
+    def embed(self, z, ctx):
+        """Text states and patches with their positions: (B, T + F*h*w/p^2, D)."""
+        cfg, p, (B, frames, _, h, w) = self.config, self.config["patch_size"], z.shape
+        if (h, w) != (cfg["sample_height"], cfg["sample_width"]):
+            raise UserError(f"latents of {h}x{w}: the learned positions are for {cfg['sample_height']}x"
+                            f"{cfg['sample_width']}, that is images of 8 times that")
+        patches = self.patch_embed["proj"](z.flatten(0, 1)).flatten(2).transpose(1, 2)     # (B*F, h*w/p^2, D)
+        x = torch.cat([self.patch_embed["text_proj"](ctx), patches.reshape(B, -1, self.width)], 1)
+        if (frames - 1) * cfg["temporal_compression_ratio"] + 1 == cfg["sample_frames"]:
+            return x.add_(self.patch_embed.pos_embedding)
+        # another length: like the published pipeline, fall back on computed positions, with none for the text
+        space, time = cfg["spatial_interpolation_scale"], cfg["temporal_interpolation_scale"]
+        x[:, ctx.shape[1]:] += sincos_3d(frames, h // p, w // p, self.width, space, time).to(x)
+        return x
+
+    @torch.no_grad()
+    def forward(self, z, ctx, t):
+        p, n, (B, frames, _, h, w) = self.config["patch_size"], ctx.shape[1], z.shape
+        temb = self.time_embedding["linear_1"](timestep_embedding(t, self.width).to(z.dtype))
+        temb, x = self.time_embedding["linear_2"](F.silu(temb)), self.embed(z, ctx)
+        rope = [r.to(z.device) for r in rope_3d(frames, h // p, w // p, self.config["attention_head_dim"])]
+        for block in self.transformer_blocks:
+            x = block(x, temb, n, rope)
+        shift, scale = self.norm_out["linear"](F.silu(temb))[:, None].chunk(2, -1)
+        x = self.norm_out["norm"](self.norm_final(x[:, n:])) * (1 + scale) + shift
+        x = self.proj_out(x).view(B, frames, h // p, w // p, -1, p, p)      # channels before a patch's pixels
+        return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, frames, -1, h, w)
+
+
+# ---------------------------------------------------------------------------- causal 3-D VAE
+# Inside: x (B, C, F, H, W). `past` holds each convolution's last two input frames between chunks of one clip.
+
+class CogConv(nn.Module):
+    """3-D convolution that sees no later frame; the two before a chunk are in `past`, or repeat its first."""
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, 3, padding=(0, 1, 1))
+
+    def forward(self, x, past):
+        x = torch.cat([past[self] if self in past else x[:, :, :1].expand(-1, -1, 2, -1, -1), x], 2)
+        past[self] = x[:, :, -2:].clone()                       # a copy, so that the chunk can be freed
+        return self.conv(x)
+
+
+class CogSpatialNorm(nn.Module):
+    """GroupNorm whose gain and bias are read from the latent (Zheng et al. 2022, MoVQ)."""
+    def __init__(self, channels, latent, groups):
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(groups, channels, 1e-6)
+        self.conv_y, self.conv_b = (nn.ModuleDict({"conv": nn.Conv3d(latent, channels, 1)}) for _ in range(2))
+
+    def forward(self, x, z):
+        odd = x.shape[2] % 2 if x.shape[2] > 1 else 0           # a clip's first frame has a latent of its own
+        times = (x.shape[2] - odd) // (z.shape[2] - odd)
+
+        def at_x(y):                            # repeating after the 1x1x1 convolution: the same, far cheaper
+            y = torch.cat([y[:, :, :odd], y[:, :, odd:].repeat_interleave(times, 2)], 2)
+            return F.interpolate(y, x.shape[2:])
+        return self.norm_layer(x).mul_(at_x(self.conv_y["conv"](z))).add_(at_x(self.conv_b["conv"](z)))
+
+
+class CogResnet(nn.Module):
+    """Two causal convolutions and a shortcut; in the decoder the norms also read the latent z."""
+    def __init__(self, c_in, c_out, norm):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), CogConv(c_in, c_out)
+        self.norm2, self.conv2 = norm(c_out), CogConv(c_out, c_out)
+        self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, past, *z):
+        y = self.conv1(F.silu(self.norm1(x, *z), inplace=True), past)
+        y = self.conv2(F.silu(self.norm2(y, *z), inplace=True), past)
+        return self.conv_shortcut(x).add_(y)
+
+
+class CogResample(nn.Module):
+    """Halve (down) or double the frames' sides, and time too where `time`; the convolution is per frame."""
+    def __init__(self, channels, down, time):
+        super().__init__()
+        self.down, self.time, stride, pad = down, time, *((2, 0) if down else (1, 1))
+        self.conv = nn.Conv2d(channels, channels, 3, stride, pad)
+
+    def forward(self, x):
+        if self.time and x.shape[2] > 1:
+            odd = x.shape[2] % 2                                # an odd chunk's first frame stays single
+            rest = x[:, :, odd:]
+            rest = rest.unflatten(2, (-1, 2)).mean(3) if self.down else rest.repeat_interleave(2, 2)
+            x = torch.cat([x[:, :, :odd], rest], 2)
+        y = x.transpose(1, 2).flatten(0, 1)                     # (B*F, C, H, W)
+        y = F.pad(y, (0, 1, 0, 1)) if self.down else F.interpolate(y, scale_factor=2.0)
+        return self.conv(y).unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+class CogHalf(nn.Module):
+    """Encoder (down) or decoder: conv_in, [resnets, resampler] per width, two resnets as middle, conv_out."""
+    def __init__(self, cfg, down):
+        super().__init__()
+        widths, groups, latent = cfg["block_out_channels"], cfg["norm_num_groups"], cfg["latent_channels"]
+        norm = lambda c: (nn.GroupNorm(groups, c, cfg["norm_eps"]) if down else
+                          CogSpatialNorm(c, latent, groups))
+        resnets = lambda c_in, c, n: nn.ModuleList(CogResnet(c if j else c_in, c, norm) for j in range(n))
+        self.mid_block = nn.ModuleDict({"resnets": resnets(widths[-1], widths[-1], 2)})
+        widths = widths if down else widths[::-1]
+        self.down, stages, c = down, nn.ModuleList(), widths[0]
+        self.conv_in = CogConv(cfg["in_channels"] if down else latent, c)
+        for i, width in enumerate(widths):
+            stage = nn.ModuleDict({"resnets": resnets(c, width, cfg["layers_per_block"] + (not down))})
+            if i < len(widths) - 1:
+                resample = CogResample(width, down, time=2 ** i < cfg["temporal_compression_ratio"])
+                stage["downsamplers" if down else "upsamplers"] = nn.ModuleList([resample])
+            stages.append(stage)
+            c = width
+        setattr(self, "down_blocks" if down else "up_blocks", stages)
+        self.norm_out = nn.GroupNorm(groups, c, 1e-6) if down else norm(c)
+        self.conv_out = CogConv(c, 2 * latent if down else cfg["out_channels"])
+
+    def forward(self, x, past):
+        z, x = [] if self.down else [x], self.conv_in(x, past)
+        for stage in [*self.down_blocks, self.mid_block] if self.down else [self.mid_block, *self.up_blocks]:
+            for layer in (layer for part in stage.values() for layer in part):
+                x = layer(x) if isinstance(layer, CogResample) else layer(x, past, *z)
+        return self.conv_out(F.silu(self.norm_out(x, *z), inplace=True), past)
+
+
+class CogVAE(nn.Module):
+    """CogVideoX's autoencoder. A clip runs in chunks, the first taking the remainder; GroupNorm sees one
+    chunk, so their sizes are part of the model: 8 frames to encode, 2 latents to decode."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.config, self.encoder, self.decoder = cfg, CogHalf(cfg, down=True), CogHalf(cfg, down=False)
+
+    @staticmethod
+    def chunks(x, size):
+        """Split x (B, F, ...) in time: 17 frames with size 8 are [9, 8], fewer than 16 are one chunk."""
+        first = x.shape[1] % size + size
+        return [x[:, :first], *x[:, first:].split(size, 1)] if x.shape[1] > first else [x]
+
+    @torch.no_grad()
+    def encode(self, video):
+        """video (B, F, 3, H, W) in [-1, 1], 8 | H and W -> mean, logvar (B, f, 16, H/8, W/8), unscaled."""
+        past = {}
+        out = [self.encoder(x.transpose(1, 2), past).transpose(1, 2) for x in self.chunks(video, 8)]
+        mean, logvar = torch.cat(out, 1).chunk(2, 2)
+        return mean, logvar.clamp(-30, 20)
+
+    @torch.no_grad()
+    def decode_chunks(self, z):
+        """Yield decoded slices (B, 9 or 8, 3, H, W) of latents z (B, f, 16, h, w), unscaled."""
+        past = {}
+        for x in self.chunks(z, 2):
+            yield self.decoder(x.transpose(1, 2), past).transpose(1, 2)
+
+    def decode(self, z):
+        """z (B, f, 16, h, w), unscaled -> video (B, F, 3, 8h, 8w); F = 4f - 3, or 4f where f is even."""
+        return torch.cat(list(self.decode_chunks(z)), 1)
+
+
+# ---------------------------------------------------------------------------- sampler
+
+class CogSchedule:
+    """Noise levels and steps for v-prediction with zero terminal SNR (Lin et al. 2023, algorithm 1): abar is
+    exactly 0 at t = 999, so nothing below divides by it. cfg: scheduler_config.json; steps: 1 to 1000."""
+    FIXED = dict(beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                 timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+
+    def __init__(self, cfg, steps):
+        wrong = [f"{k} {cfg[k]} instead of {v}" for k, v in self.FIXED.items() if cfg.get(k, v) != v]
+        if wrong:
+            raise UserError(f"scheduler_config.json: {wrong[0]}; is it another model's?")
+        T, shift = cfg.get("num_train_timesteps", 1000), cfg.get("snr_shift_scale", 1.0)
+        if not 1 <= steps <= T:
+            raise UserError(f"--steps {steps}: needs 1 to {T}")
+        start, end = cfg.get("beta_start", 0.00085), cfg.get("beta_end", 0.012)
+        abar = torch.cumprod(1 - torch.linspace(start ** 0.5, end ** 0.5, T, dtype=torch.float64) ** 2, 0)
+        root = (abar / (shift + (1 - shift) * abar)).sqrt()
+        self.abar, self.stride = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2, T // steps
+        self.timesteps = torch.from_numpy(np.round(np.arange(T, 0, -T / steps)).astype(np.int64) - 1)[:steps]
+
+    def levels(self, i):
+        """abar at step i and after it, float64."""
+        t = int(self.timesteps[i])
+        return self.abar[t], self.abar[t - self.stride] if t >= self.stride else torch.ones_like(self.abar[t])
+
+    def ddim(self, v, i, z):
+        """One deterministic step (Song et al. 2021, eq. 12, in z and z0 instead of epsilon and z0)."""
+        a, nxt = self.levels(i)
+        z0, keep = a.sqrt() * z - (1 - a).sqrt() * v, ((1 - nxt) / (1 - a)).sqrt()
+        return keep * z + (nxt.sqrt() - a.sqrt() * keep) * z0
+
+    def dpm(self, v, i, z, noise, before=None):
+        """One SDE-DPM-Solver++(2M) step (Lu et al. 2022). before: the previous step's z0. Returns z, z0."""
+        a, nxt = self.levels(i)
+        z0 = x = a.sqrt() * z - (1 - a).sqrt() * v
+        lam = lambda y: 0.5 * (y / (1 - y)).log()               # half the log SNR; infinite at both ends
+        h = lam(nxt) - lam(a)
+        if before is not None and nxt < 1:                      # second order: extrapolate z0 along lam
+            slope = 0.5 * h / (lam(a) - lam(self.abar[self.timesteps[i - 1]]))
+            x = (1 + slope) * z0 - slope * before
+        keep = ((1 - nxt) / (1 - a)).sqrt() * (-h).exp()
+        gain = -torch.expm1(-2 * h)
+        return keep * z + nxt.sqrt() * gain * x + ((1 - nxt) * gain).sqrt() * noise, z0
+
+
+def dynamic_guidance(guidance, t, steps):
+    """Guidance of the authors' demo at time step t. Their code mixes the step count with the raw t of 0..999,
+    so it is no smooth function of progress; kept as published."""
+    return 1 + guidance * (1 - math.cos(math.pi * ((steps - t) / steps) ** 5)) / 2
+
+
+# ---------------------------------------------------------------------------- weights and images
+
+def read_headers(folder):
+    """(weight files, {tensor: (file name, shape, dtype)}) of a published sub-folder, from headers alone.
+    UserError, naming the file, for a missing or unreadable shard and an index that does not fit them."""
+    index = next(folder.glob("*.safetensors.index.json"), None)
+    files, found, where = sorted(p.name for p in folder.glob("*.safetensors")), {}, {}
+    if index:
+        where = read_json(index)
+        where = where.get("weight_map") if isinstance(where, dict) else None
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise UserError(f"{index}: wrong index, no weight_map from tensors to files; download it again")
+        files = sorted(set(where.values()))
+    elif len(files) != 1:
+        raise UserError(f"{folder}: {len(files)} weight files and no index; needs one .safetensors file, or "
+                        "shards and their .safetensors.index.json")
+    for name in files:
+        try:
+            with safe_open(folder / name, framework="pt") as f:
+                for k in f.keys():
+                    found[k] = name, tuple(f.get_slice(k).get_shape()), f.get_slice(k).get_dtype()
+        except FileNotFoundError:
+            raise UserError(f"{folder / name}: missing shard, 1 of {len(files)}; download it again") from None
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{folder / name}: not a readable weight file ({e}); download it again") from None
+    for k in sorted({**found, **where}) if index else ():
+        listed, has = where.get(k, "no shard"), found.get(k, ["no shard"])[0]
+        if listed != has:
+            raise UserError(f"{index}: wrong index, it has {k} in {listed}, not in {has}; download it again")
+    return [folder / name for name in files], found
+
+
+def check_variant(cfg, tensors, where):
+    """UserError that names the sibling if `where` holds another CogVideoX than the image-to-video 5B."""
+    patch, found = tensors.get("patch_embed.proj.weight", ((), ()))[1], None          # (D, in_channels, p, p)
+    ofs = cfg.get("ofs_embed_dim") or any("ofs_embed" in k for k in tensors)
+    if cfg.get("patch_size_t") or len(patch) == 2 or ofs:
+        found = "CogVideoX 1.5 (patches in time, offset embedding)"
+    elif not cfg.get("use_rotary_positional_embeddings"):
+        found = "CogVideoX-2B (no rotary positions)"
+    elif cfg.get("in_channels") == cfg.get("out_channels") or patch[1:2] == (cfg.get("out_channels"),):
+        found = "a text-to-video CogVideoX, 2B or 5B (no channels for the image)"
+    elif not cfg.get("use_learned_positional_embeddings") or "patch_embed.pos_embedding" not in tensors:
+        found = "a CogVideoX without the learned position table"
+    if found:
+        raise UserError(f"{where}: these are the weights of {found}; pass {COGVIDEOX} or a copy of it")
+
+
+def fit_image(image, height, width):
+    """image (3, H, W) in [-1, 1], or PIL -> (3, height, width): scaled to cover, then cropped around the
+    centre, so any aspect. UserError where it would be enlarged over 4 times or a value is out of range."""
+    if not torch.is_tensor(image):
+        image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise UserError(f"image of shape {tuple(image.shape)}: needs (3, H, W)")
+    h, w = image.shape[1:]
+    if 4 * h < height or 4 * w < width:
+        raise UserError(f"image of {w}x{h} is too small for a clip of {width}x{height}; needs at least "
+                        f"{math.ceil(width / 4)}x{math.ceil(height / 4)}")
+    image = image.float()
+    if not (image.abs() <= 1.001).all():
+        raise UserError(f"image with values from {image.min():.3g} to {image.max():.3g}: needs [-1, 1]")
+    scale = max(height / h, width / w)
+    size = max(height, round(h * scale)), max(width, round(w * scale))
+    if size != (h, w):
+        image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return image[:, top:top + height, left:left + width]
+
+
+def clip_fault(video, image):
+    """Why a clip should not count: "black", "static", "first frame unlike the image"; "" where it is fine.
+    video (1, F, 3, H, W) in [-1, 1], image as given to `animate`."""
+    frames, first = video[0].float().cpu(), fit_image(image, *video.shape[-2:]).cpu()
+    if (frames.mean((1, 2, 3)) < -0.95).any():
+        return "black"
+    if (frames[1:] - frames[:-1]).abs().mean() < 0.002:                     # a quarter of one of 255 levels
+        return "static"
+    small = F.avg_pool2d(torch.stack([frames[0], first]), max(1, video.shape[-1] // 45))
+    return "first frame unlike the image" if (small[0] - small[1]).abs().mean() > 0.3 else ""
+
+
+# ---------------------------------------------------------------------------- image + caption -> clip
+
+class CogVideoX:
+    """The image-to-video teacher: a folder of published weights, at most one of its networks in memory.
+
+    Peak memory is the largest part's, computed for bf16 at 49 frames of 480x720: the transformer's 11.3 GB
+    plus about 4 of activations (two guidance branches); T5 takes 9.7, a decoded slice of 9 frames about 8.
+    """
+    PARTS = dict(text_encoder=T5Encoder, transformer=CogTransformer, vae=CogVAE)
+
+    @classmethod
+    def from_pretrained(cls, source=COGVIDEOX, device=None, dtype=None, cache="data/cogvideox/text"):
+        """source: a hub id, or a directory in hub layout (tokenizer text_encoder transformer vae scheduler).
+
+        Checks every config, index and header now; weights load when needed. device, dtype: default CUDA
+        (bf16), MPS or CPU (fp32). cache: folder for T5 states, 1.9 MB per caption in bf16. Raises UserError
+        for a missing shard, a wrong index, another CogVideoX, float16.
+        """
+        self = cls()
+        self.folder = hub_dir(source, [f"{part}/*" for part in (*cls.PARTS, "tokenizer", "scheduler")])
+        self.cache, self.loaded = Path(cache), (None, None)
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device = torch.device(device or best)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        if self.dtype == torch.float16:
+            raise UserError("dtype float16: T5 and the VAE overflow in it; pass bfloat16 or float32")
+        self.config = {part: read_json(self.folder / part / "config.json") for part in cls.PARTS}
+        self.scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        self.tokenizer = T5Tokenizer(self.folder / "tokenizer")
+        headers = {part: read_headers(self.folder / part) for part in cls.PARTS}
+        self.files = {part: files for part, (files, _) in headers.items()}
+        check_variant(self.config["transformer"], headers["transformer"][1], self.folder / "transformer")
+        if any(kind == "F16" for _, _, kind in headers["text_encoder"][1].values()):
+            print(f"warning: {self.folder}/text_encoder: stored in float16, in which T5 overflows; upcast to "
+                  f"{str(self.dtype)[6:]}", file=sys.stderr)
+        return self
+
+    def network(self, part):
+        """"text_encoder", "transformer" or "vae", ready to run; the one loaded before is freed."""
+        if self.loaded[0] != part:
+            self.loaded = (None, None)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                with torch.device("meta"):
+                    net = self.PARTS[part](self.config[part])
+            except KeyError as e:
+                raise UserError(f"{self.folder / part}/config.json: lacks {e}; download it again") from None
+            tensors = {k: v for file in self.files[part] for k, v in read_tensors(file).items()}
+            load_weights(net, tensors, str(self.folder / part), drop=("embed_tokens",), device=self.device,
+                         dtype=self.dtype)                      # some files store T5's table twice
+            self.loaded = (part, net.eval().requires_grad_(False))
+        return self.loaded[1]
+
+    def tokenize(self, captions):
+        """List of N strings -> ids (N, 226) int64."""
+        return self.tokenizer(captions, self.config["transformer"]["max_text_seq_length"])
+
+    def text_states(self, captions):
+        """List of N captions -> T5 states (N, 226, D) on the CPU. Call it once with all captions of a run: T5
+        loads only for those not in the cache, whose names hash caption, dtype, tokenizer and T5's weights."""
+        seal, rows = hashlib.sha256(str(self.dtype).encode()), []
+        for path in (self.folder / "tokenizer" / "spiece.model", *self.files["text_encoder"]):
+            with open(path, "rb") as f:                         # size and both ends tell two versions apart
+                seal.update(str(size := path.stat().st_size).encode() + f.read(1 << 20))
+                f.seek(max(0, size - (1 << 20)))
+                seal.update(f.read())
+        for caption in captions:
+            name = hashlib.sha256(seal.digest() + caption.encode("utf-8", "replace")).hexdigest()[:32]
+            file = self.cache / f"{name}.safetensors"
+            if not file.is_file():
+                states = self.network("text_encoder")(self.tokenize([caption]).to(self.device))[0].cpu()
+                if not states.isfinite().all():
+                    raise UserError(f"{self.folder}/text_encoder: NaN or Inf in {self.dtype}; pass float32")
+                self.cache.mkdir(parents=True, exist_ok=True)
+                aside = file.with_suffix(f".{os.getpid()}.tmp")
+                save_file({"states": states}, str(aside))
+                os.replace(aside, file)
+            rows.append(read_tensors(file)["states"])
+        return torch.stack(rows)
+
+    def encode_image(self, image, n_latents, noise):
+        """image (3, H, W) in [-1, 1], noise (1, 1, 16, h, w) -> image latents (1, n_latents, 16, h, w)
+        float32: a sample of the posterior (not its mode), scaled, then zeros for the frames to come."""
+        mean, logvar = self.network("vae").encode(image[None, None].to(self.device, self.dtype))
+        z = mean.float().cpu() + (0.5 * logvar.float().cpu()).exp() * noise
+        return F.pad(z * self.config["vae"]["scaling_factor"], (0, 0, 0, 0, 0, 0, 0, n_latents - 1))
+
+    @torch.no_grad()
+    def denoise(self, z, z_img, ctx, steps=50, guidance=6.0, sampler="ddim", generator=None):
+        """Yield the latents (1, f, 16, h, w) after each step, float32 on the device.
+
+        z: starting noise; z_img: image latents; ctx (2, 226, D): states of [negative, caption]. sampler:
+        "ddim", the published pipeline's, or "dpm", the authors' demo's: second order, stochastic (noise from
+        `generator`, on the CPU), dynamic guidance. Raises UserError on NaN or Inf, with the step.
+        """
+        if sampler not in ("ddim", "dpm"):
+            raise UserError(f"--sampler {sampler}: needs ddim or dpm")
+        schedule, net, before = CogSchedule(self.scheduler, steps), self.network("transformer"), None
+        ctx = (ctx if guidance > 1 else ctx[1:]).to(self.device, self.dtype)
+        z, z_img = z.to(self.device, torch.float32), z_img.to(self.device, self.dtype)
+        for i, t in enumerate(tqdm(schedule.timesteps.tolist(), "denoise", leave=False, disable=None)):
+            both = torch.cat([z.to(self.dtype), z_img], 2).expand(len(ctx), -1, -1, -1, -1)
+            v = net(both, ctx, torch.full((len(ctx),), t, device=self.device)).float()
+            scale = guidance if sampler == "ddim" else dynamic_guidance(guidance, t, steps)
+            v = v[:1] + scale * (v[1:] - v[:1]) if guidance > 1 else v
+            if sampler == "ddim":
+                z = schedule.ddim(v, i, z)
+            else:
+                z, before = schedule.dpm(v, i, z, torch.randn(z.shape, generator=generator).to(z), before)
+            if not z.isfinite().all():
+                raise UserError(f"sampling gave NaN or Inf at step {i + 1} of {steps}; try float32")
+            yield z
+
+    def decode(self, z):
+        """z (1, f, 16, h, w), scaled -> video (1, F, 3, 8h, 8w) float32 in [-1, 1], on the CPU, in slices."""
+        z = (z / self.config["vae"]["scaling_factor"]).to(self.device, self.dtype)
+        return torch.cat([x.float().cpu().clamp(-1, 1) for x in self.network("vae").decode_chunks(z)], 1)
+
+    def animate(self, image, caption, seed=0, n_frames=49, steps=50, guidance=6.0, negative="",
+                sampler="ddim", z_T=None, image_noise=None):
+        """Make a clip that starts from an image: video (1, F, 3, 480, 720) float32 in [-1, 1], at 8 fps.
+
+        image (3, H, W) in [-1, 1] or PIL, any aspect (see fit_image). seed: the same noise on every device.
+        n_frames: 49 as published; other counts use computed positions, and f = (n_frames - 1) // 4 + 1
+        latents give F = 4f - 3 frames, or 4f if f is even, so 48 gives 48. z_T (1, f, 16, h, w) and
+        image_noise (1, 1, 16, h, w) replace the seed's draws. Raises UserError for a bad image or step count,
+        and where F is below n_frames.
+        """
+        h, w, c = (self.config["transformer"][k] for k in ("sample_height", "sample_width", "out_channels"))
+        f = (n_frames - 1) // 4 + 1
+        if not 1 <= n_frames <= 4 * f - 3 * (f % 2):
+            raise UserError(f"--frames {n_frames}: the clip would have {max(0, 4 * f - 3 * (f % 2))}; pass "
+                            "49 (as published), a multiple of 8, or one more than that")
+        CogSchedule(self.scheduler, steps)                      # a bad step count shows before minutes of T5
+        image, g = fit_image(image, 8 * h, 8 * w), torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(1, n, c, h, w, generator=g) for n in (1, f)]
+        ctx = self.text_states([negative, caption])
+        z_img = self.encode_image(image, f, drawn[0] if image_noise is None else image_noise)
+        for z in self.denoise(drawn[1] if z_T is None else z_T, z_img, ctx, steps, guidance, sampler, g):
+            pass
+        return self.decode(z)
 
 
 # ----------------------------------------------------------------------------------------------------------
