@@ -3,6 +3,7 @@
     python metrics.py edited.mp4 --source video.mp4 --instruction "make it snow" \\
                       --source-caption "a street" --target-caption "a street in the snow"
     python metrics.py tgve DIR [--plus] [--outputs DIR]      the TGVE or TGVE+ benchmark as one table
+    python metrics.py shapes [--sweep] [--agreement]         the same on drawn clips whose true edit is known
     python metrics.py study DIR_A DIR_B [DIR_SOURCE]         a user study as one HTML page
     python metrics.py votes *.json                           its answers as win rates
 
@@ -11,8 +12,9 @@ Contents
     networks     CLIP (PickScore is one, too), DINOv2, ViCLIP
     scores       clip_frame, clip_text, pick_score, viclip_out, viclip_dir, image_scores;
                  on pixels ssim, psnr, flicker, preservation
-    one clip     align, score_clips, main_clip
+    one clip     SCORES, HELD_OUT, align, score_clips, main_clip
     benchmarks   read_tgve, read_tgve_plus, edit_benchmark, score_benchmark, table, main_tgve
+    shapes world world_items, agreement, sweep, main_shapes
     user study   main_study, main_votes
 
 Networks return un-normalised projected features, so that a clip is encoded once for all its scores.
@@ -30,15 +32,17 @@ import re
 import shutil
 import sys
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter, uniform_filter
 from tqdm import tqdm
 
@@ -628,13 +632,28 @@ def preservation(source, edited, mask=None):
     """How well all outside the edit is kept: (share of area changed, PSNR outside in dB, SSIM outside).
 
     mask (F, H, W) bool: the true region of the edit; None derives it from the clips, which flatters a little.
-    With less than 5 % of the clip outside, both are NaN: an edit of the whole frame has nothing to preserve.
+    With less than 5 % of the clip outside a derived mask, or 1 % outside a true one, both are NaN: an edit of
+    the whole frame has nothing to preserve.
     """
-    mask = changed_region(source, edited) if mask is None else mask
-    if mask.mean() > 0.95:
+    limit, mask = (0.95, changed_region(source, edited)) if mask is None else (0.99, mask)
+    if mask.mean() > limit:
         return float(mask.mean()), math.nan, math.nan
-    inner = ~mask[:, 3:-3, 3:-3]                    # where SSIM's windows are whole
-    return float(mask.mean()), psnr(source, edited, ~mask), float(ssim_map(source, edited)[inner].mean())
+    return float(mask.mean()), psnr(source, edited, ~mask), ssim_inside(source, edited, ~mask)
+
+
+def ssim_inside(first, second, mask):
+    """SSIM over the windows whose centre is in mask (F, H, W); NaN without any."""
+    windows = ssim_map(first, second)[mask[:, 3:-3, 3:-3]]              # centres of whole windows
+    return float(windows.mean()) if windows.size else math.nan
+
+
+def truth_scores(source, edited, truth, mask):
+    """Distance from the true edit, which only drawn clips have: PSNR and SSIM inside the true region, and how
+    many dB the edit is closer to the truth than the untouched source is: there, and over the whole clip."""
+    inside = psnr(edited, truth, mask)
+    return {"psnr_truth": inside, "ssim_truth": ssim_inside(edited, truth, mask),
+            "truth_gain": inside - psnr(source, truth, mask),
+            "whole_gain": psnr(edited, truth) - psnr(source, truth)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -643,7 +662,6 @@ def preservation(source, edited, mask=None):
 
 SCORES = {                                              # printed name, what is better, decimals, what it says
     "viclip_out": ("ViCLIP_out", "up", 3, "edited clip against the target caption"),
-    "viclip_dir": ("ViCLIP_dir", "up", 3, "change of the clip against the caption's; untouched has 0"),
     "pick_score": ("PickScore", "up", 2, "human preference for each frame under the target caption"),
     "clip_frame": ("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1"),
     "clip_text": ("CLIPText", "up", 2, "frames against the target caption, x 100"),
@@ -653,7 +671,20 @@ SCORES = {                                              # printed name, what is 
     "changed": ("area changed", "-", 2, "share of the clip that the edit changed"),
     "psnr_outside": ("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal"),
     "ssim_outside": ("SSIM outside", "up", 3, "structure kept outside that area"),
+    "viclip_dir": ("ViCLIP_dir", "up", 3, "held out: change of the clip against the captions'; untouched has 0"),
 }
+HELD_OUT = "viclip_dir"     # the judge that curation never filters by; both models have it, and it cannot be won
+                            # by doing nothing. Its network also gives ViCLIP_out, so it is not fully independent
+WEIGHTS = {"viclip_out": 1, "pick_score": 1, "clip_frame": 1, "clip_text": 1}    # of the filter's total: equal
+TRUTH = {                                               # as SCORES; only for clips whose true edit is known
+    "psnr_truth": ("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
+    "ssim_truth": ("SSIM to truth", "up", 3, "structure of the true edit inside its region"),
+    "truth_gain": ("gain, dB", "up", 1, "PSNR to truth minus the untouched source's"),
+    "whole_gain": ("gain, whole clip", "up", 1, "the same over the whole clip"),
+    "success": ("success", "up", 2, "share of clips, see SUCCESS"),
+}
+SUCCESS = ("success: closer to the truth than the source is, inside the region that the true edit changes, and "
+           "outside it at most 1 dB further from the source than the autoencoder alone (given source or truth)")
 SCORERS = {                                                             # role: hub id or directory
     "published": {"clip": "openai/clip-vit-large-patch14", "pick": "yuvalkirstain/PickScore_v1",
                   "viclip": "OpenGVLab/ViCLIP"},
@@ -710,8 +741,8 @@ def score_clips(clips, scorers, device="cpu", square=480, kept=None):
     keys that the inputs allow.
 
     clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them),
-    `source_caption`, `target_caption`, `mask` (F, H, W) of the true edit. scorers: {"clip", "pick", "viclip"}
-    -> hub id or directory. square: TGVE's script stretches every frame to 480 x 480 before the networks' own
+    `source_caption`, `target_caption`, `mask` (F, H, W) of the true edit, and `truth`, that edit. scorers:
+    {"clip", "pick", "viclip"} -> hub id or directory. square: TGVE's script stretches every frame to 480 x 480 before the networks' own
     preprocessing; 0 leaves frames as they are. One network is in memory at a time; `kept`, a dict, keeps them
     for the next call (a large GPU).
     """
@@ -721,7 +752,9 @@ def score_clips(clips, scorers, device="cpu", square=480, kept=None):
     def pixels(clip):
         if clip.get("source") is None:
             return {name: {} for name in clip["edits"]}
-        return {name: pixel_scores(clip["source"], x, clip.get("mask")) for name, x in clip["edits"].items()}
+        return {name: pixel_scores(clip["source"], x, clip.get("mask")) |
+                (truth_scores(clip["source"], x, clip["truth"], clip["mask"]) if "truth" in clip else {})
+                for name, x in clip["edits"].items()}
 
     with ThreadPoolExecutor() as pool:                                  # the next clips are resized meanwhile
         rows = list(pool.map(pixels, clips))
@@ -858,7 +891,7 @@ def scorer_flags(parser):
 
 
 def main_clip(argv):
-    parser = command("", "Scores of one edited clip; `metrics.py tgve|study|votes --help` for the rest.")
+    parser = command("", "Scores of one edited clip; `metrics.py tgve|shapes|study|votes --help` for the rest.")
     parser.add_argument("edited", help="video file or folder of frames")
     parser.add_argument("--source", help="the clip it was made from")
     parser.add_argument("--instruction", default="", help="printed above the scores")
@@ -887,9 +920,10 @@ def main_clip(argv):
 TASKS = {"Style Change Caption": "style", "Object Change Caption": "object",
          "Background Change Caption": "background", "Multiple Changes Caption": "multiple"}
 SETS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}
-COLUMNS = ("viclip_out", "viclip_dir", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker",
-           "psnr_outside")
-PAPER = {                  # arXiv 2503.17641, Table 1: ViCLIP_out, ViCLIP_dir, PickScore, CLIPFrame, CLIPText
+COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker", "psnr_outside",
+           HELD_OUT)
+IN_PAPER = ("viclip_out", "viclip_dir", "pick_score", "clip_frame", "clip_text")
+PAPER = {                                                               # arXiv 2503.17641, Table 1
     "tgve": {"Tune-A-Video": (.243, .162, 20.36, .924, 27.12), "STDF": (.226, .110, 20.40, .933, 26.34),
              "Fairy": (.208, .164, 19.80, .933), "TokenFlow": (.257, .117, 20.58, .943, 25.41),
              "AnyV2V": (.230, .141, 19.70, .919, 24.03), "InsV2V": (.262, .208, 20.76, .911, 25.56),
@@ -984,23 +1018,39 @@ def thin(frames, n=32):
     return frames[::max(1, len(frames) // n)][:n]
 
 
-def edit_benchmark(items, folder, ed, size, options):
-    """Edit every item into <folder>/<id>/00000.jpg, …, the submission layout. Folders appear whole, and those
-    that are there already are kept, so that a run continues where it stopped."""
-    for item in tqdm([i for i in items if not i["problem"] and not (folder / i["id"]).is_dir()], unit="clip"):
+def edit_benchmark(items, folder, edit, ending=".jpg"):
+    """Write edit(item), rgb frames, of every item as <folder>/<id>/00000.jpg, …, the submission layout. Folders
+    appear whole, and those that are there already are kept, so that a run continues where it stopped."""
+    todo = [i for i in items if not i["problem"] and not (folder / i["id"]).is_dir()]
+    for item in tqdm(todo, desc=folder.name, unit="clip", disable=not todo):
         if not item["instruction"]:
             item["problem"] = "no instruction for it in the prompts"
             continue
-        clip, target = probe(item["path"]), folder / item["id"]
-        height, width = model_size(clip, size, ed.multiple)
-        frames = (resize(to_tensor(f), height, width) for f in thin(load_frames(item["path"])[0]))
+        target = folder / item["id"]
         aside = target.with_name(f".{target.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for i, frame in enumerate(edit_stream(ed, frames, item["instruction"], **options)):
-            rgb = to_rgb(resize(frame.float(), clip.height, clip.width))
-            Image.fromarray(rgb).save(aside / f"{i:05d}.jpg", quality=95)
+        for i, rgb in enumerate(edit(item)):
+            Image.fromarray(rgb).save(aside / f"{i:05d}{ending}", quality=95)
         os.replace(aside, target)
+
+
+def run_editor(ed, item, source, size, options):
+    """The edit of source (F, H, W, 3) uint8 as rgb frames of its size; short side `size` inside the model."""
+    full = source.shape[1:3]
+    height, width = model_size(SimpleNamespace(height=full[0], width=full[1], pixel=1), size, ed.multiple)
+    frames = (resize(to_tensor(rgb), height, width) for rgb in source)
+    options = options | {"seed": options["seed"] + item.get("number", 0)}
+    for frame in edit_stream(ed, frames, item["instruction"], **options):
+        yield to_rgb(resize(frame.float(), *full))
+
+
+def stamp(ed, crc=0):
+    """Eight digits that change with the editor's weights, so that old edits are not taken for a new model's."""
+    for net in (ed.unet, ed.vae, ed.text_encoder):
+        for x in net.state_dict().values():
+            crc = zlib.crc32(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def read_log(path, head):
@@ -1012,11 +1062,12 @@ def read_log(path, head):
     return {r["id"]: r["scores"] for r in map(json.loads, lines[1:])}
 
 
-def score_benchmark(items, folders, scorers, square, device, log, head, chunk=16):
+def score_benchmark(items, folders, scorers, square, device, log, head, read, chunk=16):
     """Scores of every item's edits, of its untouched source and of its first edited frame, frozen.
 
-    folders: {row's name: folder in the submission layout}, the first the one that matters. Every finished
-    chunk of clips is appended to `log` at once. Returns {id: {row: scores}}; what cannot be read gets a "problem".
+    folders: {row's name: folder in the submission layout}, the first the one that matters. read(item) -> what
+    `score_clips` takes, `source` and perhaps `truth` and `mask`. Every finished chunk of clips is appended to
+    `log` at once. Returns {id: {row: scores}}; what cannot be read gets a "problem".
     """
     done, kept = read_log(log, head), {} if torch.device(device).type == "cuda" else None
     main, rows = next(iter(folders)), [*folders, "untouched source", "frozen first edit"]
@@ -1025,27 +1076,40 @@ def score_benchmark(items, folders, scorers, square, device, log, head, chunk=16
         clips = []
         for item in todo[at:at + chunk]:
             try:
-                source, edits = thin(load_frames(item["path"])[0]), {}
+                clip, edits = read(item), {}
                 for name, folder in folders.items():
                     if not (folder / item["id"]).is_dir():
                         raise UserError(f"no edit at {folder / item['id']}")
                     edited = load_frames(folder / item["id"])[0]
-                    _, edits[name], item["notes"] = align(source, edited, 1, 1)
-                source = source[:min(map(len, edits.values()))]
+                    _, edits[name], item["notes"] = align(clip["source"], edited, 1, 1)
             except UserError as error:
                 item["problem"] = str(error)
                 continue
-            edits = {name: x[:len(source)] for name, x in edits.items()}
-            edits |= {"untouched source": source,
-                      "frozen first edit": np.broadcast_to(edits[main][:1], source.shape)}
-            clips.append((item, item | {"source": source, "edits": edits}))
+            n = min(len(clip["source"]), *map(len, edits.values()))
+            clip, edits = ({k: x[:n] for k, x in frames.items()} for frames in (clip, edits))
+            edits |= {"untouched source": clip["source"],
+                      "frozen first edit": np.broadcast_to(edits[main][:1], clip["source"].shape)}
+            clips.append((item, item | clip | {"edits": edits}))
         scored = score_clips([clip for _, clip in clips], scorers, device, square, kept)
         with open(log, "a") as f:
             for (item, _), result in zip(clips, scored):
+                add_success(result)
                 done[item["id"]] = {row: {k: v for k, v in scores.items() if math.isfinite(v)}
                                     for row, scores in result.items()}
                 f.write(json.dumps({"id": item["id"], "scores": done[item["id"]]}) + "\n")
     return done
+
+
+CODED = ("autoencoded source", "autoencoded truth")                     # what a perfect editor loses
+
+
+def add_success(result):
+    """Into {row: scores} of one clip: success as SUCCESS says it, where the truth is known."""
+    bound = min((result[row]["psnr_outside"] for row in CODED if row in result), default=math.nan)
+    for scores in result.values():
+        if "truth_gain" in scores:                  # with nothing outside, the inside decides
+            spoiled = scores["psnr_outside"] < bound - 1
+            scores["success"] = float(scores["truth_gain"] > 0 and not spoiled)
 
 
 def interval(values):
@@ -1057,12 +1121,17 @@ def interval(values):
     return found.confidence_interval
 
 
-def table_row(name, rows, intervals=False, sign=""):
+def column_name(key):
+    name, better = (SCORES | TRUTH)[key][:2]
+    return name + (" (held out)" if key == HELD_OUT else "") + {"up": " ↑", "down": " ↓"}.get(better, "")
+
+
+def table_row(name, rows, columns, intervals=False, sign=""):
     """One Markdown row of means over clips; where some clips lack a score, it says over how many."""
     cells = []
-    for key in COLUMNS:
+    for key in columns:
         x = np.array([r[key] for r in rows if math.isfinite(r.get(key, math.nan))])
-        digits = SCORES[key][2]
+        digits = (SCORES | TRUTH)[key][2]
         cell = f"{x.mean():{sign}.{digits}f}" if len(x) else "-"
         if intervals and len(x) > 1:
             low, high = interval(x)
@@ -1071,31 +1140,71 @@ def table_row(name, rows, intervals=False, sign=""):
     return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
 
 
-def table(items, done, folders, title, paper):
+def table(items, done, folders, title, columns, paper=()):
     """The benchmark as Markdown lines: this run, its tasks, the controls, the gains on them, the paper's."""
     by_row = {row: {i["id"]: done[i["id"]][row] for i in items if row in done.get(i["id"], ())}
               for row in (*folders, "untouched source", "frozen first edit")}
     main, *controls = by_row
     ours = by_row[main]
-    arrow = {"up": " ↑", "down": " ↓", "0": "", "1": "", "-": ""}
-    head = [SCORES[key][0] + arrow[SCORES[key][1]] for key in COLUMNS]
-    lines = [f"| {title} | n | {' | '.join(head)} |", "|---" * (len(COLUMNS) + 2) + "|",
-             table_row("this run [95 %]", list(ours.values()), intervals=True)]
-    for task in dict.fromkeys(i["task"] for i in items):
-        lines.append(table_row(task, [ours[i["id"]] for i in items if i["task"] == task and i["id"] in ours]))
+    lines = [f"| {title} | n | {' | '.join(map(column_name, columns))} |", "|---" * (len(columns) + 2) + "|",
+             table_row("this run [95 %]", list(ours.values()), columns, intervals=True)]
+    for by in ("task", "domain"):
+        for value in dict.fromkeys(i[by] for i in items if by in i):
+            part = [ours[i["id"]] for i in items if i.get(by) == value and i["id"] in ours]
+            lines.append(table_row(value, part, columns))
     for name in controls:
-        lines.append(table_row(f"control: {name}", list(by_row[name].values())))
+        lines.append(table_row(f"control: {name}", list(by_row[name].values()), columns))
     for name in controls:                                               # paired: clip by clip
-        gains = [{key: ours[k].get(key, math.nan) - by_row[name][k].get(key, math.nan) for key in COLUMNS}
+        gains = [{key: ours[k].get(key, math.nan) - by_row[name][k].get(key, math.nan) for key in columns}
                  for k in ours if k in by_row[name]]
-        lines.append(table_row(f"this run − {name} [95 %]", gains, intervals=True, sign="+"))
-    for name, values in paper.items():
-        row = table_row(f"copied from the paper: {name}", [dict(zip(COLUMNS, values))])
+        lines.append(table_row(f"this run − {name} [95 %]", gains, columns, intervals=True, sign="+"))
+    for name, values in dict(paper).items():
+        row = table_row(f"copied from the paper: {name}", [dict(zip(IN_PAPER, values))], columns)
         lines.append(row.replace("| 1 |", "| |", 1))
     missing = [f"{i['id']}: {i['problem']}" for i in items if i["problem"]]
     lines += ["", f"{len(ours)} of {len(items)} clips scored."] + [f"missing: {m}" for m in missing]
     lines += [f"note: {i['id']}: {note}" for i in items for note in i.get("notes", [])]
     return lines
+
+
+def editor_flags(parser):
+    parser.add_argument("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
+    parser.add_argument("--weights", help="directory in hub layout or trained run, instead of --model")
+    parser.add_argument("--size", type=int, default=-1, help="short side of the model's frame (-1: own)")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--text-cfg", type=float, help="guidance on the instruction (default: the model's)")
+    parser.add_argument("--source-cfg", type=float, help="guidance on the source clip (default: the model's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--no-image-control", action="store_true", help="leave out the frame-by-frame editor")
+    parser.add_argument("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
+
+
+def open_editor(args):
+    """(editor, guidance (text, source), its frame's short side, one line about it, a name for its folder)."""
+    if not 1 <= args.steps <= 1000:
+        raise UserError(f"--steps {args.steps}: must lie between 1 and 1000")
+    source, why = choose_model(args.model, args.weights, args.device)
+    print(f"model: {source} ({why})")
+    ed = VideoEditor.from_pretrained(source, device=args.device)
+    cfg = [d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance)]
+    mark = stamp(ed)
+    title = f"{source} {mark}, text {cfg[0]:g}, source {cfg[1]:g}, {args.steps} steps, seed {args.seed}"
+    name = f"{Path(source).name}-{mark}_t{cfg[0]:g}_s{cfg[1]:g}_n{args.steps}_seed{args.seed}"
+    return ed, cfg, ed.size if args.size == -1 else args.size, title, name
+
+
+def log_head(title, scorers, square):
+    return {"title": title, "scorers": {k: str(v) for k, v in scorers.items()}, "square": square}
+
+
+def write_results(out, lines, head, items, done):
+    """Prints the table and writes it beside every clip's scores."""
+    print(*lines, sep="\n")
+    print(f"scorers: {', '.join(f'{k} {v}' for k, v in head['scorers'].items())}")
+    write_aside(out / "table.md", "\n".join(lines) + "\n")
+    clips = [item | {"scores": done.get(item["id"], {})} for item in items]
+    write_aside(out / "scores.json", json.dumps(head | {"clips": clips}, indent=1))
+    print(f"table and every clip's scores: {out}")
 
 
 def main_tgve(argv):
@@ -1107,22 +1216,11 @@ def main_tgve(argv):
     parser.add_argument("--outputs", type=Path,
                         help="score these edits, <set>/<video>/<task>/00000.jpg, and edit nothing")
     parser.add_argument("--limit", type=int, default=-1, help="only the first N clips (-1: all)")
-    parser.add_argument("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
-    # editor
-    parser.add_argument("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
-    parser.add_argument("--weights", help="directory in hub layout or trained run, instead of --model")
-    parser.add_argument("--size", type=int, default=-1, help="short side of the model's frame (-1: own)")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--text-cfg", type=float, help="guidance on the instruction (default: the model's)")
-    parser.add_argument("--source-cfg", type=float, help="guidance on the source clip (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0, help="of every clip's noise")
-    parser.add_argument("--no-image-control", action="store_true", help="leave out the frame-by-frame editor")
+    editor_flags(parser)
     scorer_flags(parser)
     args = parser.parse_args(argv)
     if args.limit == 0 or args.limit < -1:
         raise UserError(f"--limit {args.limit}: must be at least 1, or -1 for all clips")
-    if not 1 <= args.steps <= 1000:
-        raise UserError(f"--steps {args.steps}: must lie between 1 and 1000")
 
     name = "tgve_plus" if args.plus else "tgve"
     items = read_tgve_plus(args.dir) if args.plus else read_tgve(args.dir, args.prompts)
@@ -1134,30 +1232,23 @@ def main_tgve(argv):
         out, title = args.out or ROOT / "results" / name / args.outputs.resolve().name, str(args.outputs)
         folders = {"edit": args.outputs}
     else:
-        source, why = choose_model(args.model, args.weights, args.device)
-        print(f"model: {source} ({why})")
-        ed = VideoEditor.from_pretrained(source, device=args.device)
-        s_txt, s_src = (d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance))
-        title = f"{source}, text {s_txt:g}, source {s_src:g}, {args.steps} steps, seed {args.seed}"
-        label = f"{Path(source).name}_t{s_txt:g}_s{s_src:g}_n{args.steps}_seed{args.seed}"
+        ed, (s_txt, s_src), size, title, label = open_editor(args)
         out = args.out or ROOT / "results" / name / label
-        folders = {"edit": out / "edit", "image editor, frame by frame": out / "image"}
-        if args.no_image_control:
-            del folders["image editor, frame by frame"]
-        size = ed.size if args.size == -1 else args.size
+        folders = {"edit": out / "edit"}
+        if not args.no_image_control:
+            folders["image editor, frame by frame"] = out / "image"
         options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
         for folder, mode in zip(folders.values(), ("auto", "image")):
-            edit_benchmark(items, folder, ed, size, options | {"mode": mode})
+            edit_benchmark(items, folder, lambda item: run_editor(ed, item, read_source(item)["source"], size,
+                                                                  options | {"mode": mode}))
         del ed                                      # its memory is the scorers' now
-    head = {"title": title, "scorers": {k: str(v) for k, v in scorers.items()}, "square": square}
-    done = score_benchmark(items, folders, scorers, square, args.device, out / "scores.jsonl", head)
-    lines = table(items, done, folders, title, PAPER[name])
-    print(*lines, sep="\n")
-    print(f"scorers: {', '.join(f'{k} {v}' for k, v in head['scorers'].items())}")
-    write_aside(out / "table.md", "\n".join(lines) + "\n")
-    clips = [item | {"scores": done.get(item["id"], {})} for item in items]
-    write_aside(out / "scores.json", json.dumps(head | {"clips": clips}, indent=1))
-    print(f"table and every clip's scores: {out}")
+    head = log_head(title, scorers, square)
+    done = score_benchmark(items, folders, scorers, square, args.device, out / "scores.jsonl", head, read_source)
+    write_results(out, table(items, done, folders, title, COLUMNS, PAPER[name]), head, items, done)
+
+
+def read_source(item):
+    return {"source": thin(load_frames(item["path"])[0])}
 
 
 def write_aside(path, text):
@@ -1166,6 +1257,217 @@ def write_aside(path, text):
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same protocol in the shapes world, where the true edit is known
+# ------------------------------------------------------------------------------------------------------------
+
+WORLD_COLUMNS = (*COLUMNS[:-1], "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success", HELD_OUT)
+
+
+def world_items(n, seed, domains):
+    """n held-out clips of the shapes world, tasks and domains in turn; more of them begin with the same ones.
+
+    Scenes, wordings and combinations come from the world's "held" split, with seeds that no other script uses.
+    """
+    import curate                                   # here, since curate imports this file
+    items, number = [], 7_000_000 + 100_000 * seed
+    while len(items) < n:
+        number += 1
+        task = curate.TASKS[len(items) % len(curate.TASKS)]
+        domain = domains[(len(items) + len(items) // len(curate.TASKS)) % len(domains)]
+        scene = curate.draw_scene(number, domain, "held")
+        if task in curate.possible_tasks(scene):
+            edit = curate.propose_edit(scene, number, task, "held")
+            items.append(dict(id=f"{domain}/{number}/{task}", task=task, domain=domain, number=number,
+                              source_caption=edit.source_caption, target_caption=edit.target_caption,
+                              instruction=edit.instruction, problem=None))
+    return items
+
+
+def world_clip(item, n_frames, size):
+    """{"source", "truth": (F, S, S, 3) uint8, "mask": (F, S, S) bool, where the true edit changes the picture by
+    more than 4 %, or all of it for a global one}. No "truth" where several results would be right."""
+    import curate
+    scene = curate.draw_scene(item["number"], item["domain"], "held")
+    edit = curate.propose_edit(scene, item["number"], item["task"], "held")
+    source, truth = (np.rint(curate.render(s, n_frames, size, size) * 255).astype(np.uint8)
+                     for s in (scene, edit.target))
+    mask = np.abs(source.astype(np.int16) - truth).max(-1) > (-1 if edit.is_global else 10)
+    return {"source": source, "mask": mask, "target": truth} | ({"truth": truth} if edit.deterministic else {})
+
+
+def through_autoencoder(ed, frames):
+    video = torch.stack([to_tensor(rgb) for rgb in frames])[None]
+    return [to_rgb(frame) for frame in ed.decode(ed.encode(video) * ed.vae.scaling_factor)[0].float()]
+
+
+def total_score(rows, weights=WEIGHTS):
+    """The filter's total: (N,) weighted mean of the scores of N candidates, each standardised over them."""
+    columns = {key: np.array([row[key] for row in rows]) for key in weights if all(key in row for row in rows)}
+    z = [weights[key] * (x - x.mean()) / (x.std() + 1e-9) for key, x in columns.items()]
+    return np.sum(z, 0) / sum(weights[key] for key in columns)
+
+
+def agreement(items, done, candidates):
+    """Markdown lines: Spearman's correlation of every score and of the total with the gain in PSNR to the truth.
+
+    Within a clip: over its candidates, then the mean over clips (which candidate is the best one?); pooled: over
+    all candidates of all clips (which clips should go?). Scores whose ideal is 0 or 1 count by their distance
+    from it.
+    """
+    known = [i["id"] for i in items if "truth_gain" in done.get(i["id"], {}).get(candidates[0], {})]
+    rows = [done[k][c] for k in known for c in candidates]              # clip by clip
+    if not rows or len(candidates) < 3:
+        return ["agreement: needs clips with a known truth and at least 3 candidates of each"]
+    scores = {}
+    for key, (name, better, *_) in SCORES.items():
+        if better != "-" and all(key in row for row in rows):
+            x = np.array([row[key] for row in rows])
+            name = f"{name} (distance from {better})" if better in "01" else column_name(key)[:-2]
+            scores[name] = -x if better == "down" else -abs(x - int(better)) if better in "01" else x
+    scores["weighted total"] = total_score(rows)
+    lines = [f"| {len(known)} clips, {len(candidates)} candidates each | inside, within a clip [95 %] | inside, pooled |"
+             " whole, within a clip [95 %] | whole, pooled |", "|---|---|---|---|---|"]
+    for name, x in scores.items():
+        cells = []
+        for gain in ("truth_gain", "whole_gain"):
+            y = np.array([row[gain] for row in rows])
+            each = [spearman(a, b) for a, b in zip(np.split(x, len(known)), np.split(y, len(known)))]
+            each = np.array([rho for rho in each if math.isfinite(rho)])
+            low, high = interval(each)
+            cells += [f"{each.mean():.2f} [{low:.2f}, {high:.2f}]" if len(each) else "-", f"{spearman(x, y):.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def spearman(x, y):
+    """Rank correlation; NaN where one side is constant."""
+    return float(scipy.stats.spearmanr(x, y).statistic) if np.ptp(x) > 1e-9 and np.ptp(y) > 1e-9 else math.nan
+
+
+def sweep(items, done, grid, path):
+    """Fidelity against preservation for every guidance: Markdown lines, and the same as a scatter in a PNG.
+
+    grid: {(text, source): candidates, one per seed}.
+    """
+    columns = [k for k in WORLD_COLUMNS if any(k in rows.get(c, {}) for rows in done.values()
+                                               for some in grid.values() for c in some)]
+    lines = [f"| text, source | n | {' | '.join(map(column_name, columns))} |",
+             "|---" * (len(columns) + 2) + "|"]
+    panels = {key: {} for key in ("truth_gain", HELD_OUT) if key in columns}
+    for (s_txt, s_src), candidates in grid.items():
+        rows = [done[i["id"]][c] for i in items for c in candidates if c in done.get(i["id"], {})]
+        lines.append(table_row(f"{s_txt:g}, {s_src:g}", rows, columns))
+        for key, series in panels.items():
+            x, y = (np.mean([row[k] for row in rows if k in row] or [math.nan]) for k in ("psnr_outside", key))
+            series.setdefault(s_src, []).append((s_txt, x, y))
+    pictures = [scatter(series, column_name("psnr_outside"), column_name(key)) for key, series in panels.items()]
+    sheet = Image.new("RGB", (sum(p.width for p in pictures) or 1, max((p.height for p in pictures), default=1)))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i * picture.width, 0))
+    sheet.save(path.with_suffix(".part"), "PNG")
+    os.replace(path.with_suffix(".part"), path)
+    return lines
+
+
+def scatter(series, x_name, y_name, width=640, height=480, margin=64):
+    """A picture of {source guidance: [(text guidance, x, y)]}: a coloured line for each, points with their text."""
+    picture, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(14)
+    draw = ImageDraw.Draw(picture)
+    points = np.array([(x, y) for line in series.values() for _, x, y in line if math.isfinite(x + y)])
+    low, high = (points.min(0), points.max(0)) if len(points) else (np.zeros(2), np.ones(2))
+    pad = np.maximum(0.08 * (high - low), 1e-3)
+    low, high = low - pad, high + pad
+
+    def place(x, y):
+        share = (np.array([x, y]) - low) / (high - low)
+        return margin + share[0] * (width - 1.5 * margin), height - margin - share[1] * (height - 1.5 * margin)
+    for i in range(5):                                                  # axes: five ticks each
+        x, y = low + (high - low) * i / 4
+        at_x, at_y = place(x, low[1]), place(low[0], y)
+        draw.line([at_x, (at_x[0], margin / 2)], "#ddd")
+        draw.line([at_y, (width - margin / 2, at_y[1])], "#ddd")
+        draw.text((at_x[0], at_x[1] + 4), f"{x:.3g}", "black", font, anchor="mt")
+        draw.text((at_y[0] - 4, at_y[1]), f"{y:.3g}", "black", font, anchor="rm")
+    draw.text((width / 2, height - 22), x_name.replace("↑", "(up)"), "black", font, anchor="mt")
+    draw.text((margin, 6), y_name.replace("↑", "(up)"), "black", font)
+    for i, (s_src, line) in enumerate(series.items()):
+        colour = ("#0066cc", "#cc3300", "#228833", "#aa3377", "#777700", "#000000")[i % 6]
+        spots = [(s_txt, *place(x, y)) for s_txt, x, y in line if math.isfinite(x + y)]
+        draw.line([(x, y) for _, x, y in spots], colour, 2)
+        for s_txt, x, y in spots:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+            draw.text((x + 6, y - 6), f"{s_txt:g}", colour, font, anchor="lb")
+        draw.text((width - margin / 2, 6 + 18 * i), f"source {s_src:g}", colour, font, anchor="rt")
+    return picture
+
+
+def main_shapes(argv):
+    parser = command("shapes", "The regression test for quality: held-out drawn clips whose true edit is known.")
+    parser.add_argument("--n", type=int, help="clips (default: 200; with --sweep or --agreement 24)")
+    parser.add_argument("--frames", type=int, default=8, help="frames of a clip")
+    parser.add_argument("--domain", default="both", choices=["both", "synthetic", "real"], help="which scenes")
+    parser.add_argument("--clips", type=int, default=0, help="which clips: another number draws others")
+    parser.add_argument("--sweep", action="store_true", help="a grid of guidance: fidelity against preservation")
+    parser.add_argument("--agreement", action="store_true",
+                        help="candidates of varied guidance and two seeds: which scores agree with the truth?")
+    parser.add_argument("--grid-text", type=float, nargs="+", help="text guidance of the grid")
+    parser.add_argument("--grid-source", type=float, nargs="+", help="source guidance of the grid")
+    editor_flags(parser)
+    scorer_flags(parser)
+    args = parser.parse_args(argv)
+    in_grid = args.sweep or args.agreement
+    n = args.n if args.n is not None else 24 if in_grid else 200
+    for flag, value in (("--n", n), ("--frames", args.frames)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    scorers, square = choose_scorers(args)
+    ed, cfg, size, title, label = open_editor(args)
+    if size % ed.multiple:
+        raise UserError(f"--size {size}: drawn clips need a multiple of {ed.multiple}")
+    items = world_items(n, args.clips, ["synthetic", "real"] if args.domain == "both" else [args.domain])
+    title += f", {args.frames} frames of {size}x{size}, clips {args.clips}"
+    label += f"_f{args.frames}_{size}px{'_grid' * in_grid}"
+    out = args.out or ROOT / "results/shapes" / label
+
+    def read(item):
+        return {k: x for k, x in world_clip(item, args.frames, size).items() if k != "target"}
+    folders, grid = {}, {}                          # {row: folder}, {(text, source): rows}
+    if in_grid:
+        texts = args.grid_text or [round(cfg[0] * f, 2) for f in (2 / 3, 1, 1.5, 2.5)]
+        sources = args.grid_source or [round(cfg[1] * f, 2) for f in (0.8, 1, 1.3)]
+        for s_txt, s_src in ((t, s) for s in sources for t in texts):
+            seeds = range(args.seed, args.seed + 1 + args.agreement)
+            grid[s_txt, s_src] = [f"t{s_txt:g}_s{s_src:g}_seed{seed}" for seed in seeds]
+            for row, seed in zip(grid[s_txt, s_src], seeds):
+                folders[row] = out / row, dict(s_txt=s_txt, s_src=s_src, seed=seed * 1_000_003, mode="auto")
+    else:
+        options = dict(s_txt=cfg[0], s_src=cfg[1], seed=args.seed * 1_000_003)
+        folders["edit"] = out / "edit", options | {"mode": "auto"}
+        if not args.no_image_control:
+            folders["image editor, frame by frame"] = out / "image", options | {"mode": "image"}
+    for folder, options in folders.values():
+        edit_benchmark(items, folder, lambda item: run_editor(
+            ed, item, world_clip(item, args.frames, size)["source"], size, options | {"steps": args.steps}), ".png")
+    folders = {row: folder for row, (folder, _) in folders.items()}
+    for row, which in zip(CODED, ("source", "target")):
+        folders[row] = out / row.replace(" ", "_")
+        edit_benchmark(items, folders[row], lambda item: through_autoencoder(
+            ed, world_clip(item, args.frames, size)[which]), ".png")
+    del ed                                          # its memory is the scorers' now
+    head = log_head(title, scorers, square)
+    done = score_benchmark(items, folders, scorers, square, args.device, out / "scores.jsonl", head, read)
+    seen = {key for rows in done.values() for scores in rows.values() for key in scores}
+    lines = table(items, done, folders, title, [k for k in WORLD_COLUMNS if k in seen]) if not in_grid else []
+    if args.sweep:
+        lines += [title, "", *sweep(items, done, grid, out / "sweep.png"), "", f"scatter: {out / 'sweep.png'}", ""]
+    if args.agreement:
+        lines += ["Spearman's correlation with the gain in PSNR to the truth, in the true region and overall", "",
+                  *agreement(items, done, [row for rows in grid.values() for row in rows])]
+    lines += ["", SUCCESS, "truth and success: only edits whose result follows from source and instruction"]
+    write_results(out, lines, head, items, done)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1370,7 +1672,7 @@ def main_votes(argv):
 
 
 def main():
-    commands = {"tgve": main_tgve, "study": main_study, "votes": main_votes}
+    commands = {"tgve": main_tgve, "shapes": main_shapes, "study": main_study, "votes": main_votes}
     name, *rest = sys.argv[1:] or ["--help"]
     commands[name](rest) if name in commands else main_clip([name, *rest])
 

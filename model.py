@@ -2,7 +2,7 @@
 
 Contents, in reading order
     loading      UserError, hub_dir, read_tensors, load_weights
-    small pieces attention, timestep_embedding
+    small pieces attention, embedding, timestep_embedding, frame_positions
     text         Tokenizer, CLIPEncoder, TextModel, TextEncoder          (CLIP ViT-L/14's text tower)
     pixels       VAE                                                     (AutoencoderKL)
     U-Net        ResnetBlock, Attention, EPM, Transformer, MotionModule (with SMA), UNet
@@ -159,6 +159,12 @@ def attention(q, k, v, heads, mask=None, causal=False, scale=None):
     return x.transpose(1, 2).flatten(2)
 
 
+def embedding(n, width):
+    """nn.Embedding with its usual start values, which on the meta device would first import torch's compiler (0.5 s)."""
+    weight = torch.empty(n, width)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
+
+
 def timestep_embedding(t, dim):
     """Sinusoids of the time step, cosines first. t (N,) -> (N, dim) float32."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
@@ -304,8 +310,8 @@ class TextModel(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         d, eps = cfg["hidden_size"], cfg.get("layer_norm_eps", 1e-5)
-        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(cfg["vocab_size"], d),
-                                         "position_embedding": nn.Embedding(cfg["max_position_embeddings"], d)})
+        self.embeddings = nn.ModuleDict({"token_embedding": embedding(cfg["vocab_size"], d),
+                                         "position_embedding": embedding(cfg["max_position_embeddings"], d)})
         self.encoder = CLIPEncoder(d, cfg["num_hidden_layers"], cfg["num_attention_heads"], cfg["intermediate_size"],
                                    cfg.get("hidden_act", "quick_gelu"), eps)
         self.final_layer_norm = nn.LayerNorm(d, eps=eps)

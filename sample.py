@@ -34,7 +34,8 @@ from model import UserError, VideoEditor, run
 WINDOW, REFERENCES = 16, 4          # frames per pass, and how many of them the previous pass has finished
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MP4_AUDIO = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "libopus", "flac")    # copied as they are
-EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+EXACT = (Interpolation.BICUBIC | Interpolation.ACCURATE_RND         # when colours are converted
+         | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP)
 
 # ---- reading ---------------------------------------------------------------------------------------------------
 
@@ -113,22 +114,23 @@ def probe(path, rate=24):
             cut = True
         if frame is None:
             raise UserError(f"{files[0]}: holds no frames" + " that can be decoded" * bool(times or cut))
-        pixel, rates = stream.sample_aspect_ratio or Fraction(1), (stream.average_rate, stream.guessed_rate, Fraction(25))
+        tick, pixel = stream.time_base, stream.sample_aspect_ratio or Fraction(1)
+        average = stream.average_rate or stream.guessed_rate or Fraction(25)
         audio = any(s.codec_context is not None for s in container.streams.audio)
         length = ((container.duration or 0) + (container.start_time or 0)) / av.time_base
         cut = cut or any(entry.pos + entry.size > size for entry in stream.index_entries)
-        tick = stream.time_base
+        if container.format.name.startswith("matroska"):            # has no table of frames, but tells its length
+            cut = cut or length - final > max(0.25, 1.5 / average)
     turns, width, height = round(frame.rotation / 90) % 4, frame.width, frame.height
     if turns % 2:
         width, height, pixel = height, width, 1 / pixel
     if path.is_dir():
         rate, times = Fraction(rate), list(range(len(files)))
         return Clip(path, files, width, height, turns, pixel, rate, 1 / rate, Fraction(0), times, 1, False, "")
-    rate, last = next(r for r in rates if r), max(times)[1] if times else 0
+    last = max(times)[1] if times else 0
     times = sorted({t for t, _ in times}) or [0]
-    cut = cut or length - final > max(0.25, 1.5 / rate)             # Matroska has no table of frames: lengths tell
-    return Clip(path, files, width, height, turns, pixel, rate, tick, times[0] * tick, [t - times[0] for t in times],
-                last or max(1, round(1 / rate / tick)), audio,
+    return Clip(path, files, width, height, turns, pixel, average, tick, times[0] * tick,
+                [t - times[0] for t in times], last or max(1, round(1 / average / tick)), audio,
                 f"cut short, it announces {length:.1f} s and ends at {final:.1f} s" if cut else "")
 
 
@@ -328,7 +330,7 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
 
 
 def write_video(path, video, fps, audio=None):
-    """Write video (1, F, 3, H, W) in [-1, 1] as H.264 mp4 at `fps`; audio: a Clip from `probe` whose sound is copied."""
+    """Write video (1, F, 3, H, W) in [-1, 1] as H.264 mp4; audio: a Clip from `probe` whose sound is copied."""
     fps, (height, width) = Fraction(fps).limit_denominator(1001), video.shape[-2:]
     with video_writer(path, width, height, fps, 1 / fps, audio=(audio,) if audio and audio.audio else None) as write:
         for i, frame in enumerate(video[0]):
@@ -340,8 +342,8 @@ def edit_stream(ed, frames, instruction, steps=20, s_txt=None, s_src=None, seed=
                 on_step=None, with_source=False):
     """Edit a clip of any length: iterable of source frames (3, H, W) in [-1, 1] -> generator of edited ones.
 
-    Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12 are new; at
-    the end, references fill the places that no new frame takes. A clip of up to 16 frames is one pass, as `ed.edit`.
+    Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12 are new;
+    at the end, references fill the places that no new frame takes. A clip of up to 16 frames is one pass, `ed.edit`.
     with_source: yield (edited, source as the autoencoder returns it) instead, for `carry_detail`.
     Source: InsV2V (Cheng et al. 2023), long video sampling correction.
     """
@@ -377,8 +379,8 @@ def window_starts(n_frames, mode):
 def seam_score(edit_change, source_change, joins):
     """How much more the edit changes where two windows meet than elsewhere: 1 is no seam, lower is better.
 
-    edit_change, source_change: mean absolute change from frame i to i + 1 at index i (F - 1 values each); joins: first
-    frames of the later windows. Each change counts relative to the source's own, so motion cancels. None: no joins.
+    edit_change, source_change: mean absolute change from frame i to i + 1 at index i (F - 1 values each); joins:
+    first frames of the later windows. Changes count relative to the source's own, so motion cancels. None: no joins.
     """
     ratio = [e / max(s, 1 / 255) for e, s in zip(edit_change, source_change)]
     at, off = [[r for i, r in enumerate(ratio) if (i + 1 in joins) == is_join] for is_join in (True, False)]
@@ -440,6 +442,14 @@ def fail(message):
     raise UserError(f"{message} (see --help)")
 
 
+def number(text):
+    """Exact seconds or frames per second: "8", "29.97" or "30000/1001"."""
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        raise ValueError(text) from None
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Edit a video by instruction.")
     parser.error = fail                                             # one line, like every other mistake
@@ -452,9 +462,9 @@ def parse(argv=None):
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, else float32")
     # clip
-    add("--start", type=Fraction, default=0, metavar="S", help="seconds into the clip")
-    add("--end", type=Fraction, default=-1, metavar="S", help="seconds into the clip (-1: to its end)")
-    add("--fps", type=Fraction, default=-1, help="resample to this rate, e.g. 8 or 30000/1001 (-1: as it is)")
+    add("--start", type=number, default=0, metavar="S", help="seconds into the clip")
+    add("--end", type=number, default=-1, metavar="S", help="seconds into the clip (-1: to its end)")
+    add("--fps", type=number, default=-1, help="resample to this rate, e.g. 8 or 30000/1001 (-1: as it is)")
     add("--frames", type=int, default=-1, help="edit this many frames at most (-1: all)")
     add("--size", type=int, default=-1, help="short side of the model's frame, pixels (-1: the model's own)")
     # edit
@@ -469,11 +479,12 @@ def parse(argv=None):
     # output
     add("--out", help="file to write, or an existing folder (default: beside the source)")
     add("--compare", action="store_true", help="also write source and edit side by side")
-    add("--grid", action="store_true", help="no video: a PNG of the first frame over both guidance scales, to choose by")
+    add("--grid", action="store_true", help="a PNG of the first frame over both guidance scales, to choose them by")
     add("--verbose", action="store_true", help="also print the seam score")
     args = parser.parse_args(argv)
-    for name, low, high in (("start", 0, 1e6), ("end", 0, 1e6), ("fps", 0.1, 240), ("frames", 1, 10 ** 7), ("size", 32, 2048),
-                            ("steps", 1, 1000), ("text_cfg", 0, 30), ("source_cfg", 0, 10), ("seed", 0, 2 ** 32 - 1)):
+    for name, low, high in (("start", 0, 1e6), ("end", 0, 1e6), ("fps", 0.1, 240), ("frames", 1, 1e7),
+                            ("size", 32, 2048), ("steps", 1, 1000), ("text_cfg", 0, 30), ("source_cfg", 0, 10),
+                            ("seed", 0, 2 ** 32 - 1)):
         value, default = getattr(args, name), parser.get_default(name)
         if value is not None and value != default and not low <= value <= high:     # nan is outside too
             raise UserError(f"--{name.replace('_', '-')} {float(value):g}: must lie between {low:g} and {high:g}")
@@ -515,7 +526,7 @@ def output_paths(clip, instructions, out, ending):
     source, out = clip.path.resolve(), Path(out) if out else None
     if out and not out.is_dir():
         if len(instructions) > 1 or out.suffix.lower() != ending[-4:]:
-            raise UserError(f"--out {out}: pass an existing folder" + f", or a {ending[-4:]} file" * (len(instructions) == 1))
+            raise UserError(f"--out {out}: pass an existing folder or, for one instruction, a {ending[-4:]} file")
         paths = [out]
     else:
         paths, folder, stem = [], out or clip.path.parent, source.name if source.is_dir() else source.stem
@@ -541,7 +552,7 @@ def check_words(ed, instruction):
 
 
 def grid_sheet(ed, frame, instruction, path, s_txt, s_src, steps, seed, sampler):
-    """Write a labelled PNG: the edit of one frame (3, H, W) over text guidance (rows) and source guidance (columns)."""
+    """Write a labelled PNG: the edit of one frame (3, H, W) over text (rows) and source guidance (columns)."""
     texts = [round(s_txt * k, 2) for k in (0.5, 0.75, 1, 1.5)]
     sources = [round(max(s_src + d, 0), 2) for d in (-0.3, 0, 0.3, 0.6)]
     width = max(160, frame.shape[-1])
@@ -588,8 +599,10 @@ def edit_file(ed, clip, span, size, instruction, path, compare, detail, options)
                             (clip, begin, until) if clip.audio else None)
 
     bar = tqdm(total=(len(joins) + 1) * options["steps"], desc=instruction[:30], unit="step")
-    with bar, writer(path, clip.width) as write, writer(compare, 2 * clip.width) if compare else nullcontext() as pair:
-        edits = edit_stream(ed, small_frames(), instruction, **options, with_source=True, on_step=lambda i: bar.update())
+    both = writer(compare, 2 * clip.width) if compare else nullcontext()
+    with bar, writer(path, clip.width) as write, both as write_both:
+        edits = edit_stream(ed, small_frames(), instruction, **options, with_source=True,
+                            on_step=lambda i: bar.update())
         for n, (ticks, length, (edit, source_low)) in enumerate(zip(times, lengths, edits), 1):
             rgb, small = waiting.popleft()
             if detail:
@@ -599,7 +612,7 @@ def edit_file(ed, clip, span, size, instruction, path, compare, detail, options)
             full = to_rgb(full)
             write(full, ticks - first, length)
             if compare:
-                pair(np.concatenate([rgb, full], axis=1), ticks - first, length)
+                write_both(np.concatenate([rgb, full], axis=1), ticks - first, length)
             now = (edit.cpu(), small)
             for change, a, b in zip(changes, before or (), now):
                 change.append(float((a - b).abs().mean()))
@@ -626,7 +639,8 @@ def main(argv=None):
     try:
         ed = VideoEditor.from_pretrained(source, device=args.device, dtype=args.dtype)
         height, width = model_size(clip, ed.size if args.size == -1 else args.size, ed.multiple)
-        print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} on {ed.device}")
+        print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} "
+              f"on {ed.device}")
         s_txt, s_src = (d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance))
         options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed, sampler=args.sampler)
         for instruction, path in zip(args.instruction, paths):
@@ -647,7 +661,7 @@ def main(argv=None):
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        raise UserError("out of memory: lower --size (the short side of the model's frame), or pass --device cpu") from None
+        raise UserError("out of memory: lower --size (the model's frame), or pass --device cpu") from None
 
 
 if __name__ == "__main__":

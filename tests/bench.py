@@ -1,0 +1,406 @@
+"""Seconds and peak memory of every stage on this machine, as Markdown tables.
+
+    python tests/bench.py                      tiny and full-size random weights (sd15), sizes that suit the device
+    python tests/bench.py --model tiny --runs 5
+    python tests/bench.py --long               tiny on a 2,000-frame clip: is memory flat?
+    python tests/bench.py --detail             what carrying an edit up to the source's resolution gains
+
+Where diffusers is installed, its modules are timed with the same weights in the same run, ours and theirs in turns.
+`tiny` is assets/tiny, or random weights of the same sizes where it has not been trained; speed is the same.
+Contents: measuring, weights, the timing tables, --long, --detail, main.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+import curate
+import metrics
+import train
+from model import (VAE, TextEncoder, UNet, UserError, VideoEditor, attention, epm_attention, frame_positions,
+                   read_json, run)
+from sample import carry_detail, edit_stream, resize, video_writer
+
+DIFFUSERS, TRANSFORMERS = (importlib.util.find_spec(name) is not None for name in ("diffusers", "transformers"))
+TRAINED = (ROOT / "assets" / "tiny" / "unet").is_dir()
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+def peak(device, reset=False):
+    """GB held at most since the last reset, weights included: what torch took of the GPU, else the whole process."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats() if reset else None
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    if sys.platform != "linux":
+        return float("nan")
+    if reset:                                                      # 5: the high-water mark becomes the present size
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
+
+
+def timed(functions, runs, device, warm=True):
+    """Call the functions in turns, `runs` times each, after one call to warm up. Returns per function a list of (wall
+    seconds, CPU seconds, peak GB). CPU seconds add up all threads and hardly notice what else is running."""
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    results = [[] for _ in functions]
+    for k in range(-warm, runs):
+        for f, out in zip(functions, results):
+            peak(device, reset=True)
+            sync()
+            wall, cpu = time.perf_counter(), time.process_time()
+            f()
+            sync()
+            if k >= 0:
+                out.append((time.perf_counter() - wall, time.process_time() - cpu, peak(device)))
+    return results
+
+
+def row(what, ours, than="", theirs=None, per=1):
+    """One table line: median and best wall time divided by `per`, best CPU time, peak memory; ratios of the best."""
+    def cells(values):
+        wall, cpu, memory = zip(*values)
+        times = statistics.median(wall), min(wall), min(cpu)
+        return [f"{x / per:.3g}" for x in times] + [f"{max(memory):.2f}"]
+    right = [""] * 7
+    if theirs:
+        best = [min(x[k] for x in ours) / max(min(x[k] for x in theirs), 1e-9) for k in (0, 1)]
+        right = [than, *cells(theirs), *(f"{x:.2f}" for x in best)]
+    print("| " + " | ".join([what, *cells(ours), *right]) + " |", flush=True)
+
+
+# ---- weights: a temporary directory in hub layout, random where there are none -----------------------------
+
+def configs(model):
+    """U-Net, VAE, text encoder and motion adapter, in diffusers' and transformers' keys."""
+    if model == "sd15":
+        files = ("ip2p_unet", "ip2p_vae", "clip_text_l", "motion_adapter_v1-5-2")
+        return [json.loads((ROOT / "tests" / "goldens" / f"{name}.json").read_text())["config"] for name in files]
+    unet, n = train.TINY_UNET, len(train.TINY_VAE["block_out_channels"])
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n)
+    motion = dict(block_out_channels=unet["block_out_channels"], motion_norm_num_groups=unet["norm_num_groups"],
+                  motion_max_seq_length=32, motion_layers_per_block=unet["layers_per_block"],
+                  motion_num_attention_heads=unet["attention_head_dim"], use_motion_mid_block=True)
+    return unet, train.TINY_VAE | blocks, train.TINY_TEXT, motion
+
+
+def randomise(network):
+    """Values for a network built on the meta device: uniform with variance 1 / (3 fan-in), norms 1, biases 0."""
+    network.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if p.ndim > 1:
+                p.uniform_(-1, 1).mul_(p[0].numel() ** -0.5)
+            else:
+                p.fill_(float("norm" in name and name.endswith("weight")))
+    return network.state_dict()
+
+
+def write_hub_folder(model, folder):
+    """Write folder/{unet,vae,text_encoder,tokenizer,scheduler,motion}; what assets/tiny holds is taken from there."""
+    print(f"\nwriting the weights of {model} ...", file=sys.stderr)
+    unet, vae, text, motion = configs(model)
+    if model == "tiny" and TRAINED:
+        shutil.copytree(ROOT / "assets" / "tiny", folder, dirs_exist_ok=True)
+        train.write_json(folder / "vae" / "config.json", vae | read_json(folder / "vae" / "config.json"))
+        unet, text = None, read_json(folder / "text_encoder" / "config.json")
+    else:
+        tokenizer = train.train_tokenizer(folder / "tokenizer")
+        text = {"vocab_size": len(tokenizer.vocab)} | text
+    with torch.device("meta"):
+        networks = UNet(unet or read_json(folder / "unet" / "config.json")), VAE(vae), TextEncoder(text)
+        networks[0].add_motion(motion)
+    tensors = [randomise(network) for network in networks]
+    file = "diffusion_pytorch_model.safetensors"
+    moving = {k: v for k, v in tensors[0].items() if "motion_modules" in k}
+    train.write_network(folder / "motion", motion, {k: v for k, v in moving.items() if "gamma" not in k}, file)
+    if unet:
+        train.write_network(folder / "unet", unet, {k: v for k, v in tensors[0].items() if k not in moving}, file)
+        train.write_network(folder / "vae", vae, tensors[1], file)
+        train.write_network(folder / "text_encoder", text, tensors[2])
+        (folder / "scheduler").mkdir()
+        train.write_json(folder / "scheduler" / "scheduler_config.json", train.TINY_SCHEDULER)
+
+
+def twins(ed, motion):
+    """diffusers' image U-Net, motion U-Net and VAE around the editor's weights, shared, not copied."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel, UNetMotionModel
+    config, like = ed.unet.config, ed.unet.conv_in.weight
+
+    def twin(cls, cfg, network):
+        with torch.device("meta"):
+            net = cls(**{k: v for k, v in cfg.items() if not k.startswith("_")})
+        names = net.state_dict()                                   # position tables are stored there, computed here
+        tables = {k: frame_positions(*v.shape[1:], like.device, like.dtype) for k, v in names.items() if k.endswith(".pe")}
+        net.load_state_dict({k: v for k, v in network.state_dict().items() if k in names} | tables, assign=True)
+        return net.eval().requires_grad_(False)
+    moving = {k: config[k] for k in ("in_channels", "out_channels", "block_out_channels", "layers_per_block",
+                                     "norm_num_groups", "cross_attention_dim")}
+    moving |= {k: [x.replace("2D", "Motion") for x in config[k]] for k in ("down_block_types", "up_block_types")}
+    moving |= dict(num_attention_heads=config["attention_head_dim"],
+                   motion_num_attention_heads=motion["motion_num_attention_heads"])
+    return (twin(UNet2DConditionModel, config, ed.unet), twin(UNetMotionModel, moving, ed.unet),
+            twin(AutoencoderKL, ed.vae.config, ed.vae))
+
+
+# ---- the timing tables -------------------------------------------------------------------------------------
+
+# A fresh process: import, load, encode the instruction, one U-Net step of one frame; it prints when that was done.
+COLD_BEGIN = """
+import sys, time
+root, folder, device, half, h, w, text = sys.argv[1:]
+sys.path.insert(0, root)
+import torch
+def inputs(c):
+    return torch.zeros(1, 1, c, int(h), int(w), device=device, dtype=dtype), torch.tensor([500], device=device)
+dtype = torch.bfloat16 if half == "True" else torch.float32
+"""
+COLD_OURS = COLD_BEGIN + """
+from model import VideoEditor
+ed = VideoEditor.from_pretrained(folder, motion=folder + "/motion", device=device)
+with torch.inference_mode():
+    x = ed.unet(*inputs(ed.unet.config["in_channels"]), ed.encode_text(["make it snow"]))
+"""
+COLD_THEIRS = COLD_BEGIN + """
+from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+def load(cls, name):
+    return cls.from_pretrained(folder + "/" + name, torch_dtype=dtype)
+unet = UNetMotionModel.from_unet2d(load(UNet2DConditionModel, "unet"), load(MotionAdapter, "motion")).to(device, dtype)
+vae, scheduler = load(AutoencoderKL, "vae").to(device), DDIMScheduler.from_pretrained(folder + "/scheduler")
+ctx = torch.zeros(1, 77, unet.config.cross_attention_dim, device=device, dtype=dtype)
+if text == "True":
+    from transformers import CLIPTextModel, CLIPTokenizer
+    tokenizer, encoder = CLIPTokenizer.from_pretrained(folder + "/tokenizer"), load(CLIPTextModel, "text_encoder")
+    ids = tokenizer(["make it snow"], padding="max_length", max_length=77).input_ids
+    ctx = encoder.to(device)(torch.tensor(ids, device=device)).last_hidden_state
+with torch.inference_mode():
+    z, t = inputs(unet.config.in_channels)
+    x = unet(z.transpose(1, 2), t, ctx).sample
+"""
+COLD_END = """
+x.float().sum().item()                                             # waits for the GPU
+status = open("/proc/self/status").read() if sys.platform == "linux" else "VmHWM: nan"
+print("DONE", time.time(), time.process_time(), float(status.split("VmHWM:")[1].split()[0]) / 2 ** 20)
+"""
+
+
+def cold_start(code, args):
+    """(wall seconds, CPU seconds, peak GB of main memory) from the start of a process to the end of its first step."""
+    began = time.time()
+    done = subprocess.run([sys.executable, "-c", code + COLD_END, *map(str, args)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"cold start failed: {done.stderr.strip().splitlines()[-1]}")
+    end, cpu, peak = map(float, done.stdout.split("DONE")[1].split())
+    return end - began, cpu, peak
+
+
+@torch.inference_mode()
+def bench_networks(ed, motion, n_frames, size, runs, device):
+    """One U-Net forward without motion, with it, with EPM, with FFG's two kinds of keys; then the VAE."""
+    unet, c = ed.unet, ed.unet.config["in_channels"]
+    h = w = size // ed.multiple
+    z, t = torch.randn(1, n_frames, c, h, w).to(device, ed.dtype), torch.tensor([500], device=device)
+    ctx = ed.encode_text(["make it snow"])
+    image, video, vae = twins(ed, motion) if DIFFUSERS else (None, None, None)
+
+    def compare(what, ours, than, theirs, per=1):
+        if not DIFFUSERS:
+            return row(what, *timed([ours], runs, device), per=per)
+        apart = (ours().float() - theirs().float()).abs().max()
+        results = timed([ours, theirs], runs, device)
+        row(what, results[0], f"diffusers {than}, values within {apart:.0e}", results[1], per)
+    compare(f"U-Net, {n_frames} frames, without motion", lambda: unet(z, t, ctx, "image"), "UNet2DConditionModel",
+            lambda: image(z[0], t, ctx.expand(n_frames, -1, -1)).sample[None])
+    compare(f"U-Net, {n_frames} frames, with motion", lambda: unet(z, t, ctx), "UNetMotionModel",
+            lambda: video(z.transpose(1, 2), t, ctx.repeat_interleave(n_frames, 0)).sample.transpose(1, 2))
+
+    unet.add_epm(frames=16)
+    unet.to(device, ed.dtype)
+    sites = [(m, m.epm) for m in unet.modules() if hasattr(m, "epm")]
+
+    def forward(mode, keys="beside", epm=False):
+        def call():
+            unet.ffg_keys = keys
+            for m, layer in sites:
+                m._modules.update(epm=layer) if epm else m._modules.pop("epm", None)
+            return unet(z, t, ctx, mode)
+        return call
+    epm, without = timed([forward("video", epm=True), forward("video")], runs, device)
+    row(f"U-Net, {n_frames} frames, with motion and EPM", epm, "frames apart, no EPM", without)
+    beside, instead = timed([forward("ffg"), forward("ffg", "instead")], runs, device)
+    row(f"U-Net, {n_frames} frames, FFG, keys beside", beside, "keys instead", instead)
+
+    n, dtype = 4, next(ed.vae.parameters()).dtype                  # frames in a slice, as VideoEditor.encode takes them
+    x = torch.rand(n, 3, size, size).to(device, dtype) * 2 - 1
+    z0 = torch.randn(n, ed.vae.config["latent_channels"], h, w).to(device, dtype)
+    compare("VAE encode, per frame", lambda: ed.vae.encode(x)[0], "AutoencoderKL",
+            lambda: vae.encode(x).latent_dist.mean, per=n)
+    compare("VAE decode, per frame", lambda: ed.vae.decode(z0), "AutoencoderKL", lambda: vae.decode(z0).sample, per=n)
+
+
+def bench_epm(config, n_frames, h, runs, device, dtype):
+    """epm_attention against plain attention over the same joint tokens, at every level that has attention."""
+    for i, (kind, width) in enumerate(zip(config["down_block_types"], config["block_out_channels"])):
+        if "CrossAttn" not in kind:
+            continue
+        heads, length = config["attention_head_dim"], (-(-h // 2 ** i)) ** 2
+        q, k, v = (torch.randn(1, n_frames * length, width, device=device, dtype=dtype) for _ in range(3))
+        bias = torch.randn(1, n_frames, n_frames, device=device)
+        times = max(1, 20_000_000 // (n_frames * length) ** 2)     # small ones repeat, to be measurable
+
+        def repeat(f, *more, train):
+            leaves = [x.detach().clone().requires_grad_(train) for x in (q, k, v, *more)]
+            for _ in range(times):
+                y = f(*leaves[:3], heads, *leaves[3:])
+                y.sum().backward() if train else None
+        for name, train in (("EPM", False), ("EPM with gradients", True)):
+            epm, plain = timed([lambda: repeat(epm_attention, bias, train=train),
+                                lambda: repeat(attention, train=train)], runs, device)
+            row(f"{name}, {n_frames}x{length} tokens, {heads} heads of {width // heads}", epm, "plain joint attention",
+                plain, times)
+
+
+def bench_model(model, size, n_frames, runs, steps, device):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_hub_folder(model, folder)
+        gb = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 2 ** 30
+        factor = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
+        print(f"\n**{model}: {gb:.2f} GB of weights, {n_frames} frames of {size}x{size}**\n\n| what | s | min | CPU s | peak GB "
+              "| compared with | s | min | CPU s | peak GB | ratio | CPU ratio |\n|" + "---|" * 12, flush=True)
+        call = (ROOT, folder, device, device == "cuda", size // factor, size // factor, TRANSFORMERS)
+        cold = [[cold_start(code, call) for code in (COLD_OURS, COLD_THEIRS)[:1 + DIFFUSERS]] for _ in range(runs)]
+        row("cold start to first step, files cached", *list(zip(*cold))[:1],
+            "diffusers" + " and transformers" * TRANSFORMERS, *list(zip(*cold))[1:])
+        # diffusers' GroupNorm statistics, so that both compute the same
+        ed = VideoEditor.from_pretrained(folder, motion=folder / "motion", norm_over_frames=True, device=device)
+        bench_networks(ed, read_json(folder / "motion" / "config.json"), n_frames, size, runs, device)
+        bench_epm(ed.unet.config, n_frames, size // factor, runs, device, ed.dtype)
+        for n in (n_frames,) + (32,) * (model == "tiny"):
+            frames = torch.rand(n, 3, size, size) * 2 - 1
+            edit = timed([lambda: list(edit_stream(ed, frames, "make it snow", steps))], 1, device, warm=False)[0]
+            row(f"edit a {n}-frame clip, {steps} steps, FFG, once", edit)
+
+
+# ---- --long and --detail -----------------------------------------------------------------------------------
+
+def bench_long(device, size, steps, lengths=(200, 2000)):
+    """Edit the beginning and the whole of a synthetic clip with sample.py, each in its own process: equal memory?"""
+    side = 2 * size
+    print(f"\n**{lengths[-1]} frames of {side}x{side} through sample.py, tiny at {size} px, {steps} steps**\n\n"
+          "| frames | s | peak memory |\n|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_hub_folder("tiny", folder)
+        frames = (curate.render(curate.draw_scene(0), 48, side, side) * 255).round().astype(np.uint8)
+        with video_writer(folder / "long.mp4", side, side, 25, Fraction(1, 25)) as write:
+            for i in range(lengths[-1]):
+                write(frames[min(i % 94, 94 - i % 94)], i, 1)      # there and back
+        for n in lengths:
+            command = [sys.executable, ROOT / "sample.py", folder / "long.mp4", "make it snow", "--weights", folder, "--frames", n,
+                       "--steps", steps, "--size", size, "--out", folder / "out.mp4", "--device", device]
+            began = time.time()
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"sample.py failed: {done.stderr.strip().splitlines()[-1]}")
+            memory = done.stdout.split("peak memory ")[1].splitlines()[0]
+            print(f"| {n} | {time.time() - began:.1f} | {memory} |", flush=True)
+
+
+def detail_edits(kind, n, seed, domain):
+    """n (scene, target scene, instruction) of one kind: an effect's name, recolour, removal, addition or background."""
+    found, k, task = [], 0, "object" if kind == "recolour" else kind
+    while len(found) < n:
+        k += 1
+        scene = curate.draw_scene(seed * 100_000 + k, domain, "held")
+        if kind in curate.EFFECTS:
+            found.append((scene, replace(scene, post=scene.post + ((kind, 0),)), f"make it {kind}"))
+        elif task in curate.possible_tasks(scene):
+            edit = curate.propose_edit(scene, k, task, "held")
+            same_kinds = [s.kind for s in edit.target.objects] == [s.kind for s in scene.objects]
+            if edit.deterministic and (kind != "recolour" or same_kinds):
+                found.append((scene, edit.target, edit.instruction))
+    return found
+
+
+def bench_detail(device, n, seed, domain, size, full=384, steps=20):
+    """PSNR and SSIM to the truth drawn at `full` px of an edit known at `size` px, plainly resized and carried up.
+
+    First of the truth itself, made small as sample.py makes the source small; then of tiny's own edits, once trained.
+    """
+    ed = VideoEditor.from_pretrained("tiny", device=device) if TRAINED else None
+    for who in ("the truth",) + ("tiny's edits",) * TRAINED:
+        print(f"\n**{who} at {size} px carried up to {full} px; {domain} scenes, n = {n} a row, seed {seed}**\n\n"
+              "| edit | PSNR resized | carried | SSIM resized | carried |\n|---|---|---|---|---|", flush=True)
+        for kind in ("grayscale", "sepia", "night", "recolour", "removal", "addition", "background"):
+            values = []
+            for i, (scene, target, instruction) in enumerate(detail_edits(kind, n, seed, domain)):
+                drawn = [torch.from_numpy(curate.render(s, 1, full, full)[0]) for s in (scene, target)]
+                large, exact = (x.permute(2, 0, 1).contiguous() * 2 - 1 for x in drawn)
+                small, edit = resize(large, size, size), resize(exact, size, size)
+                if ed and who != "the truth":                      # with the source as the autoencoder sees it
+                    edit, small = next(edit_stream(ed, [small], instruction, steps, seed=i, mode="image", with_source=True))
+                carried = carry_detail(small[None], edit[None], large[None].to(edit))[0]
+                pair = [((x + 1) / 2).permute(1, 2, 0).cpu().numpy() for x in (resize(edit, full, full), carried)]
+                values.append([score(x, drawn[1].numpy()) for score in (metrics.psnr, metrics.ssim) for x in pair])
+            v = np.mean(values, axis=0)
+            print(f"| {kind} | {v[0]:.2f} | {v[1]:.2f} | {v[2]:.4f} | {v[3]:.4f} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="both", choices=["tiny", "sd15", "both"], help="sd15 has random weights")
+    parser.add_argument("--size", type=int, help="frame side in pixels; default 96 tiny, 128 sd15 (512 on a GPU)")
+    parser.add_argument("--frames", type=int, default=16, help="frames of a clip, 1 to 16")
+    parser.add_argument("--steps", type=int, help="steps of a whole edit; default 20; 2 with --long and for sd15 without a GPU")
+    parser.add_argument("--runs", type=int, default=3, help="timed calls of each, after one to warm up")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    parser.add_argument("--long", action="store_true", help="instead: tiny on a 2,000-frame clip")
+    parser.add_argument("--detail", action="store_true", help="instead: edits carried to the source's resolution")
+    parser.add_argument("--n", type=int, default=24, help="--detail: scenes per kind of edit")
+    parser.add_argument("--seed", type=int, default=0, help="--detail: which scenes")
+    parser.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="--detail: clean or camera-like")
+    args = parser.parse_args()
+    for name, value, low, high in (("size", args.size, 32, 2048), ("frames", args.frames, 1, 16), ("runs", args.runs, 1, 1000),
+                                   ("steps", args.steps, 1, 999), ("n", args.n, 1, 10 ** 6)):
+        if value is not None and (not low <= value <= high or name == "size" and value % 32):
+            raise UserError(f"--{name} {value}: needs {low} to {high}" + ", a multiple of 32" * (name == "size"))
+    gpu, cpu = args.device == "cuda", platform.processor() or platform.machine()
+    if sys.platform == "linux" and "model name" in Path("/proc/cpuinfo").read_text():
+        cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t: ")
+    print(f"{torch.cuda.get_device_name() if gpu else cpu}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads, load "
+          f"{os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}, {'bfloat16' if gpu else 'float32'}")
+    if args.long:
+        return bench_long(args.device, args.size or 96, args.steps or 2)
+    if args.detail:
+        return bench_detail(args.device, args.n, args.seed, args.domain, args.size or 96, steps=args.steps or 20)
+    print(f"median and best of {args.runs} calls" + "; diffusers is not installed: nothing to compare with" * (not DIFFUSERS))
+    for model in ("tiny", "sd15") if args.model == "both" else (args.model,):
+        size = args.size or (96 if model == "tiny" else 512 if gpu else 128)
+        steps = args.steps or (20 if model == "tiny" or gpu else 2)
+        bench_model(model, size, args.frames, args.runs, steps, args.device)
+    print("""
+Peak memory: on a GPU what torch took of it, else the whole process; weights included (ours and diffusers' share them).
+CPU s adds up all threads. EPM appends 16 columns to queries and keys, padded to a multiple of 8: an unpadded width would
+lose CUDA's fused kernels, which run heads of 40 as 64 wide anyway, so there the bias costs nothing. A CPU pays for each
+column; without gradients it therefore adds the bias as one row of keys per frame of queries.""")
+
+
+if __name__ == "__main__":
+    run(main)
