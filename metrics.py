@@ -660,31 +660,35 @@ def truth_scores(source, edited, truth, mask):
 # One clip: every score there is an input for
 # ------------------------------------------------------------------------------------------------------------
 
-SCORES = {                                              # printed name, what is better, decimals, what it says
-    "viclip_out": ("ViCLIP_out", "up", 3, "edited clip against the target caption"),
-    "pick_score": ("PickScore", "up", 2, "human preference for each frame under the target caption"),
-    "clip_frame": ("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1"),
-    "clip_text": ("CLIPText", "up", 2, "frames against the target caption, x 100"),
-    "clip_frame_gain": ("CLIPFrame gain", "0", 3, "CLIPFrame minus the source's own"),
-    "flicker": ("flicker", "1", 2, "flicker over the source's own; above 1 flickers, below 1 smears"),
-    "seam": ("seam", "1", 2, "change where windows of 16 meet, over change elsewhere"),
-    "changed": ("area changed", "-", 2, "share of the clip that the edit changed"),
-    "psnr_outside": ("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal"),
-    "ssim_outside": ("SSIM outside", "up", 3, "structure kept outside that area"),
-    "viclip_dir": ("ViCLIP_dir", "up", 3, "held out: change of the clip against the captions'; untouched has 0"),
+SCORES = {              # printed name, what is better, decimals, what it says, the command's flags it needs
+    "viclip_out": ("ViCLIP_out", "up", 3, "edited clip against the target caption", "target-caption viclip"),
+    "pick_score": ("PickScore", "up", 2, "human preference for each frame under the target caption",
+                   "target-caption pick"),
+    "clip_frame": ("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1", "clip"),
+    "clip_text": ("CLIPText", "up", 2, "frames against the target caption, x 100", "target-caption clip"),
+    "clip_frame_gain": ("CLIPFrame gain", "0", 3, "CLIPFrame minus the source's own", "source clip"),
+    "flicker": ("flicker", "1", 2, "flicker over the source's own; above 1 flickers, below smears", "source"),
+    "seam": ("seam", "1", 2, "change where windows of 16 meet, over change elsewhere", "source"),
+    "changed": ("area changed", "-", 2, "share of the clip that the edit changed", "source"),
+    "psnr_outside": ("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal", "source"),
+    "ssim_outside": ("SSIM outside", "up", 3, "structure kept outside that area", "source"),
+    "viclip_dir": ("ViCLIP_dir", "up", 3, "held out; change of clip against captions'; untouched has 0",
+                   "source source-caption target-caption viclip"),
 }
-HELD_OUT = "viclip_dir"     # the judge that curation never filters by; both models have it, and it cannot be won
-                            # by doing nothing. Its network also gives ViCLIP_out, so it is not fully independent
-WEIGHTS = {"viclip_out": 1, "pick_score": 1, "clip_frame": 1, "clip_text": 1}    # of the filter's total: equal
-TRUTH = {                                               # as SCORES; only for clips whose true edit is known
+# The judge that curation never filters by. Both models have it, and doing nothing does not win it; but its
+# network also gives ViCLIP_out, so it is not fully independent of the filter.
+HELD_OUT = "viclip_dir"
+WEIGHTS = {"viclip_out": 1, "pick_score": 1, "clip_frame": 1, "clip_text": 1}   # of the filter's total: equal
+TRUTH = {                                               # as SCORES; only where the true edit is known
     "psnr_truth": ("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
     "ssim_truth": ("SSIM to truth", "up", 3, "structure of the true edit inside its region"),
     "truth_gain": ("gain, dB", "up", 1, "PSNR to truth minus the untouched source's"),
     "whole_gain": ("gain, whole clip", "up", 1, "the same over the whole clip"),
     "success": ("success", "up", 2, "share of clips, see SUCCESS"),
 }
-SUCCESS = ("success: closer to the truth than the source is, inside the region that the true edit changes, and "
-           "outside it at most 1 dB further from the source than the autoencoder alone (given source or truth)")
+SUCCESS = ("success: inside the region that the true edit changes, at least 1 dB closer to the truth than "
+           "the source and the autoencoded source are; outside it, at most 1 dB further from the source than "
+           "the autoencoder's own error, on source or truth")
 SCORERS = {                                                             # role: hub id or directory
     "published": {"clip": "openai/clip-vit-large-patch14", "pick": "yuvalkirstain/PickScore_v1",
                   "viclip": "OpenGVLab/ViCLIP"},
@@ -717,7 +721,8 @@ def align(source, edited, source_fps, edited_fps):
         notes.append(f"source has {len(source)} frames, edit {len(edited)}: the first {n} of both are scored")
     if source.shape[1:3] != edited.shape[1:3]:
         height, width = source.shape[1:3]
-        notes.append(f"edit stretched from {edited.shape[2]}x{edited.shape[1]} to the source's {width}x{height}")
+        old = f"{edited.shape[2]}x{edited.shape[1]}"
+        notes.append(f"edit stretched from {old} to the source's {width}x{height}")
         edited = np.stack([stretch(frame, width, height) for frame in edited[:n]])
     return source[:n], edited[:n], notes
 
@@ -742,9 +747,9 @@ def score_clips(clips, scorers, device="cpu", square=480, kept=None):
 
     clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them),
     `source_caption`, `target_caption`, `mask` (F, H, W) of the true edit, and `truth`, that edit. scorers:
-    {"clip", "pick", "viclip"} -> hub id or directory. square: TGVE's script stretches every frame to 480 x 480 before the networks' own
-    preprocessing; 0 leaves frames as they are. One network is in memory at a time; `kept`, a dict, keeps them
-    for the next call (a large GPU).
+    {"clip", "pick", "viclip"} -> hub id or directory. square: TGVE's script stretches every frame to 480x480
+    before the networks' own preprocessing; 0 leaves frames as they are. One network is in memory at a time;
+    `kept`, a dict, keeps them for the next call (a large GPU).
     """
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     crops = [{} for _ in clips]                                         # CLIP and PickScore share them
@@ -826,13 +831,8 @@ def network_scores(net, role, clip, videos):
 
 def why_missing(key, clip, scorers):
     """Why a clip has no such score, in the words of the command line."""
-    role = "viclip" if key.startswith("viclip") else "pick" if key == "pick_score" else "clip"
-    inputs = {"viclip_out": ["target_caption"], "pick_score": ["target_caption"], "clip_frame": [],
-              "viclip_dir": ["source", "source_caption", "target_caption"], "clip_text": ["target_caption"]}
-    lacks = ["--" + flag.replace("_", "-") for flag in inputs.get(key, ["source"])
-             if clip.get(flag) is None or isinstance(clip[flag], str) and not clip[flag]]
-    if key.startswith(("viclip", "pick", "clip")) and role not in scorers:
-        lacks.append(f"--{role}")
+    given = {flag for flag in SCORES["viclip_dir"][4].split() if len(clip.get(flag.replace("-", "_"), ()))}
+    lacks = [f"--{flag}" for flag in SCORES[key][4].split() if flag not in given | set(scorers)]
     if lacks:
         return "needs " + " and ".join(lacks)
     return {"clip_frame": "needs two frames", "clip_frame_gain": "needs two frames",
@@ -842,7 +842,7 @@ def why_missing(key, clip, scorers):
 
 
 def print_scores(row, clip, scorers):
-    for key, (name, better, digits, meaning) in SCORES.items():
+    for key, (name, better, digits, meaning, _) in SCORES.items():
         value = row.get(key, math.nan)
         shown = f"{value:.{digits}f}" if math.isfinite(value) else "-"
         note = meaning if math.isfinite(value) else f"left out: {why_missing(key, clip, scorers)}"
@@ -891,7 +891,7 @@ def scorer_flags(parser):
 
 
 def main_clip(argv):
-    parser = command("", "Scores of one edited clip; `metrics.py tgve|shapes|study|votes --help` for the rest.")
+    parser = command("", "Scores of one edited clip; `tgve|shapes|study|votes --help` for the rest.")
     parser.add_argument("edited", help="video file or folder of frames")
     parser.add_argument("--source", help="the clip it was made from")
     parser.add_argument("--instruction", default="", help="printed above the scores")
@@ -920,8 +920,8 @@ def main_clip(argv):
 TASKS = {"Style Change Caption": "style", "Object Change Caption": "object",
          "Background Change Caption": "background", "Multiple Changes Caption": "multiple"}
 SETS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}
-COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker", "psnr_outside",
-           HELD_OUT)
+COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker",
+           "psnr_outside", HELD_OUT)
 IN_PAPER = ("viclip_out", "viclip_dir", "pick_score", "clip_frame", "clip_text")
 PAPER = {                                                               # arXiv 2503.17641, Table 1
     "tgve": {"Tune-A-Video": (.243, .162, 20.36, .924, 27.12), "STDF": (.226, .110, 20.40, .933, 26.34),
@@ -1019,8 +1019,9 @@ def thin(frames, n=32):
 
 
 def edit_benchmark(items, folder, edit, ending=".jpg"):
-    """Write edit(item), rgb frames, of every item as <folder>/<id>/00000.jpg, …, the submission layout. Folders
-    appear whole, and those that are there already are kept, so that a run continues where it stopped."""
+    """Write edit(item), rgb frames, of every item as <folder>/<id>/00000.jpg, …, the submission layout.
+
+    Folders appear whole, and those that are there already are kept: a run continues where it stopped."""
     todo = [i for i in items if not i["problem"] and not (folder / i["id"]).is_dir()]
     for item in tqdm(todo, desc=folder.name, unit="clip", disable=not todo):
         if not item["instruction"]:
@@ -1046,7 +1047,7 @@ def run_editor(ed, item, source, size, options):
 
 
 def stamp(ed, crc=0):
-    """Eight digits that change with the editor's weights, so that old edits are not taken for a new model's."""
+    """Eight digits that change with the weights, so that old edits are not taken for a new model's."""
     for net in (ed.unet, ed.vae, ed.text_encoder):
         for x in net.state_dict().values():
             crc = zlib.crc32(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
@@ -1104,21 +1105,35 @@ CODED = ("autoencoded source", "autoencoded truth")                     # what a
 
 
 def add_success(result):
-    """Into {row: scores} of one clip: success as SUCCESS says it, where the truth is known."""
-    bound = min((result[row]["psnr_outside"] for row in CODED if row in result), default=math.nan)
+    """Into {row: scores} of one clip: success as SUCCESS says it, where the truth is known.
+
+    Without the margin, doing nothing would often succeed: the autoencoder's blur alone brings clips closer.
+    """
+    coded = [result[row] for row in CODED if row in result]
+    gain = max([0, *(scores["truth_gain"] for scores in coded[:1] if "truth_gain" in scores)])
+    kept = min((scores["psnr_outside"] for scores in coded), default=math.nan)
     for scores in result.values():
-        if "truth_gain" in scores:                  # with nothing outside, the inside decides
-            spoiled = scores["psnr_outside"] < bound - 1
-            scores["success"] = float(scores["truth_gain"] > 0 and not spoiled)
+        if "truth_gain" in scores:                  # with nothing outside, NaN, the inside decides
+            spoiled = scores["psnr_outside"] < kept - 1
+            scores["success"] = float(scores["truth_gain"] >= gain + 1 and not spoiled)
 
 
 def interval(values):
     """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples of clips, fixed seed)."""
-    if len(values) < 2:
-        return math.nan, math.nan
     rng = np.random.default_rng(0)
     found = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=rng)
     return found.confidence_interval
+
+
+def mean_cell(x, digits, intervals, sign=""):
+    shown = [x.mean()] if len(x) else []
+    shown += interval(x) if intervals and len(x) > 1 else []
+    shown = [f"{value:{sign}.{digits}f}" for value in shown]
+    return (shown[0] if shown else "-") + (f" [{shown[1]}, {shown[2]}]" if len(shown) > 1 else "")
+
+
+def table_head(name, columns):
+    return f"| {name} | n | {' | '.join(map(column_name, columns))} |\n" + "|---" * (len(columns) + 2) + "|"
 
 
 def column_name(key):
@@ -1131,11 +1146,7 @@ def table_row(name, rows, columns, intervals=False, sign=""):
     cells = []
     for key in columns:
         x = np.array([r[key] for r in rows if math.isfinite(r.get(key, math.nan))])
-        digits = (SCORES | TRUTH)[key][2]
-        cell = f"{x.mean():{sign}.{digits}f}" if len(x) else "-"
-        if intervals and len(x) > 1:
-            low, high = interval(x)
-            cell += f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+        cell = mean_cell(x, (SCORES | TRUTH)[key][2], intervals, sign)
         cells.append(cell + (f" (n={len(x)})" if 0 < len(x) < len(rows) else ""))
     return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
 
@@ -1146,8 +1157,8 @@ def table(items, done, folders, title, columns, paper=()):
               for row in (*folders, "untouched source", "frozen first edit")}
     main, *controls = by_row
     ours = by_row[main]
-    lines = [f"| {title} | n | {' | '.join(map(column_name, columns))} |", "|---" * (len(columns) + 2) + "|",
-             table_row("this run [95 %]", list(ours.values()), columns, intervals=True)]
+    lines = [table_head(title, columns)]
+    lines.append(table_row("this run [95 %]", list(ours.values()), columns, intervals=True))
     for by in ("task", "domain"):
         for value in dict.fromkeys(i[by] for i in items if by in i):
             part = [ours[i["id"]] for i in items if i.get(by) == value and i["id"] in ours]
@@ -1193,18 +1204,15 @@ def open_editor(args):
     return ed, cfg, ed.size if args.size == -1 else args.size, title, name
 
 
-def log_head(title, scorers, square):
-    return {"title": title, "scorers": {k: str(v) for k, v in scorers.items()}, "square": square}
-
-
-def write_results(out, lines, head, items, done):
-    """Prints the table and writes it beside every clip's scores."""
-    print(*lines, sep="\n")
-    print(f"scorers: {', '.join(f'{k} {v}' for k, v in head['scorers'].items())}")
+def finish(items, folders, scorers, square, device, out, title, read, report):
+    """Score, print the lines that report(done) gives, and write them beside every clip's scores."""
+    head = {"title": title, "scorers": {k: str(v) for k, v in scorers.items()}, "square": square}
+    done = score_benchmark(items, folders, scorers, square, device, out / "scores.jsonl", head, read)
+    lines = report(done) + [f"scorers: {', '.join(f'{k} {v}' for k, v in head['scorers'].items())}"]
     write_aside(out / "table.md", "\n".join(lines) + "\n")
     clips = [item | {"scores": done.get(item["id"], {})} for item in items]
     write_aside(out / "scores.json", json.dumps(head | {"clips": clips}, indent=1))
-    print(f"table and every clip's scores: {out}")
+    print(*lines, f"table and every clip's scores: {out}", sep="\n")
 
 
 def main_tgve(argv):
@@ -1242,9 +1250,8 @@ def main_tgve(argv):
             edit_benchmark(items, folder, lambda item: run_editor(ed, item, read_source(item)["source"], size,
                                                                   options | {"mode": mode}))
         del ed                                      # its memory is the scorers' now
-    head = log_head(title, scorers, square)
-    done = score_benchmark(items, folders, scorers, square, args.device, out / "scores.jsonl", head, read_source)
-    write_results(out, table(items, done, folders, title, COLUMNS, PAPER[name]), head, items, done)
+    finish(items, folders, scorers, square, args.device, out, title, read_source,
+           lambda done: table(items, done, folders, title, COLUMNS, PAPER[name]))
 
 
 def read_source(item):
@@ -1266,36 +1273,36 @@ def write_aside(path, text):
 WORLD_COLUMNS = (*COLUMNS[:-1], "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success", HELD_OUT)
 
 
-def world_items(n, seed, domains):
+def world_items(n, which, domains):
     """n held-out clips of the shapes world, tasks and domains in turn; more of them begin with the same ones.
 
-    Scenes, wordings and combinations come from the world's "held" split, with seeds that no other script uses.
+    Scenes, wordings and combinations are of the world's "held" split, with seeds that no other script uses.
+    `known`: the result follows from source and instruction alone, so there is one true edit.
     """
     import curate                                   # here, since curate imports this file
-    items, number = [], 7_000_000 + 100_000 * seed
+    items, number = [], 7_000_000 + 100_000 * which
     while len(items) < n:
         number += 1
-        task = curate.TASKS[len(items) % len(curate.TASKS)]
-        domain = domains[(len(items) + len(items) // len(curate.TASKS)) % len(domains)]
+        turn, at = divmod(len(items), len(curate.TASKS))
+        task, domain = curate.TASKS[at], domains[(at + turn) % len(domains)]
         scene = curate.draw_scene(number, domain, "held")
         if task in curate.possible_tasks(scene):
             edit = curate.propose_edit(scene, number, task, "held")
             items.append(dict(id=f"{domain}/{number}/{task}", task=task, domain=domain, number=number,
                               source_caption=edit.source_caption, target_caption=edit.target_caption,
-                              instruction=edit.instruction, problem=None))
+                              instruction=edit.instruction, known=edit.deterministic, problem=None))
     return items
 
 
 def world_clip(item, n_frames, size):
-    """{"source", "truth": (F, S, S, 3) uint8, "mask": (F, S, S) bool, where the true edit changes the picture by
-    more than 4 %, or all of it for a global one}. No "truth" where several results would be right."""
+    """An item's source and true edit, (F, S, S, 3) uint8, and the true region (F, S, S) bool: where the edit
+    changes the picture by more than 4 %, or everywhere for a global one."""
     import curate
     scene = curate.draw_scene(item["number"], item["domain"], "held")
     edit = curate.propose_edit(scene, item["number"], item["task"], "held")
     source, truth = (np.rint(curate.render(s, n_frames, size, size) * 255).astype(np.uint8)
                      for s in (scene, edit.target))
-    mask = np.abs(source.astype(np.int16) - truth).max(-1) > (-1 if edit.is_global else 10)
-    return {"source": source, "mask": mask, "target": truth} | ({"truth": truth} if edit.deterministic else {})
+    return source, truth, np.abs(source.astype(int) - truth).max(-1) > (-1 if edit.is_global else 10)
 
 
 def through_autoencoder(ed, frames):
@@ -1305,75 +1312,76 @@ def through_autoencoder(ed, frames):
 
 def total_score(rows, weights=WEIGHTS):
     """The filter's total: (N,) weighted mean of the scores of N candidates, each standardised over them."""
-    columns = {key: np.array([row[key] for row in rows]) for key in weights if all(key in row for row in rows)}
-    z = [weights[key] * (x - x.mean()) / (x.std() + 1e-9) for key, x in columns.items()]
-    return np.sum(z, 0) / sum(weights[key] for key in columns)
+    keys = [key for key in weights if all(key in row for row in rows)]
+    x = np.array([[row[key] for key in keys] for row in rows])          # (N, K)
+    w = np.array([weights[key] for key in keys])
+    return ((x - x.mean(0)) / (x.std(0) + 1e-9)) @ (w / w.sum())
 
 
 def agreement(items, done, candidates):
-    """Markdown lines: Spearman's correlation of every score and of the total with the gain in PSNR to the truth.
+    """Markdown lines: Spearman's correlation of every score and of the total with the PSNR gain to the truth.
 
-    Within a clip: over its candidates, then the mean over clips (which candidate is the best one?); pooled: over
-    all candidates of all clips (which clips should go?). Scores whose ideal is 0 or 1 count by their distance
-    from it.
+    Within a clip: over its candidates, then the mean over clips (which candidate is best?); pooled: over all
+    candidates of all clips (which should go?). Scores with an ideal of 0 or 1 count by the distance from it.
     """
     known = [i["id"] for i in items if "truth_gain" in done.get(i["id"], {}).get(candidates[0], {})]
-    rows = [done[k][c] for k in known for c in candidates]              # clip by clip
-    if not rows or len(candidates) < 3:
+    if not known or len(candidates) < 3:
         return ["agreement: needs clips with a known truth and at least 3 candidates of each"]
+
+    def values(key):                                                    # (clips, candidates)
+        return np.array([[done[k][c].get(key, math.nan) for c in candidates] for k in known])
     scores = {}
     for key, (name, better, *_) in SCORES.items():
-        if better != "-" and all(key in row for row in rows):
-            x = np.array([row[key] for row in rows])
-            name = f"{name} (distance from {better})" if better in "01" else column_name(key)[:-2]
-            scores[name] = -x if better == "down" else -abs(x - int(better)) if better in "01" else x
-    scores["weighted total"] = total_score(rows)
-    lines = [f"| {len(known)} clips, {len(candidates)} candidates each | inside, within a clip [95 %] | inside, pooled |"
-             " whole, within a clip [95 %] | whole, pooled |", "|---|---|---|---|---|"]
+        if better in ("0", "1"):
+            scores[f"{name} (distance from {better})"] = -abs(values(key) - int(better))
+        elif better == "up":
+            scores[name + " (held out)" * (key == HELD_OUT)] = values(key)
+    rows = [done[k][c] for k in known for c in candidates]
+    scores["weighted total"] = total_score(rows).reshape(len(known), -1)
+    lines = ["| score | clips | inside, within a clip [95 %] | inside, pooled | whole, within a clip [95 %] "
+             "| whole, pooled |", "|---|---|---|---|---|---|"]
     for name, x in scores.items():
-        cells = []
-        for gain in ("truth_gain", "whole_gain"):
-            y = np.array([row[gain] for row in rows])
-            each = [spearman(a, b) for a, b in zip(np.split(x, len(known)), np.split(y, len(known)))]
-            each = np.array([rho for rho in each if math.isfinite(rho)])
-            low, high = interval(each)
-            cells += [f"{each.mean():.2f} [{low:.2f}, {high:.2f}]" if len(each) else "-", f"{spearman(x, y):.2f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+        full = np.isfinite(x).all(1)                                    # clips for which this score exists
+        cells = [str(full.sum())]
+        for gain in ("truth_gain", "whole_gain"):                       # inside the true region, overall
+            y = values(gain)
+            each = np.array([spearman(a, b) for a, b in zip(x[full], y[full])])
+            each = each[np.isfinite(each)]
+            cells.append(mean_cell(each, 2, True))
+            cells.append(f"{spearman(x[full].ravel(), y[full].ravel()):.2f}")
+        if full.any():
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, f"{len(candidates)} candidates of each clip; preservation is outside the true region"]
 
 
 def spearman(x, y):
-    """Rank correlation; NaN where one side is constant."""
-    return float(scipy.stats.spearmanr(x, y).statistic) if np.ptp(x) > 1e-9 and np.ptp(y) > 1e-9 else math.nan
+    """Rank correlation; NaN where one side is empty or constant."""
+    varied = all(len(a) and np.ptp(a) > 1e-9 for a in (x, y))
+    return float(scipy.stats.spearmanr(x, y).statistic) if varied else math.nan
 
 
-def sweep(items, done, grid, path):
+def sweep(items, done, grid, columns, path):
     """Fidelity against preservation for every guidance: Markdown lines, and the same as a scatter in a PNG.
 
-    grid: {(text, source): candidates, one per seed}.
+    grid: {(text, source): rows of `done`, one per seed}.
     """
-    columns = [k for k in WORLD_COLUMNS if any(k in rows.get(c, {}) for rows in done.values()
-                                               for some in grid.values() for c in some)]
-    lines = [f"| text, source | n | {' | '.join(map(column_name, columns))} |",
-             "|---" * (len(columns) + 2) + "|"]
+    lines = [table_head("text, source", columns)]
     panels = {key: {} for key in ("truth_gain", HELD_OUT) if key in columns}
     for (s_txt, s_src), candidates in grid.items():
         rows = [done[i["id"]][c] for i in items for c in candidates if c in done.get(i["id"], {})]
         lines.append(table_row(f"{s_txt:g}, {s_src:g}", rows, columns))
         for key, series in panels.items():
-            x, y = (np.mean([row[k] for row in rows if k in row] or [math.nan]) for k in ("psnr_outside", key))
-            series.setdefault(s_src, []).append((s_txt, x, y))
-    pictures = [scatter(series, column_name("psnr_outside"), column_name(key)) for key, series in panels.items()]
-    sheet = Image.new("RGB", (sum(p.width for p in pictures) or 1, max((p.height for p in pictures), default=1)))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i * picture.width, 0))
-    sheet.save(path.with_suffix(".part"), "PNG")
+            means = [np.mean([r[k] for r in rows if k in r] or [math.nan]) for k in ("psnr_outside", key)]
+            series.setdefault(s_src, []).append((s_txt, *means))
+    sheet = np.concatenate([np.asarray(scatter(series, column_name("psnr_outside"), column_name(key)))
+                            for key, series in panels.items()], 1)
+    Image.fromarray(sheet).save(path.with_suffix(".part"), "PNG")
     os.replace(path.with_suffix(".part"), path)
     return lines
 
 
 def scatter(series, x_name, y_name, width=640, height=480, margin=64):
-    """A picture of {source guidance: [(text guidance, x, y)]}: a coloured line for each, points with their text."""
+    """A picture of {source guidance: [(text guidance, x, y)]}: a coloured line each, points labelled."""
     picture, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(14)
     draw = ImageDraw.Draw(picture)
     points = np.array([(x, y) for line in series.values() for _, x, y in line if math.isfinite(x + y)])
@@ -1383,7 +1391,8 @@ def scatter(series, x_name, y_name, width=640, height=480, margin=64):
 
     def place(x, y):
         share = (np.array([x, y]) - low) / (high - low)
-        return margin + share[0] * (width - 1.5 * margin), height - margin - share[1] * (height - 1.5 * margin)
+        across, up = share * (width - 1.5 * margin, height - 1.5 * margin)
+        return margin + across, height - margin - up
     for i in range(5):                                                  # axes: five ticks each
         x, y = low + (high - low) * i / 4
         at_x, at_y = place(x, low[1]), place(low[0], y)
@@ -1405,14 +1414,14 @@ def scatter(series, x_name, y_name, width=640, height=480, margin=64):
 
 
 def main_shapes(argv):
-    parser = command("shapes", "The regression test for quality: held-out drawn clips whose true edit is known.")
+    parser = command("shapes", "Regression test for quality: held-out drawn clips whose true edit is known.")
     parser.add_argument("--n", type=int, help="clips (default: 200; with --sweep or --agreement 24)")
     parser.add_argument("--frames", type=int, default=8, help="frames of a clip")
-    parser.add_argument("--domain", default="both", choices=["both", "synthetic", "real"], help="which scenes")
+    parser.add_argument("--domain", default="both", choices=["both", "synthetic", "real"], help="of scenes")
     parser.add_argument("--clips", type=int, default=0, help="which clips: another number draws others")
-    parser.add_argument("--sweep", action="store_true", help="a grid of guidance: fidelity against preservation")
+    parser.add_argument("--sweep", action="store_true", help="guidance grid: fidelity against preservation")
     parser.add_argument("--agreement", action="store_true",
-                        help="candidates of varied guidance and two seeds: which scores agree with the truth?")
+                        help="the grid with two seeds: which scores agree with the truth?")
     parser.add_argument("--grid-text", type=float, nargs="+", help="text guidance of the grid")
     parser.add_argument("--grid-source", type=float, nargs="+", help="source guidance of the grid")
     editor_flags(parser)
@@ -1429,45 +1438,47 @@ def main_shapes(argv):
         raise UserError(f"--size {size}: drawn clips need a multiple of {ed.multiple}")
     items = world_items(n, args.clips, ["synthetic", "real"] if args.domain == "both" else [args.domain])
     title += f", {args.frames} frames of {size}x{size}, clips {args.clips}"
-    label += f"_f{args.frames}_{size}px{'_grid' * in_grid}"
-    out = args.out or ROOT / "results/shapes" / label
+    out = args.out or ROOT / f"results/shapes/{label}_f{args.frames}_{size}px{'_grid' * in_grid}"
 
-    def read(item):
-        return {k: x for k, x in world_clip(item, args.frames, size).items() if k != "target"}
-    folders, grid = {}, {}                          # {row: folder}, {(text, source): rows}
+    def clip(item):
+        return world_clip(item, args.frames, size)
+
     if in_grid:
         texts = args.grid_text or [round(cfg[0] * f, 2) for f in (2 / 3, 1, 1.5, 2.5)]
         sources = args.grid_source or [round(cfg[1] * f, 2) for f in (0.8, 1, 1.3)]
-        for s_txt, s_src in ((t, s) for s in sources for t in texts):
-            seeds = range(args.seed, args.seed + 1 + args.agreement)
-            grid[s_txt, s_src] = [f"t{s_txt:g}_s{s_src:g}_seed{seed}" for seed in seeds]
-            for row, seed in zip(grid[s_txt, s_src], seeds):
-                folders[row] = out / row, dict(s_txt=s_txt, s_src=s_src, seed=seed * 1_000_003, mode="auto")
+        seeds = range(args.seed, args.seed + 1 + args.agreement)
+        runs = [(f"t{t:g}_s{s:g}_seed{k}", t, s, k, "auto") for s in sources for t in texts for k in seeds]
     else:
-        options = dict(s_txt=cfg[0], s_src=cfg[1], seed=args.seed * 1_000_003)
-        folders["edit"] = out / "edit", options | {"mode": "auto"}
-        if not args.no_image_control:
-            folders["image editor, frame by frame"] = out / "image", options | {"mode": "image"}
-    for folder, options in folders.values():
-        edit_benchmark(items, folder, lambda item: run_editor(
-            ed, item, world_clip(item, args.frames, size)["source"], size, options | {"steps": args.steps}), ".png")
-    folders = {row: folder for row, (folder, _) in folders.items()}
-    for row, which in zip(CODED, ("source", "target")):
+        runs = [("edit", *cfg, args.seed, "auto"), ("image editor, frame by frame", *cfg, args.seed, "image")]
+        runs = runs[:2 - args.no_image_control]
+    folders, grid = {}, {}                          # {row: folder}, {(text, source): its rows}
+    for row, s_txt, s_src, seed, mode in runs:
+        folders[row] = out / row.replace(",", "").replace(" ", "_")
+        grid.setdefault((s_txt, s_src), []).append(row)
+        options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=1_000_003 * seed, mode=mode)
+        edit_benchmark(items, folders[row],
+                       lambda item: run_editor(ed, item, clip(item)[0], size, options), ".png")
+    for k, row in enumerate(CODED):                 # source, truth
         folders[row] = out / row.replace(" ", "_")
-        edit_benchmark(items, folders[row], lambda item: through_autoencoder(
-            ed, world_clip(item, args.frames, size)[which]), ".png")
+        edit_benchmark(items, folders[row], lambda item: through_autoencoder(ed, clip(item)[k]), ".png")
     del ed                                          # its memory is the scorers' now
-    head = log_head(title, scorers, square)
-    done = score_benchmark(items, folders, scorers, square, args.device, out / "scores.jsonl", head, read)
-    seen = {key for rows in done.values() for scores in rows.values() for key in scores}
-    lines = table(items, done, folders, title, [k for k in WORLD_COLUMNS if k in seen]) if not in_grid else []
-    if args.sweep:
-        lines += [title, "", *sweep(items, done, grid, out / "sweep.png"), "", f"scatter: {out / 'sweep.png'}", ""]
-    if args.agreement:
-        lines += ["Spearman's correlation with the gain in PSNR to the truth, in the true region and overall", "",
-                  *agreement(items, done, [row for rows in grid.values() for row in rows])]
-    lines += ["", SUCCESS, "truth and success: only edits whose result follows from source and instruction"]
-    write_results(out, lines, head, items, done)
+
+    def read(item):
+        source, truth, mask = clip(item)
+        return {"source": source, "mask": mask} | ({"truth": truth} if item["known"] else {})
+
+    def report(done):
+        seen = {key for rows in done.values() for scores in rows.values() for key in scores}
+        columns = [key for key in WORLD_COLUMNS if key in seen]
+        lines = [f"{title}; guidance varied", ""] if in_grid else table(items, done, folders, title, columns)
+        if args.sweep:
+            picture = out / "sweep.png"
+            lines += [*sweep(items, done, grid, columns, picture), f"scatter: {picture}", ""]
+        if args.agreement:
+            lines += ["Spearman's correlation with the gain in PSNR to the truth", "",
+                      *agreement(items, done, sum(grid.values(), []))]
+        return lines + ["", SUCCESS, "truth: of edits whose result follows from source and instruction alone"]
+    finish(items, folders, scorers, square, args.device, out, title, read, report)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1476,104 +1487,6 @@ def main_shapes(argv):
 
 QUESTIONS = {"text": "Which video follows the caption better?",
              "structure": "Which keeps the source's structure better?", "quality": "Which looks better?"}
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Which edit is better?</title>
-<meta name="viewport" content="width=device-width">
-<style>
-body{font:16px/1.4 system-ui,sans-serif;margin:1em auto;max-width:72em;padding:0 1em;color:#111}
-.row{display:flex;gap:1em;flex-wrap:wrap}figure{flex:1 1 15em;margin:0}video{width:100%;background:#eee}
-fieldset{border:1px solid #bbb;margin:.6em 0;padding:.4em 1em}label{margin-right:1.5em}
-button{font:inherit;padding:.4em 1em;margin-right:.5em}progress{width:100%}
-:focus-visible{outline:3px solid #06c}kbd{border:1px solid #bbb;border-radius:3px;padding:0 .3em}
-</style>
-<h1 id="caption" aria-live="polite"></h1>
-<div class="row" id="videos"></div>
-<form id="form"></form>
-<p><button id="back" type="button">Back</button><button id="next" type="button">Next</button>
-<button id="export" type="button">Save answers (JSON)</button> <span id="left" role="status"></span></p>
-<progress id="bar" aria-label="answered"></progress>
-<p>Keys: <span id="keys"></span>, <kbd>Enter</kbd> next, <kbd>Backspace</kbd> back.
-Answers stay in this browser until you save them.</p>
-<script id="data" type="application/json">@DATA@</script>
-<script>
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id);
-const key = "study-" + data.id, questions = Object.entries(data.questions);
-let state = JSON.parse(localStorage.getItem(key) || "null");
-if (!state) {                                       // own order and sides for every person, kept on reload
-  const order = data.items.map((_, i) => i);
-  for (let i = order.length - 1; i > 0; i--) {
-    const j = Math.floor(Math.random() * (i + 1)); [order[i], order[j]] = [order[j], order[i]];
-  }
-  state = {order, flip: order.map(() => Math.random() < 0.5), answers: {}, at: 0};
-}
-const save = () => localStorage.setItem(key, JSON.stringify(state));
-function element(tag, props, ...inside) {
-  const e = Object.assign(document.createElement(tag), props);
-  e.append(...inside);
-  return e;
-}
-const complete = item => questions.every(([q]) => (state.answers[item.name] || {})[q] !== undefined);
-const current = () => data.items[state.order[state.at]];
-function options() {                                // [value to store, word, key] for each choice
-  if (data.rating) return [1, 2, 3, 4, 5].map(n => [n, String(n), String(n)]);
-  const sides = state.flip[state.order[state.at]] ? ["b", "a"] : ["a", "b"];
-  return [[sides[0], "left", "1"], [sides[1], "right", "2"]];
-}
-let playing = null;
-function show() {
-  const item = current(), answers = state.answers[item.name] || {};
-  if (playing !== item) {                           // an answer leaves the films running
-    const films = item.source ? [["source", item.source]] : [];
-    if (data.rating) films.push(["edit", item.a]);
-    else for (const [side, word] of options()) films.push([word, item[side]]);
-    $("videos").replaceChildren(...films.map(([name, src]) => element("figure", {},
-      element("video", {muted: true, autoplay: true, loop: true, playsInline: true, ariaLabel: name, src}),
-      element("figcaption", {textContent: name}))));
-    $("caption").textContent = item.caption || item.name;
-    playing = item;
-  }
-  $("form").replaceChildren(...questions.map(([q, text]) => element("fieldset", {id: "q-" + q},
-    element("legend", {textContent: text}), ...options().map(([value, word]) => element("label", {},
-      element("input", {type: "radio", name: q, value, checked: answers[q] === value,
-                        onchange: () => answer(q, value)}), " " + word)))));
-  const done = data.items.filter(complete).length;
-  Object.assign($("bar"), {max: data.items.length, value: done});
-  $("left").textContent = `${state.at + 1} of ${data.items.length}, ${done} answered`;
-  $("keys").innerHTML = options().map(o => "<kbd>" + o[2] + "</kbd> " + o[1]).join(", ");
-  $("back").disabled = state.at === 0;
-  $("next").disabled = state.at === data.items.length - 1;
-}
-function answer(q, value) {
-  (state.answers[current().name] ||= {})[q] = value;
-  save(); show();
-  const open = questions.find(([k]) => state.answers[current().name][k] === undefined);
-  (open ? $("q-" + open[0]).querySelector("input") : $("next")).focus();
-}
-function go(step) {state.at = Math.min(Math.max(state.at + step, 0), data.items.length - 1); save(); show();}
-$("next").onclick = () => go(1);
-$("back").onclick = () => go(-1);
-$("form").onsubmit = event => event.preventDefault();
-$("export").onclick = () => {
-  const {id, rating, names} = data;
-  const text = JSON.stringify({study: id, rating, names, answers: state.answers}, null, 1);
-  element("a", {href: URL.createObjectURL(new Blob([text], {type: "application/json"})),
-                download: data.id + ".json"}).click();
-};
-document.addEventListener("keydown", event => {     // a digit answers the focused or first open question
-
-  const choice = options().find(o => o[2] === event.key), field = document.activeElement.closest("fieldset");
-  if (choice && !event.ctrlKey && !event.metaKey && !event.altKey) {
-    const given = state.answers[current().name] || {};
-    const open = questions.find(([q]) => given[q] === undefined);
-    const q = field ? field.id.slice(2) : open && open[0];
-    if (q) answer(q, choice[0]);
-  } else if (event.key === "Enter" && document.activeElement.tagName !== "BUTTON") go(1);
-  else if (event.key === "Backspace") go(-1);
-});
-show();
-</script></html>
-"""
 
 
 def find_clips(folder):
@@ -1638,7 +1551,8 @@ def main_study(argv):
                              "structure": "How well does it keep the source?",
                              "quality": "How good does it look?"}
     text = json.dumps(data).replace("<", "\\u003c")                    # no name or caption can end the script
-    write_aside(args.out, PAGE.replace("@DATA@", text))
+    page = (ROOT / "assets/study.html").read_text(encoding="utf-8")
+    write_aside(args.out, page.replace("@DATA@", text))
     print(f"{args.out}: {len(items)} clips, {args.out.stat().st_size / 2 ** 20:.1f} MB; open it in a browser")
 
 

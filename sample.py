@@ -344,25 +344,27 @@ def edit_stream(ed, frames, instruction, steps=20, s_txt=None, s_src=None, seed=
 
     Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12 are new;
     at the end, references fill the places that no new frame takes. A clip of up to 16 frames is one pass, `ed.edit`.
+    Where frames do not see each other there is nothing to refer to, and windows just follow one another.
     with_source: yield (edited, source as the autoencoder returns it) instead, for `carry_detail`.
-    Source: InsV2V (Cheng et al. 2023), long video sampling correction.
+    Source: InsV2V (Cheng et al. 2023), long video sampling correction; only for mode "video": with "ffg" the first
+    frame already ties windows together, and the correction, which copies mean errors in place, made joins visible.
     """
-    mode = ed.default_mode if mode == "auto" else mode
+    mode, together = ed.default_mode if mode == "auto" else mode, frames_interact(ed, mode)
     frames, done, anchor = iter(frames), 0, None
     known = deque(maxlen=WINDOW)                                    # (z_src, z0) of the last frames
     while True:
-        room = WINDOW if done == 0 or mode == "image" else WINDOW - REFERENCES
-        new = [frame for _, frame in zip(range(room), frames)]
+        room = WINDOW - REFERENCES if done and together else WINDOW
+        new = [frame for _, frame in zip(range(room), frames)]      # zip asks the range first: none is lost
         if not new:
             return
-        n_ref = 0 if mode == "image" else min(done, WINDOW - len(new))
+        n_ref = min(done, WINDOW - len(new)) if together else 0
         refs = list(known)[len(known) - n_ref:]
         z_new = ed.encode(torch.stack(new)[None])                   # (1, F_new, c, h, w)
         z_src = torch.cat([z for z, _ in refs] + [z_new], dim=1)    # references come first
         z_T = ed.noise(z_src.shape[1], *z_src.shape[3:], seed, first=done - n_ref, mode=mode)
         if mode == "ffg" and anchor is None:
             anchor = ed.anchor(z_src[:, :1], instruction, z_T[:, :1], steps, s_txt, s_src, sampler)
-        z0_ref = torch.cat([z for _, z in refs], dim=1) if refs else None
+        z0_ref = torch.cat([z for _, z in refs], dim=1) if refs and mode == "video" else None
         z0 = ed.sample(z_src, instruction, z_T, steps, s_txt, s_src, mode, sampler, anchor=anchor, z0_ref=z0_ref,
                        on_step=on_step)[:, n_ref:]
         known.extend(zip(z_new.split(1, dim=1), z0.split(1, dim=1)))
@@ -371,8 +373,14 @@ def edit_stream(ed, frames, instruction, steps=20, s_txt=None, s_src=None, seed=
         yield from zip(edited, ed.decode(z_new * ed.vae.scaling_factor)[0]) if with_source else edited
 
 
+def frames_interact(ed, mode):
+    """Does a frame's edit depend on the others in its window? Not in "image", nor in "ffg" without motion modules."""
+    mode = ed.default_mode if mode == "auto" else mode
+    return mode == "video" or (mode == "ffg" and hasattr(ed.unet, "motion_config"))
+
+
 def window_starts(n_frames, mode):
-    """First new frame of each window of `edit_stream`: 0, 16, 28, 40, ..."""
+    """First new frame of each window of `edit_stream`: 0, 16, 28, 40, ... ("image": 0, 16, 32, 48, ...)."""
     return [0, *range(WINDOW, n_frames, WINDOW if mode == "image" else WINDOW - REFERENCES)]
 
 
@@ -586,7 +594,7 @@ def edit_file(ed, clip, span, size, instruction, path, compare, detail, options)
     first = times[0] if start and not fps else 0                    # a cut clip starts at 0
     begin = start if fps else first * tick
     until = None if end is None and count == -1 else begin + (times[-1] - first + lengths[-1]) * tick
-    joins = window_starts(len(times), ed.default_mode if options["mode"] == "auto" else options["mode"])[1:]
+    joins = window_starts(len(times), "video" if frames_interact(ed, options["mode"]) else "image")[1:]
     waiting, changes, before = deque(), ([], []), None              # waiting: source frames inside the window
 
     def small_frames():

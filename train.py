@@ -38,7 +38,7 @@ from model import ROOT, VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEdito
 # The world set: pairs of frames drawn once, shared by all stages
 # ---------------------------------------------------------------------------------------------------------------
 
-STEPS = {"vae": 2200, "clip": 1000, "image": 10000, "decoder": 2000}             # optimizer steps of each stage
+STEPS = {"vae": 2200, "clip": 1000, "image": 8800, "decoder": 1500}             # optimizer steps of each stage
 SHARD = 500                                                        # pairs in a file
 # how often each task is drawn: the local ones are harder to learn than the global ones, so they come more often
 TASK_MIX = {"style": 1, "object": 2.4, "background": 1.3, "multiple": 1.2, "removal": 2, "addition": 1.6,
@@ -204,8 +204,10 @@ def stage_vae(args, shards, out, start=None):
         frames, _, rows = pick(shards, 16, generator)
         x = as_input(np.stack([frames[i, k % 2] for k, i in enumerate(rows)])).to(args.device)
         mean, logvar = vae.encode(x)
-        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
-        d = vae.decode(z) - x
+        std = (logvar / 2).exp()
+        if start:                                                  # also errors as large as an editor's
+            std = std + 0.3 * mean.std() * torch.rand(len(rows), 1, 1, 1, generator=generator).to(mean) ** 2
+        d = vae.decode(mean + std * torch.randn(mean.shape, generator=generator).to(mean)) - x
         edges = d.diff(dim=2).abs().mean() + d.diff(dim=3).abs().mean()
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
         return d.abs().mean() + 2 * d.square().mean() + 0.5 * edges + 1e-4 * kl

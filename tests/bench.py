@@ -1,17 +1,15 @@
 """Seconds and peak memory of every stage on this machine, as Markdown tables.
 
-    python tests/bench.py                      tiny and full-size random weights (sd15), sizes that suit the device
+    python tests/bench.py                      tiny and full-size random weights (sd15), at sizes for the device
     python tests/bench.py --model tiny --runs 5
     python tests/bench.py --long               tiny on a 2,000-frame clip: is memory flat?
     python tests/bench.py --detail             what carrying an edit up to the source's resolution gains
 
-Where diffusers is installed, its modules are timed with the same weights in the same run, ours and theirs in turns.
-`tiny` is assets/tiny, or random weights of the same sizes where it has not been trained; speed is the same.
-Contents: measuring, weights, the timing tables, --long, --detail, main.
+Where diffusers is installed, its modules are timed on the same weights in the same run, ours and theirs in turns.
+`tiny` is assets/tiny, or random weights of the same sizes where it has not been trained: the speed is the same.
 """
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -37,27 +35,26 @@ from model import (VAE, TextEncoder, UNet, UserError, VideoEditor, attention, ep
                    read_json, run)
 from sample import carry_detail, edit_stream, resize, video_writer
 
-DIFFUSERS, TRANSFORMERS = (importlib.util.find_spec(name) is not None for name in ("diffusers", "transformers"))
+DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 TRAINED = (ROOT / "assets" / "tiny" / "unet").is_dir()
 
-
-# ---- measuring ---------------------------------------------------------------------------------------------
+# ---- measuring ----------------------------------------------------------------------------------------------
 
 def peak(device, reset=False):
-    """GB held at most since the last reset, weights included: what torch took of the GPU, else the whole process."""
+    """GB held at most since the last reset, weights included: what torch took of the GPU, else the process."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats() if reset else None
         return torch.cuda.max_memory_allocated() / 2 ** 30
     if sys.platform != "linux":
         return float("nan")
-    if reset:                                                      # 5: the high-water mark becomes the present size
+    if reset:                                                      # 5: high-water mark = present size
         Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
 
 
 def timed(functions, runs, device, warm=True):
-    """Call the functions in turns, `runs` times each, after one call to warm up. Returns per function a list of (wall
-    seconds, CPU seconds, peak GB). CPU seconds add up all threads and hardly notice what else is running."""
+    """Call the functions in turns, `runs` times each, after one call to warm up. Returns for each a list of
+    (wall seconds, CPU seconds, peak GB); CPU seconds add up all threads and hardly notice other programs."""
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     results = [[] for _ in functions]
     for k in range(-warm, runs):
@@ -73,7 +70,7 @@ def timed(functions, runs, device, warm=True):
 
 
 def row(what, ours, than="", theirs=None, per=1):
-    """One table line: median and best wall time divided by `per`, best CPU time, peak memory; ratios of the best."""
+    """A table line: median and best wall time and best CPU time, divided by `per`; peak; ratios of the best."""
     def cells(values):
         wall, cpu, memory = zip(*values)
         times = statistics.median(wall), min(wall), min(cpu)
@@ -84,14 +81,13 @@ def row(what, ours, than="", theirs=None, per=1):
         right = [than, *cells(theirs), *(f"{x:.2f}" for x in best)]
     print("| " + " | ".join([what, *cells(ours), *right]) + " |", flush=True)
 
-
-# ---- weights: a temporary directory in hub layout, random where there are none -----------------------------
+# ---- weights: a temporary directory in hub layout, random where there are none --------------------------------
 
 def configs(model):
     """U-Net, VAE, text encoder and motion adapter, in diffusers' and transformers' keys."""
     if model == "sd15":
         files = ("ip2p_unet", "ip2p_vae", "clip_text_l", "motion_adapter_v1-5-2")
-        return [json.loads((ROOT / "tests" / "goldens" / f"{name}.json").read_text())["config"] for name in files]
+        return [read_json(ROOT / "tests" / "goldens" / f"{name}.json")["config"] for name in files]
     unet, n = train.TINY_UNET, len(train.TINY_VAE["block_out_channels"])
     blocks = dict(down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n)
     motion = dict(block_out_channels=unet["block_out_channels"], motion_norm_num_groups=unet["norm_num_groups"],
@@ -101,7 +97,7 @@ def configs(model):
 
 
 def randomise(network):
-    """Values for a network built on the meta device: uniform with variance 1 / (3 fan-in), norms 1, biases 0."""
+    """Values for a network built on the meta device: uniform with variance 1 / (3 fan-in); norms 1, biases 0."""
     network.to_empty(device="cpu")
     with torch.no_grad():
         for name, p in network.named_parameters():
@@ -113,25 +109,26 @@ def randomise(network):
 
 
 def write_hub_folder(model, folder):
-    """Write folder/{unet,vae,text_encoder,tokenizer,scheduler,motion}; what assets/tiny holds is taken from there."""
+    """Write folder/{unet,vae,text_encoder,tokenizer,scheduler,motion}; what assets/tiny holds is taken from it."""
     print(f"\nwriting the weights of {model} ...", file=sys.stderr)
     unet, vae, text, motion = configs(model)
-    if model == "tiny" and TRAINED:
+    random = model != "tiny" or not TRAINED
+    if random:
+        text = {"vocab_size": len(train.train_tokenizer(folder / "tokenizer").vocab)} | text
+    else:
         shutil.copytree(ROOT / "assets" / "tiny", folder, dirs_exist_ok=True)
         train.write_json(folder / "vae" / "config.json", vae | read_json(folder / "vae" / "config.json"))
-        unet, text = None, read_json(folder / "text_encoder" / "config.json")
-    else:
-        tokenizer = train.train_tokenizer(folder / "tokenizer")
-        text = {"vocab_size": len(tokenizer.vocab)} | text
+        unet, text = (read_json(folder / part / "config.json") for part in ("unet", "text_encoder"))
     with torch.device("meta"):
-        networks = UNet(unet or read_json(folder / "unet" / "config.json")), VAE(vae), TextEncoder(text)
+        networks = UNet(unet), VAE(vae), TextEncoder(text)
         networks[0].add_motion(motion)
     tensors = [randomise(network) for network in networks]
     file = "diffusion_pytorch_model.safetensors"
-    moving = {k: v for k, v in tensors[0].items() if "motion_modules" in k}
-    train.write_network(folder / "motion", motion, {k: v for k, v in moving.items() if "gamma" not in k}, file)
-    if unet:
-        train.write_network(folder / "unet", unet, {k: v for k, v in tensors[0].items() if k not in moving}, file)
+    moving = {k: v for k, v in tensors[0].items() if "motion_modules" in k and "gamma" not in k}
+    train.write_network(folder / "motion", motion, moving, file)
+    if random:
+        still = {k: v for k, v in tensors[0].items() if "motion_modules" not in k}
+        train.write_network(folder / "unet", unet, still, file)
         train.write_network(folder / "vae", vae, tensors[1], file)
         train.write_network(folder / "text_encoder", text, tensors[2])
         (folder / "scheduler").mkdir()
@@ -141,82 +138,81 @@ def write_hub_folder(model, folder):
 def twins(ed, motion):
     """diffusers' image U-Net, motion U-Net and VAE around the editor's weights, shared, not copied."""
     from diffusers import AutoencoderKL, UNet2DConditionModel, UNetMotionModel
-    config, like = ed.unet.config, ed.unet.conv_in.weight
+    config, place = ed.unet.config, (ed.device, ed.dtype)
 
     def twin(cls, cfg, network):
         with torch.device("meta"):
             net = cls(**{k: v for k, v in cfg.items() if not k.startswith("_")})
-        names = net.state_dict()                                   # position tables are stored there, computed here
-        tables = {k: frame_positions(*v.shape[1:], like.device, like.dtype) for k, v in names.items() if k.endswith(".pe")}
-        net.load_state_dict({k: v for k, v in network.state_dict().items() if k in names} | tables, assign=True)
+        names, ours = net.state_dict(), network.state_dict()       # diffusers stores position tables, we do not
+        tensors = {k: frame_positions(*v.shape[1:], *place) if k.endswith(".pe") else ours[k] for k, v in names.items()}
+        net.load_state_dict(tensors, assign=True)
         return net.eval().requires_grad_(False)
-    moving = {k: config[k] for k in ("in_channels", "out_channels", "block_out_channels", "layers_per_block",
-                                     "norm_num_groups", "cross_attention_dim")}
+    same = "in_channels out_channels block_out_channels layers_per_block norm_num_groups cross_attention_dim"
+    moving = {k: config[k] for k in same.split()}
     moving |= {k: [x.replace("2D", "Motion") for x in config[k]] for k in ("down_block_types", "up_block_types")}
     moving |= dict(num_attention_heads=config["attention_head_dim"],
                    motion_num_attention_heads=motion["motion_num_attention_heads"])
     return (twin(UNet2DConditionModel, config, ed.unet), twin(UNetMotionModel, moving, ed.unet),
             twin(AutoencoderKL, ed.vae.config, ed.vae))
 
+# ---- the timing tables ----------------------------------------------------------------------------------------
 
-# ---- the timing tables -------------------------------------------------------------------------------------
-
-# A fresh process: import, load, encode the instruction, one U-Net step of one frame; it prints when that was done.
-COLD_BEGIN = """
-import sys, time
-root, folder, device, half, h, w, text = sys.argv[1:]
-sys.path.insert(0, root)
+# Fresh processes: import, load everything, encode the instruction, one U-Net step on one frame; then print the time.
+COLD_OURS = """
+import sys; root, folder, device, h = sys.argv[1:]; sys.path.insert(0, root)
 import torch
-def inputs(c):
-    return torch.zeros(1, 1, c, int(h), int(w), device=device, dtype=dtype), torch.tensor([500], device=device)
-dtype = torch.bfloat16 if half == "True" else torch.float32
-"""
-COLD_OURS = COLD_BEGIN + """
 from model import VideoEditor
 ed = VideoEditor.from_pretrained(folder, motion=folder + "/motion", device=device)
 with torch.inference_mode():
-    x = ed.unet(*inputs(ed.unet.config["in_channels"]), ed.encode_text(["make it snow"]))
+    z = torch.zeros(1, 1, ed.unet.config["in_channels"], int(h), int(h)).to(ed.device, ed.dtype)
+    x = ed.unet(z, torch.tensor([500]).to(ed.device), ed.encode_text(["make it snow"]))
 """
-COLD_THEIRS = COLD_BEGIN + """
+COLD_THEIRS = """
+import importlib.util, sys; root, folder, device, h = sys.argv[1:]
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+dtype = torch.bfloat16 if device == "cuda" else torch.float32
 def load(cls, name):
     return cls.from_pretrained(folder + "/" + name, torch_dtype=dtype)
 unet = UNetMotionModel.from_unet2d(load(UNet2DConditionModel, "unet"), load(MotionAdapter, "motion")).to(device, dtype)
 vae, scheduler = load(AutoencoderKL, "vae").to(device), DDIMScheduler.from_pretrained(folder + "/scheduler")
-ctx = torch.zeros(1, 77, unet.config.cross_attention_dim, device=device, dtype=dtype)
-if text == "True":
-    from transformers import CLIPTextModel, CLIPTokenizer
-    tokenizer, encoder = CLIPTokenizer.from_pretrained(folder + "/tokenizer"), load(CLIPTextModel, "text_encoder")
-    ids = tokenizer(["make it snow"], padding="max_length", max_length=77).input_ids
-    ctx = encoder.to(device)(torch.tensor(ids, device=device)).last_hidden_state
+ctx = torch.zeros(1, 77, unet.config.cross_attention_dim)          # transformers may be missing
 with torch.inference_mode():
-    z, t = inputs(unet.config.in_channels)
-    x = unet(z.transpose(1, 2), t, ctx).sample
+    if importlib.util.find_spec("transformers"):
+        from transformers import CLIPTextModel, CLIPTokenizer
+        ids = CLIPTokenizer.from_pretrained(folder + "/tokenizer")("make it snow", padding="max_length", max_length=77)
+        ctx = load(CLIPTextModel, "text_encoder").to(device)(torch.tensor([ids.input_ids]).to(device)).last_hidden_state
+    z = torch.zeros(1, unet.config.in_channels, 1, int(h), int(h)).to(device, dtype)
+    x = unet(z, torch.tensor([500]).to(device), ctx.to(device, dtype)).sample
 """
 COLD_END = """
-x.float().sum().item()                                             # waits for the GPU
-status = open("/proc/self/status").read() if sys.platform == "linux" else "VmHWM: nan"
-print("DONE", time.time(), time.process_time(), float(status.split("VmHWM:")[1].split()[0]) / 2 ** 20)
+import time; x.float().sum().item()                                # waits for the GPU
+memory = open("/proc/self/status").read() if sys.platform == "linux" else "VmHWM: nan"
+print("DONE", time.time(), time.process_time(), float(memory.split("VmHWM:")[1].split()[0]) / 2 ** 20)
 """
 
 
-def cold_start(code, args):
-    """(wall seconds, CPU seconds, peak GB of main memory) from the start of a process to the end of its first step."""
-    began = time.time()
-    done = subprocess.run([sys.executable, "-c", code + COLD_END, *map(str, args)], capture_output=True, text=True)
+def finished(command):
+    """Standard output of a Python program; UserError with its last words where it fails."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"cold start failed: {done.stderr.strip().splitlines()[-1]}")
-    end, cpu, peak = map(float, done.stdout.split("DONE")[1].split())
-    return end - began, cpu, peak
+        raise UserError(f"a timed program failed: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout
+
+
+def cold_start(code, *args):
+    """(wall seconds, CPU seconds, peak GB of main memory) from starting a process to the end of its first step."""
+    began = time.time()
+    end, cpu, memory = map(float, finished(["-c", code + COLD_END, *args]).split("DONE")[1].split())
+    return end - began, cpu, memory
 
 
 @torch.inference_mode()
 def bench_networks(ed, motion, n_frames, size, runs, device):
     """One U-Net forward without motion, with it, with EPM, with FFG's two kinds of keys; then the VAE."""
-    unet, c = ed.unet, ed.unet.config["in_channels"]
-    h = w = size // ed.multiple
-    z, t = torch.randn(1, n_frames, c, h, w).to(device, ed.dtype), torch.tensor([500], device=device)
-    ctx = ed.encode_text(["make it snow"])
+    unet, h = ed.unet, size // ed.multiple
+    z = torch.randn(1, n_frames, unet.config["in_channels"], h, h).to(device, ed.dtype)
+    t, ctx = torch.tensor([500], device=device), ed.encode_text(["make it snow"])
     image, video, vae = twins(ed, motion) if DIFFUSERS else (None, None, None)
 
     def compare(what, ours, than, theirs, per=1):
@@ -230,7 +226,7 @@ def bench_networks(ed, motion, n_frames, size, runs, device):
     compare(f"U-Net, {n_frames} frames, with motion", lambda: unet(z, t, ctx), "UNetMotionModel",
             lambda: video(z.transpose(1, 2), t, ctx.repeat_interleave(n_frames, 0)).sample.transpose(1, 2))
 
-    unet.add_epm(frames=16)
+    unet.add_epm()
     unet.to(device, ed.dtype)
     sites = [(m, m.epm) for m in unet.modules() if hasattr(m, "epm")]
 
@@ -241,17 +237,17 @@ def bench_networks(ed, motion, n_frames, size, runs, device):
                 m._modules.update(epm=layer) if epm else m._modules.pop("epm", None)
             return unet(z, t, ctx, mode)
         return call
-    epm, without = timed([forward("video", epm=True), forward("video")], runs, device)
-    row(f"U-Net, {n_frames} frames, with motion and EPM", epm, "frames apart, no EPM", without)
+    epm, apart = timed([forward("video", epm=True), forward("video")], runs, device)
+    row(f"U-Net, {n_frames} frames, with motion and EPM", epm, "with motion, frames not joined", apart)
     beside, instead = timed([forward("ffg"), forward("ffg", "instead")], runs, device)
     row(f"U-Net, {n_frames} frames, FFG, keys beside", beside, "keys instead", instead)
 
-    n, dtype = 4, next(ed.vae.parameters()).dtype                  # frames in a slice, as VideoEditor.encode takes them
+    n, dtype = 4, next(ed.vae.parameters()).dtype                  # frames in a slice, as VideoEditor.encode has it
     x = torch.rand(n, 3, size, size).to(device, dtype) * 2 - 1
-    z0 = torch.randn(n, ed.vae.config["latent_channels"], h, w).to(device, dtype)
+    z0 = torch.randn(n, ed.vae.config["latent_channels"], h, h).to(device, dtype)
     compare("VAE encode, per frame", lambda: ed.vae.encode(x)[0], "AutoencoderKL",
-            lambda: vae.encode(x).latent_dist.mean, per=n)
-    compare("VAE decode, per frame", lambda: ed.vae.decode(z0), "AutoencoderKL", lambda: vae.decode(z0).sample, per=n)
+            lambda: vae.encode(x).latent_dist.mean, n)
+    compare("VAE decode, per frame", lambda: ed.vae.decode(z0), "AutoencoderKL", lambda: vae.decode(z0).sample, n)
 
 
 def bench_epm(config, n_frames, h, runs, device, dtype):
@@ -264,16 +260,16 @@ def bench_epm(config, n_frames, h, runs, device, dtype):
         bias = torch.randn(1, n_frames, n_frames, device=device)
         times = max(1, 20_000_000 // (n_frames * length) ** 2)     # small ones repeat, to be measurable
 
-        def repeat(f, *more, train):
-            leaves = [x.detach().clone().requires_grad_(train) for x in (q, k, v, *more)]
+        def repeat(f, *more, training):
+            leaves = [x.clone().requires_grad_(training) for x in (q, k, v, *more)]
             for _ in range(times):
                 y = f(*leaves[:3], heads, *leaves[3:])
-                y.sum().backward() if train else None
-        for name, train in (("EPM", False), ("EPM with gradients", True)):
-            epm, plain = timed([lambda: repeat(epm_attention, bias, train=train),
-                                lambda: repeat(attention, train=train)], runs, device)
-            row(f"{name}, {n_frames}x{length} tokens, {heads} heads of {width // heads}", epm, "plain joint attention",
-                plain, times)
+                y.sum().backward() if training else None
+        for name, training in (("EPM", False), ("EPM with gradients", True)):
+            epm, plain = timed([lambda: repeat(epm_attention, bias, training=training),
+                                lambda: repeat(attention, training=training)], runs, device)
+            row(f"{name}, {n_frames}x{length} tokens, {heads} heads of {width // heads}", epm,
+                "plain joint attention", plain, times)
 
 
 def bench_model(model, size, n_frames, runs, steps, device):
@@ -281,29 +277,28 @@ def bench_model(model, size, n_frames, runs, steps, device):
         folder = Path(folder)
         write_hub_folder(model, folder)
         gb = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 2 ** 30
-        factor = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
-        print(f"\n**{model}: {gb:.2f} GB of weights, {n_frames} frames of {size}x{size}**\n\n| what | s | min | CPU s | peak GB "
-              "| compared with | s | min | CPU s | peak GB | ratio | CPU ratio |\n|" + "---|" * 12, flush=True)
-        call = (ROOT, folder, device, device == "cuda", size // factor, size // factor, TRANSFORMERS)
-        cold = [[cold_start(code, call) for code in (COLD_OURS, COLD_THEIRS)[:1 + DIFFUSERS]] for _ in range(runs)]
-        row("cold start to first step, files cached", *list(zip(*cold))[:1],
-            "diffusers" + " and transformers" * TRANSFORMERS, *list(zip(*cold))[1:])
-        # diffusers' GroupNorm statistics, so that both compute the same
+        h = size >> len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1
+        print(f"\n**{model}: {gb:.2f} GB of weights, {n_frames} frames of {size}x{size}, latents {h}x{h}**\n\n"
+              "| what | s | min | CPU s | peak GB | compared with | s | min | CPU s | peak GB | ratio | CPU ratio |\n|"
+              + "---|" * 12, flush=True)
+        codes = (COLD_OURS, COLD_THEIRS) if DIFFUSERS else (COLD_OURS,)
+        cold = list(zip(*[[cold_start(code, ROOT, folder, device, h) for code in codes] for _ in range(runs)]))
+        row("cold start to first step, files cached", cold[0], "diffusers", *cold[1:])
+        # norm_over_frames: diffusers' statistics, so that both compute the same
         ed = VideoEditor.from_pretrained(folder, motion=folder / "motion", norm_over_frames=True, device=device)
         bench_networks(ed, read_json(folder / "motion" / "config.json"), n_frames, size, runs, device)
-        bench_epm(ed.unet.config, n_frames, size // factor, runs, device, ed.dtype)
-        for n in (n_frames,) + (32,) * (model == "tiny"):
+        bench_epm(ed.unet.config, n_frames, h, runs, device, ed.dtype)
+        for n in (n_frames, 32) if model == "tiny" else (n_frames,):
             frames = torch.rand(n, 3, size, size) * 2 - 1
-            edit = timed([lambda: list(edit_stream(ed, frames, "make it snow", steps))], 1, device, warm=False)[0]
-            row(f"edit a {n}-frame clip, {steps} steps, FFG, once", edit)
+            edit = [lambda: list(edit_stream(ed, frames, "make it snow", steps))]
+            row(f"edit a {n}-frame clip, {steps} steps, FFG, once", *timed(edit, 1, device, warm=False))
 
-
-# ---- --long and --detail -----------------------------------------------------------------------------------
+# ---- --long and --detail --------------------------------------------------------------------------------------
 
 def bench_long(device, size, steps, lengths=(200, 2000)):
-    """Edit the beginning and the whole of a synthetic clip with sample.py, each in its own process: equal memory?"""
+    """Edit the beginning and the whole of a synthetic clip with sample.py, a process each: is memory the same?"""
     side = 2 * size
-    print(f"\n**{lengths[-1]} frames of {side}x{side} through sample.py, tiny at {size} px, {steps} steps**\n\n"
+    print(f"\n**clip of {side}x{side} through sample.py, tiny at {size} px, {steps} steps**\n\n"
           "| frames | s | peak memory |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -312,19 +307,16 @@ def bench_long(device, size, steps, lengths=(200, 2000)):
         with video_writer(folder / "long.mp4", side, side, 25, Fraction(1, 25)) as write:
             for i in range(lengths[-1]):
                 write(frames[min(i % 94, 94 - i % 94)], i, 1)      # there and back
+        flags = f"--weights {folder} --steps {steps} --size {size} --out {folder / 'out.mp4'} --device {device}".split()
         for n in lengths:
-            command = [sys.executable, ROOT / "sample.py", folder / "long.mp4", "make it snow", "--weights", folder, "--frames", n,
-                       "--steps", steps, "--size", size, "--out", folder / "out.mp4", "--device", device]
             began = time.time()
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"sample.py failed: {done.stderr.strip().splitlines()[-1]}")
-            memory = done.stdout.split("peak memory ")[1].splitlines()[0]
+            said = finished([ROOT / "sample.py", folder / "long.mp4", "make it snow", "--frames", n, *flags])
+            memory = said.split("peak memory ")[1].splitlines()[0]
             print(f"| {n} | {time.time() - began:.1f} | {memory} |", flush=True)
 
 
 def detail_edits(kind, n, seed, domain):
-    """n (scene, target scene, instruction) of one kind: an effect's name, recolour, removal, addition or background."""
+    """n (scene, target scene, instruction): an effect by name, recolour, removal, addition or background."""
     found, k, task = [], 0, "object" if kind == "recolour" else kind
     while len(found) < n:
         k += 1
@@ -339,14 +331,14 @@ def detail_edits(kind, n, seed, domain):
     return found
 
 
-def bench_detail(device, n, seed, domain, size, full=384, steps=20):
-    """PSNR and SSIM to the truth drawn at `full` px of an edit known at `size` px, plainly resized and carried up.
+def bench_detail(device, n, seed, domain, size, steps, full=384):
+    """PSNR and SSIM to the truth drawn at `full` px of an edit known at `size` px, plainly resized or carried up.
 
-    First of the truth itself, made small as sample.py makes the source small; then of tiny's own edits, once trained.
+    First of the truth itself, made small as sample.py makes the source small; then, once trained, of tiny's edits.
     """
     ed = VideoEditor.from_pretrained("tiny", device=device) if TRAINED else None
-    for who in ("the truth",) + ("tiny's edits",) * TRAINED:
-        print(f"\n**{who} at {size} px carried up to {full} px; {domain} scenes, n = {n} a row, seed {seed}**\n\n"
+    for who in ("the truth", "tiny's edits") if ed else ("the truth",):
+        print(f"\n**{who} at {size} px carried up to {full}; {domain} scenes, n = {n} a row, seed {seed}**\n\n"
               "| edit | PSNR resized | carried | SSIM resized | carried |\n|---|---|---|---|---|", flush=True)
         for kind in ("grayscale", "sepia", "night", "recolour", "removal", "addition", "background"):
             values = []
@@ -354,52 +346,50 @@ def bench_detail(device, n, seed, domain, size, full=384, steps=20):
                 drawn = [torch.from_numpy(curate.render(s, 1, full, full)[0]) for s in (scene, target)]
                 large, exact = (x.permute(2, 0, 1).contiguous() * 2 - 1 for x in drawn)
                 small, edit = resize(large, size, size), resize(exact, size, size)
-                if ed and who != "the truth":                      # with the source as the autoencoder sees it
-                    edit, small = next(edit_stream(ed, [small], instruction, steps, seed=i, mode="image", with_source=True))
+                if who != "the truth":                             # with the source as the autoencoder sees it
+                    edit, small = next(edit_stream(ed, [small], instruction, steps, seed=i, mode="image",
+                                                   with_source=True))
                 carried = carry_detail(small[None], edit[None], large[None].to(edit))[0]
-                pair = [((x + 1) / 2).permute(1, 2, 0).cpu().numpy() for x in (resize(edit, full, full), carried)]
-                values.append([score(x, drawn[1].numpy()) for score in (metrics.psnr, metrics.ssim) for x in pair])
+                pair = [(x.permute(1, 2, 0).cpu().numpy() + 1) / 2 for x in (resize(edit, full, full), carried)]
+                values.append([f(x, drawn[1].numpy()) for f in (metrics.psnr, metrics.ssim) for x in pair])
             v = np.mean(values, axis=0)
             print(f"| {kind} | {v[0]:.2f} | {v[1]:.2f} | {v[2]:.4f} | {v[3]:.4f} |", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="both", choices=["tiny", "sd15", "both"], help="sd15 has random weights")
-    parser.add_argument("--size", type=int, help="frame side in pixels; default 96 tiny, 128 sd15 (512 on a GPU)")
-    parser.add_argument("--frames", type=int, default=16, help="frames of a clip, 1 to 16")
-    parser.add_argument("--steps", type=int, help="steps of a whole edit; default 20; 2 with --long and for sd15 without a GPU")
-    parser.add_argument("--runs", type=int, default=3, help="timed calls of each, after one to warm up")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
-    parser.add_argument("--long", action="store_true", help="instead: tiny on a 2,000-frame clip")
-    parser.add_argument("--detail", action="store_true", help="instead: edits carried to the source's resolution")
-    parser.add_argument("--n", type=int, default=24, help="--detail: scenes per kind of edit")
-    parser.add_argument("--seed", type=int, default=0, help="--detail: which scenes")
-    parser.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="--detail: clean or camera-like")
-    args = parser.parse_args()
-    for name, value, low, high in (("size", args.size, 32, 2048), ("frames", args.frames, 1, 16), ("runs", args.runs, 1, 1000),
-                                   ("steps", args.steps, 1, 999), ("n", args.n, 1, 10 ** 6)):
-        if value is not None and (not low <= value <= high or name == "size" and value % 32):
-            raise UserError(f"--{name} {value}: needs {low} to {high}" + ", a multiple of 32" * (name == "size"))
-    gpu, cpu = args.device == "cuda", platform.processor() or platform.machine()
-    if sys.platform == "linux" and "model name" in Path("/proc/cpuinfo").read_text():
-        cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t: ")
-    print(f"{torch.cuda.get_device_name() if gpu else cpu}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads, load "
-          f"{os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}, {'bfloat16' if gpu else 'float32'}")
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", default="both", choices=["tiny", "sd15", "both"], help="sd15 has random weights")
+    p.add_argument("--size", type=int, help="frame side in pixels; default 96 tiny, 128 sd15 (512 on a GPU)")
+    p.add_argument("--frames", type=int, default=16, help="frames of a clip, 1 to 16")
+    p.add_argument("--steps", type=int, help="of a whole edit; default 20, for --long and sd15 without a GPU 2")
+    p.add_argument("--runs", type=int, default=3, help="timed calls of each, after one to warm up")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    p.add_argument("--long", action="store_true", help="instead: tiny on a 2,000-frame clip")
+    p.add_argument("--detail", action="store_true", help="instead: edits carried to the source's resolution")
+    p.add_argument("--n", type=int, default=24, help="--detail: scenes per kind of edit")
+    p.add_argument("--seed", type=int, default=0, help="--detail: which scenes")
+    p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="--detail: kind of scenes")
+    args = p.parse_args()
+    if (args.size or 32) % 32 or not 1 <= args.frames <= 16 or min(args.runs, args.n, args.steps or 1) < 1:
+        raise UserError("--size needs a multiple of 32, --frames 1 to 16, --runs, --n and --steps 1 or more")
+    gpu = args.device == "cuda"
+    print(f"{torch.cuda.get_device_name() if gpu else platform.machine()}, {torch.get_num_threads()} of "
+          f"{os.cpu_count()} CPU threads, load {os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}, "
+          f"{'bfloat16' if gpu else 'float32'}; median and best of {args.runs} calls"
+          + ("" if DIFFUSERS else "; diffusers is not installed: nothing to compare with"))
     if args.long:
         return bench_long(args.device, args.size or 96, args.steps or 2)
     if args.detail:
-        return bench_detail(args.device, args.n, args.seed, args.domain, args.size or 96, steps=args.steps or 20)
-    print(f"median and best of {args.runs} calls" + "; diffusers is not installed: nothing to compare with" * (not DIFFUSERS))
+        return bench_detail(args.device, args.n, args.seed, args.domain, args.size or 96, args.steps or 20)
     for model in ("tiny", "sd15") if args.model == "both" else (args.model,):
         size = args.size or (96 if model == "tiny" else 512 if gpu else 128)
         steps = args.steps or (20 if model == "tiny" or gpu else 2)
         bench_model(model, size, args.frames, args.runs, steps, args.device)
     print("""
-Peak memory: on a GPU what torch took of it, else the whole process; weights included (ours and diffusers' share them).
-CPU s adds up all threads. EPM appends 16 columns to queries and keys, padded to a multiple of 8: an unpadded width would
-lose CUDA's fused kernels, which run heads of 40 as 64 wide anyway, so there the bias costs nothing. A CPU pays for each
-column; without gradients it therefore adds the bias as one row of keys per frame of queries.""")
+Peak GB counts the weights too (ours and diffusers' share them). CPU s adds up all threads. EPM with gradients or on a
+GPU appends 16 columns to queries and keys, padded to a multiple of 8: an unpadded width would lose CUDA's fused
+kernels, and they run heads of 40 as 64 wide anyway, so there the bias is free. A CPU pays for every column: without
+gradients it adds the bias as a row over the keys for each frame of queries instead.""")
 
 
 if __name__ == "__main__":

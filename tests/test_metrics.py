@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
+import curate
 import metrics
 from metrics import CLIP, DINOv2, ViCLIP
 from model import UserError
@@ -523,9 +524,10 @@ def test_tgve_prints_one_table_with_controls_intervals_missing_clips_and_the_pap
     untouched, frozen = (dict(zip(head, cells[f"control: {n}"])) for n in ("untouched source", "frozen first edit"))
     assert cells["this run [95 %]"][0] == "3" and "[" in cells["this run [95 %]"][1]
     assert cells["object"][0] == "1" and cells["multiple"][0] == "0"
-    assert untouched["ViCLIP_dir ↑"] == "0.000" and untouched["PSNR outside ↑"] == "100.0"
+    assert head[-1] == "ViCLIP_dir (held out) ↑" and untouched[head[-1]] == "0.000" and untouched["PSNR outside ↑"] == "100.0"
     assert frozen["CLIPFrame ↑"] == "1.000"
-    assert cells["copied from the paper: InstructVEdit"][:2] == ["", "0.280"]
+    papers = cells["copied from the paper: InstructVEdit"]
+    assert papers[:2] == ["", "0.280"] and papers[-1] == "0.237"        # ViCLIP_out; ViCLIP_dir, moved to the end
     assert "3 of 8 clips scored" in out and "missing: DAVIS_480p/fox/multiple: no edit at" in out
     assert "missing: youtube_480p/boat/object: empty Object Change Caption" in out
     assert "DAVIS_480p/fox/object: source has 6 frames, edit 4: the first 4 of both are scored" in out
@@ -590,6 +592,135 @@ def test_an_interval_covers_the_mean_and_shrinks_with_n():
     assert low < x.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.2)
     few = metrics.interval(x[:16])
     assert few[1] - few[0] > 2 * (high - low)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The shapes world
+# ------------------------------------------------------------------------------------------------------------
+
+def test_benchmark_clips_are_the_same_every_time_and_cover_every_task_in_both_domains():
+    items = metrics.world_items(16, 0, ["synthetic", "real"])
+    assert metrics.world_items(16, 0, ["synthetic", "real"]) == items and metrics.world_items(5, 0, ["synthetic", "real"]) == items[:5]
+    assert {(i["task"], i["domain"]) for i in items} == set(itertools.product(curate.TASKS, ["synthetic", "real"]))
+    assert not {i["id"] for i in items} & {i["id"] for i in metrics.world_items(16, 1, ["synthetic", "real"])}
+    for a, b in zip(metrics.world_clip(items[0], 2, 32), metrics.world_clip(items[0], 2, 32)):
+        assert np.array_equal(a, b)
+
+
+def test_the_true_region_holds_every_visible_change_and_all_of_a_global_edit():
+    for item in metrics.world_items(8, 0, ["synthetic"]):
+        source, truth, mask = metrics.world_clip(item, 2, 32)
+        assert mask.any() and np.abs(source.astype(int) - truth)[~mask].max(initial=0) <= 10
+        assert item["task"] not in ("style", "effect") or mask.all()
+
+
+def test_the_truth_is_closest_to_itself_and_the_untouched_source_gains_nothing():
+    source, truth, mask = metrics.world_clip(metrics.world_items(2, 0, ["synthetic"])[1], 2, 32)
+    best, none = (metrics.truth_scores(source, x, truth, mask) for x in (truth, source))
+    assert best["psnr_truth"] == 100 and best["ssim_truth"] == pytest.approx(1)
+    assert none["truth_gain"] == none["whole_gain"] == 0
+    halfway = metrics.truth_scores(source, source / 510 + truth / 510, truth, mask)
+    assert halfway["truth_gain"] == pytest.approx(20 * math.log10(2), abs=1e-6) and none["psnr_truth"] < 99
+
+
+def test_success_needs_a_clear_gain_and_what_the_autoencoder_leaves_outside():
+    def judge(gain, outside):
+        rows = {"edit": {"truth_gain": gain, "psnr_outside": outside},
+                "autoencoded source": {"truth_gain": 0.4, "psnr_outside": 25.0},
+                "autoencoded truth": {"truth_gain": 9.0, "psnr_outside": 24.5}}
+        metrics.add_success(rows)
+        assert rows["autoencoded source"]["success"] == 0 and rows["autoencoded truth"]["success"] == 1
+        return rows["edit"]["success"]
+    assert judge(1.5, 23.6) == 1 and judge(5, math.nan) == 1
+    assert judge(1.3, 23.6) == 0 and judge(5, 23.4) == 0
+
+
+def test_the_judge_is_in_every_table_last_and_not_in_the_filters_total():
+    assert metrics.COLUMNS[-1] == metrics.WORLD_COLUMNS[-1] == list(metrics.SCORES)[-1] == metrics.HELD_OUT
+    rows = [{key: float(i == j) for j, key in enumerate(metrics.SCORES)} for i in range(6)]
+    total = metrics.total_score(rows)
+    assert metrics.HELD_OUT not in metrics.WEIGHTS
+    assert np.allclose(total, metrics.total_score([row | {metrics.HELD_OUT: 7.0 * i} for i, row in enumerate(rows)]))
+
+
+def test_agreement_is_one_for_a_score_that_follows_the_truth_and_minus_one_against_it():
+    rng, items = np.random.default_rng(0), [{"id": "a"}, {"id": "b"}, {"id": "random truth"}]
+    done = {}
+    for shift, item in enumerate(items[:2]):
+        gains = rng.normal(size=6)
+        done[item["id"]] = {f"c{k}": {"truth_gain": g, "whole_gain": -g, "clip_text": 3 * g + 100 * shift, "flicker": 1 + abs(g - 9)}
+                            for k, g in enumerate(gains)}
+    for k in range(6):
+        done["a"][f"c{k}"]["psnr_outside"] = 20.0 + k
+    done["random truth"] = {f"c{k}": {"clip_text": 1.0, "flicker": 1.0} for k in range(6)}
+    lines = metrics.agreement(items, done, [f"c{k}" for k in range(6)])
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines if "|" in line}
+    assert cells["CLIPText"][:2] == ["2", "1.00 [1.00, 1.00]"] and cells["CLIPText"][3] == "-1.00 [-1.00, -1.00]"
+    assert cells["flicker (distance from 1)"][1] == "1.00 [1.00, 1.00]"  # nearest to 1 where the gain is highest
+    assert float(cells["CLIPText"][2]) < 1 and cells["weighted total"][1] == cells["CLIPText"][1]
+    assert cells["PSNR outside"][0] == "1" and "ViCLIP_out" not in cells  # one clip has it; none has that
+    assert "at least 3" in metrics.agreement(items, done, ["c0", "c1"])[0]
+
+
+def shapes_argv(tmp_path, *more):
+    return ["--weights", str(GOLDENS / "instruct-pix2pix"), "--n", "3", "--frames", "2", "--size", "16", "--steps", "1", "--device",
+            "cpu", "--domain", "synthetic", "--out", str(tmp_path / "out"), "--pick", "none", *flags()[:2], *flags()[4:], *more]
+
+
+def table_cells(text):
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: dict(zip(rows[0][1:], row[1:])) for row in rows}
+
+
+def test_the_shapes_benchmark_prints_its_controls_as_they_must_be_and_resumes(tmp_path, capsys):
+    metrics.main_shapes(shapes_argv(tmp_path))
+    first = capsys.readouterr().out
+    cells = table_cells(first)
+    untouched, frozen = cells["control: untouched source"], cells["control: frozen first edit"]
+    assert untouched["ViCLIP_dir (held out) ↑"] == "0.000" and untouched["gain, dB ↑"].startswith("0.0")
+    assert untouched["PSNR outside ↑"].startswith("100.0") and untouched["success ↑"].startswith("0.00")
+    assert frozen["CLIPFrame ↑"] == "1.000" and "PickScore ↑" not in untouched
+    assert {"style", "object", "background", "synthetic", "control: autoencoded truth", "this run − untouched source [95 %]",
+            "control: image editor, frame by frame"} <= set(cells)
+    assert metrics.SUCCESS in first and "3 of 3 clips scored" in first
+    log = (tmp_path / "out/scores.jsonl").read_text()
+    assert len(log.splitlines()) == 4 and not list((tmp_path / "out").rglob(".*"))
+    (tmp_path / "out/scores.jsonl").write_text(log[:-30])               # a crash inside the last line
+    shutil.rmtree(next((tmp_path / "out/edit/synthetic").iterdir()))    # and an edit that is not there yet
+    metrics.main_shapes(shapes_argv(tmp_path))
+    assert table_cells(capsys.readouterr().out) == cells and (tmp_path / "out/scores.jsonl").read_text() == log
+
+
+def test_a_sweep_prints_a_row_for_every_guidance_and_draws_them(tmp_path, capsys):
+    metrics.main_shapes(shapes_argv(tmp_path, "--n", "2", "--sweep", "--agreement", "--grid-text", "3", "9", "--grid-source", "1", "1.5"))
+    out = capsys.readouterr().out
+    cells = table_cells(out)
+    assert all(cells[f"{t}, {s}"]["n"] == "4" for t in (3, 9) for s in ("1", "1.5"))    # 2 clips, 2 seeds
+    assert "8 candidates of each clip" in out and "| weighted total |" in out
+    picture = np.asarray(Image.open(tmp_path / "out/sweep.png"))
+    colours = set(map(tuple, picture.reshape(-1, 3)))
+    assert picture.shape == (480, 1280, 3) and {(0, 0x66, 0xcc), (0xcc, 0x33, 0)} <= colours  # one for each source guidance
+
+
+def test_scatter_puts_more_preservation_to_the_right_and_more_fidelity_up():
+    picture = np.asarray(metrics.scatter({1.0: [(2.0, 20.0, 1.0)], 1.5: [(2.0, 30.0, 3.0)]}, "kept", "gain"))
+    spot = [np.argwhere((picture == colour).all(-1) & (np.arange(480) > 60)[:, None]).mean(0)
+            for colour in ([0, 0x66, 0xcc], [0xcc, 0x33, 0])]
+    assert spot[1][0] < spot[0][0] and spot[1][1] > spot[0][1]          # rows run downwards
+
+
+def test_new_weights_get_a_new_name_and_so_new_edits():
+    ed = metrics.VideoEditor.from_pretrained(GOLDENS / "instruct-pix2pix", device="cpu")
+    before = metrics.stamp(ed)
+    assert before == metrics.stamp(ed)
+    next(ed.vae.parameters()).add_(1e-3)
+    assert metrics.stamp(ed) != before
+
+
+@pytest.mark.parametrize("argv", [["--n", "0"], ["--frames", "0"], ["--size", "12"], ["--steps", "0"]])
+def test_a_shapes_flag_out_of_range_is_named(argv, tmp_path):
+    with pytest.raises(UserError, match=" ".join(argv)):
+        metrics.main_shapes(shapes_argv(tmp_path, *argv))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -215,6 +215,14 @@ def test_windows_cover_any_length_once(editor, monkeypatch, n, sizes):
     assert len(window_starts(n, "video")) == len(seen)
 
 
+def test_windows_of_frames_that_do_not_interact_leave_no_trace(editor):
+    video = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    edited = [list(edit_stream(editor, video[:n], "make it snow", 2, mode="ffg")) for n in (16, 20)]
+    assert torch.equal(torch.stack(edited[0]), torch.stack(edited[1][:16])) and len(edited[1]) == 20
+    one_pass = editor.edit(video[None], "make it snow", 2, mode="ffg")[0]       # 20 rows instead of 16 + 4
+    assert torch.allclose(torch.stack(edited[1]), one_pass, atol=1e-4)
+
+
 def test_a_long_clip_is_read_only_as_far_as_it_is_edited(editor):
     taken = []
     frames = (taken.append(i) or torch.zeros(3, 16, 16) for i in range(10 ** 9))
