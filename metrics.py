@@ -16,6 +16,7 @@ Contents
     benchmarks   read_tgve, read_tgve_plus, edit_benchmark, score_benchmark, table, main_tgve
     shapes world world_items, agreement, sweep, main_shapes
     user study   main_study, main_votes
+    teacher      LlavaOneVision: writes instructions for clips, judges edits; its LoRA fine-tuning
 
 Networks return un-normalised projected features, so that a clip is encoded once for all its scores.
 Between files and networks a clip is "frames", (F, H, W, 3) uint8.
@@ -33,7 +34,9 @@ import shutil
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +46,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
 from scipy.ndimage import gaussian_filter, uniform_filter
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as BPETokenizer
 from tqdm import tqdm
 
 from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
@@ -1585,6 +1591,683 @@ def main_votes(argv):
     print(f"| average | | {100 * np.mean(rates):.1f} | |")
 
 
+# ============================================================================================================
+# The teacher that looks at video and says something: LLaVA-OneVision (Li et al. 2024), with Qwen2 0.5B or 7B.
+# It writes instructions for real clips (stages II and III of the paper) and judges edits. In order: pictures
+# in, networks, the model and its prompt, the writer, LoRA to fine-tune the writer, the judge.
+
+# ------------------------------------------------------------------------------------------------------------
+# pictures in
+
+def paste(image, height, width, colour=0):
+    """uint8 (H, W, 3) in the middle of a plain canvas; an odd margin is wider below and on the right."""
+    canvas = np.full((height, width, 3), colour, np.uint8)
+    top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
+    canvas[top:top + image.shape[0], left:left + image.shape[1]] = image
+    return canvas
+
+
+def best_resolution(height, width, pinpoints):
+    """The [H, W] of `pinpoints` that keeps most pixels of an image fitted into it, then wastes least."""
+    def merit(pin):
+        scale = min(pin[1] / width, pin[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - pin[0] * pin[1]
+    return max(pinpoints, key=merit)
+
+
+def cut_tiles(image, size, pinpoints):
+    """uint8 (H, W, 3) -> uint8 (1 + n, size, size, 3): the whole image stretched to a square, then n tiles,
+    row by row, of the image fitted into its best resolution with black around it."""
+    height, width = image.shape[:2]
+    high, wide = best_resolution(height, width, pinpoints)
+    if wide / width < high / height:
+        fit = wide, min(math.ceil(height * (wide / width)), high)       # (width, height), as PIL has it
+    else:
+        fit = min(math.ceil(width * (high / height)), wide), high
+    canvas = paste(stretch(image, *fit), high, wide)
+    tiles = canvas.reshape(high // size, size, wide // size, size, 3).swapaxes(1, 2)
+    return np.concatenate([stretch(image, size, size)[None], tiles.reshape(-1, size, size, 3)])
+
+
+def unpad(x, height, width):
+    """Feature map (D, h, w) of a canvas -> the part that shows its image of `height` x `width` pixels."""
+    h, w = x.shape[1:]
+    if width / height > w / h:                                          # black above and below
+        pad = (h - int(round(height * (w / width), 7))) // 2
+        return x[:, pad:h - pad]
+    pad = (w - int(round(width * (h / height), 7))) // 2
+    return x[:, :, pad:w - pad]
+
+
+def even_frames(clip, n):
+    """n evenly spaced frames of a clip (F, ...) or (1, F, ...), ends included. UserError if it has fewer."""
+    clip = clip[0] if clip.ndim == 5 else clip
+    if len(clip) < n:
+        raise UserError(f"the clip has {len(clip)} frames, not the {n} asked for: take a longer one or fewer")
+    return clip[np.linspace(0, len(clip) - 1, n).round().astype(int)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# networks, under their published names
+
+class SigLIP(nn.Module):
+    """SigLIP so400m without class token and head (Zhai et al. 2023): (N, 3, S, S) -> (N, patches, D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width, patch, eps = cfg["hidden_size"], cfg["patch_size"], cfg.get("layer_norm_eps", 1e-6)
+        self.embeddings = nn.ModuleDict({
+            "patch_embedding": nn.Conv2d(3, width, patch, patch),    # 384 = 27 * 14 + 6: the last 6 go unseen
+            "position_embedding": nn.Embedding((cfg["image_size"] // patch) ** 2, width)})
+        self.encoder = CLIPEncoder(width, cfg["num_hidden_layers"], cfg["num_attention_heads"],
+                                   cfg["intermediate_size"], cfg.get("hidden_act", "gelu_pytorch_tanh"), eps)
+        self.post_layernorm = nn.LayerNorm(width, eps)            # in the file; LLaVA takes what comes before
+
+    def forward(self, x):
+        x = self.embeddings.patch_embedding(x).flatten(2).transpose(1, 2)
+        return self.encoder(x + self.embeddings.position_embedding.weight)
+
+
+def rotary(positions, width, theta, dtype):
+    """Positions (B or 1, L) -> cos, sin (B or 1, L, 1, width) of rotary positions (Su et al. 2021)."""
+    freq = theta ** (-torch.arange(0, width, 2, device=positions.device).float() / width)
+    angle = positions[:, :, None, None] * torch.cat([freq, freq])
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class QwenAttention(nn.Module):
+    """Causal attention; a group of query heads shares one head of keys and values (Ainslie et al. 2023)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads, self.kv = cfg["num_attention_heads"], cfg["num_key_value_heads"]
+        width = cfg["hidden_size"]
+        self.d = width // self.heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj, self.v_proj = nn.Linear(width, self.kv * self.d), nn.Linear(width, self.kv * self.d)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, rope, cache=None, at=None, mask=None):
+        """x (B, L, D). Without `at`, x is the whole prompt and fills the start of `cache` (2, B, n, kv*d), if
+        there is one. With at (B,), x is one new token per row, L = 1, that takes this place in the cache."""
+        B, L, _ = x.shape
+        group = self.heads // self.kv
+        q = rotate(self.q_proj(x).view(B, L, self.heads, self.d), *rope)
+        k = rotate(self.k_proj(x).view(B, L, self.kv, self.d), *rope).flatten(2)
+        v = self.v_proj(x)
+        if at is None:
+            if cache is not None:
+                cache[0, :, :L], cache[1, :, :L] = k, v
+            k, v = (y.view(B, L, self.kv, self.d).repeat_interleave(group, 2).flatten(2) for y in (k, v))
+            return self.o_proj(attention(q.flatten(2), k, v, self.heads, causal=True))
+        rows = torch.arange(B, device=x.device)
+        cache[0, rows, at], cache[1, rows, at] = k[:, 0], v[:, 0]
+        # a group's queries stand as `group` positions of its one key head: no copy of the cache is made
+        q = q.view(B, self.kv, group, self.d).transpose(1, 2).flatten(2)
+        y = attention(q, cache[0], cache[1], self.kv, mask=mask)
+        return self.o_proj(y.view(B, group, self.kv, self.d).transpose(1, 2).reshape(B, 1, -1))
+
+
+class QwenMLP(nn.Module):
+    def __init__(self, width, hidden, act):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.act = ACTIVATIONS[act]
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class QwenLayer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        width, eps = cfg["hidden_size"], cfg.get("rms_norm_eps", 1e-6)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
+        self.self_attn = QwenAttention(cfg)
+        self.mlp = QwenMLP(width, cfg["intermediate_size"], cfg.get("hidden_act", "silu"))
+
+    def forward(self, x, rope, cache, at, mask):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, at, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2(nn.Module):
+    """The decoder (Yang et al. 2024) on embeddings: (B, L, D) -> states (B, L, D); `lm_head` makes logits."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width, vocab = cfg["hidden_size"], cfg["vocab_size"]
+        self.theta, self.d = cfg.get("rope_theta", 1e6), width // cfg["num_attention_heads"]
+        self.limit = cfg.get("max_position_embeddings", 32768)
+        self.kv_width = self.d * cfg["num_key_value_heads"]
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(vocab, width),
+            "layers": nn.ModuleList(QwenLayer(cfg) for _ in range(cfg["num_hidden_layers"])),
+            "norm": nn.RMSNorm(width, cfg.get("rms_norm_eps", 1e-6))})
+        self.lm_head = nn.Linear(width, vocab, bias=False)
+
+    def new_cache(self, batch, length):
+        """Room for keys and values of `length` tokens per row: 57 KB a token for 7B in bf16."""
+        # zeros: what lies behind a short row is masked, but a NaN there would come through as 0 * NaN
+        return [self.lm_head.weight.new_zeros(2, batch, length, self.kv_width) for _ in self.model.layers]
+
+    def forward(self, x, cache=None, at=None, filled=None):
+        """Whole prompts (`at` None), padded on the right, where causal attention never looks; or one more
+        token per row at position at (B,), with the first `filled` places of the cache, its own included."""
+        positions = torch.arange(x.shape[1], device=x.device)[None] if at is None else at[:, None]
+        rope, mask = rotary(positions, self.d, self.theta, x.dtype), None
+        if at is not None and len(at) > 1:                              # a short row must not see its padding
+            mask = (torch.arange(filled, device=x.device) <= at[:, None])[:, None, None]   # (B, 1, 1, filled)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, rope, None if cache is None else cache[i][:, :, :filled], at, mask)
+        return self.model.norm(x)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the model and its prompt
+
+# Qwen2's pieces of text: contractions, words, single digits, runs of signs, white space
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def read_tokenizer(folder):
+    """Qwen2's byte-level BPE from tokenizer.json, or from vocab.json, merges.txt and added_tokens.json."""
+    if (folder / "tokenizer.json").exists():
+        return BPETokenizer.from_file(str(folder / "tokenizer.json"))
+    tok = BPETokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    tok.normalizer, tok.decoder = normalizers.NFC(), decoders.ByteLevel()
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    added = read_json(folder / "added_tokens.json")
+    tok.add_special_tokens(sorted(added, key=added.get))                # they get the next ids, in this order
+    wrong = [word for word, i in added.items() if tok.token_to_id(word) != i]
+    if wrong:
+        raise UserError(f"{folder}/added_tokens.json: {wrong[0]!r} does not follow on vocab.json; "
+                        "take all files from one model")
+    return tok
+
+
+def read_chat_template(folder):
+    """The literals of chat_template.json, without a template engine: {role, image, video, text, end, ask}.
+
+    Every published version puts the role, then images, videos and text, then the end; they differ in the
+    white space between, so only that is taken from the file. UserError where a literal is not found.
+    """
+    at = folder / "chat_template.json"
+    at = at if at.exists() else folder / "tokenizer_config.json"
+    template = read_json(at).get("chat_template", "")
+    quoted = lambda start: rf"'({start}[^']*)'"
+    wanted = {"role": r"'<\|im_start\|>'\s*\+\s*message\['role'\]\s*\+\s*" + quoted(""),
+              "image": quoted("<image>"), "video": quoted("<video>"), "end": quoted(r"<\|im_end\|>"),
+              "ask": quoted(r"<\|im_start\|>assistant"),
+              "text": quoted("") + r"\s*\+\s*content\['text'\]"}        # some versions put nothing before it
+    found = {name: re.search(pattern, template) for name, pattern in wanted.items()}
+    missing = [name for name, m in found.items() if m is None and name != "text"]
+    if missing:
+        raise UserError(f"{at}: no {missing[0]!r} part in the chat template; take the file of "
+                        "llava-hf/llava-onevision-qwen2-7b-ov-hf")
+    return {name: m.group(1).replace("\\n", "\n") if m else "" for name, m in found.items()}
+
+
+def plain(text):
+    """Others' text in which nothing reads as a special token: <video> becomes video, <|im_end|> |im_end|."""
+    return re.sub(r"<(\|?\w+\|?)>", r"\1", text)
+
+
+def is_clip(visual):
+    return not isinstance(visual, Image.Image) and visual.ndim > 3
+
+
+class LlavaOneVision(nn.Module):
+    """LLaVA-OneVision from a config in the published form; `from_pretrained` also brings the tokenizer.
+
+    A visual is an image (PIL, uint8 (H, W, 3), or a tensor (3, H, W) in [-1, 1]) or a clip (uint8
+    (F, H, W, 3), or a tensor (F, 3, H, W) or (1, F, 3, H, W) in [-1, 1]); 8 to 32 frames are usual.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        text, vision = cfg["text_config"], cfg["vision_config"]
+        features = cfg.get("vision_feature_layer", -1), cfg.get("vision_feature_select_strategy", "full")
+        if features != (-1, "full"):
+            raise UserError(f"config.json: features {features} are not LLaVA-OneVision's (-1, 'full'); give "
+                            "llava-hf/llava-onevision-qwen2-0.5b-ov-hf or -7b-ov-hf")
+        self.cfg, self.size = cfg, vision["image_size"]
+        self.grid = self.size // vision["patch_size"]                   # patches per side: 27
+        self.vision_tower = nn.ModuleDict({"vision_model": SigLIP(vision)})
+        width = text["hidden_size"]
+        self.multi_modal_projector = nn.ModuleDict({"linear_1": nn.Linear(vision["hidden_size"], width),
+                                                    "linear_2": nn.Linear(width, width)})
+        self.image_newline = nn.Parameter(torch.zeros(width))
+        self.language_model = Qwen2(text)
+        self.mean, self.std = [0.5] * 3, [0.5] * 3                # SigLIP's; from_pretrained reads the file's
+
+    @classmethod
+    def from_pretrained(cls, source, device=None, dtype=None, lora=None):
+        """source: llava-hf/llava-onevision-qwen2-0.5b-ov-hf (2 GB), -7b-ov-hf (16 GB), or such a directory.
+
+        lora: a file of `save_lora`, merged in. Default: CUDA in bf16 where there is one, else CPU in float32.
+        """
+        folder = Path(hub_dir(source, ["*.json", "merges.txt", "*.safetensors"]))
+        cfg, (tensors, file) = read_json(folder / "config.json"), find_tensors(folder)
+        words, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+        if words in tensors:                                       # the file knows its padded vocabulary best
+            cfg["text_config"]["vocab_size"] = len(tensors[words])
+        tied = head not in tensors and any(c.get("tie_word_embeddings") for c in (cfg, cfg["text_config"]))
+        with torch.device("meta"):
+            net = cls(cfg)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        load_weights(net, tensors, f"{folder.name}/{file}", absent=(head,) if tied else (),
+                     device=device, dtype=dtype)
+        if tied:
+            net.language_model.lm_head.weight = net.language_model.model.embed_tokens.weight
+        pre = read_json(folder / "preprocessor_config.json")        # the video processor's file says the same
+        net.mean, net.std = pre["image_mean"], pre["image_std"]
+        net.tokenizer, net.chat_format = read_tokenizer(folder), read_chat_template(folder)
+        end = read_json(folder / "generation_config.json")["eos_token_id"]
+        net.end_ids = end if isinstance(end, list) else [end]
+        if lora:
+            load_lora(net, lora)
+        return net.eval().requires_grad_(False)
+
+    # what it sees
+
+    def see(self, tiles):
+        """uint8 (N, S, S, 3) -> projected features (N, patches, D), the tower's before (N, patches, Dv)."""
+        device, dtype = self.image_newline.device, self.image_newline.dtype
+        mean, std = (torch.tensor(v, device=device) for v in (self.mean, self.std))
+        x = ((torch.tensor(tiles, device=device).float() / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype)
+        # 16 at a time bounds the memory of a 6x6 image or a long clip
+        tower = torch.cat([self.vision_tower.vision_model(part) for part in x.split(16)])
+        mlp = self.multi_modal_projector
+        return mlp.linear_2(F.gelu(mlp.linear_1(tower))), tower         # exact GELU here, tanh in the tower
+
+    @torch.no_grad()
+    def look(self, visual, tiled=True):
+        """One visual (see the class) -> its features in reading order (n, D).
+
+        A clip: each frame a square, pooled 27 -> 14, one newline at the very end. An image: the whole, then
+        the map of all its tiles with a newline after each row, shrunk to 9 tiles' worth; not tiled: the whole
+        and a newline.
+        """
+        frames, size, newline = to_u8(visual), self.size, self.image_newline[None]
+        if is_clip(visual):
+            x, _ = self.see(np.stack([stretch(f, size, size) for f in frames]))
+            x = x.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)                  # (F, D, 27, 27)
+            x = F.interpolate(x, size=[-(-self.grid // 2)] * 2, mode="bilinear")
+            return torch.cat([x.flatten(2).transpose(1, 2).flatten(0, 1), newline])
+        height, width = frames[0].shape[:2]
+        if not tiled:
+            side = max(height, width)
+            square = paste(frames[0], side, side, [int(255 * m) for m in self.mean])
+            return torch.cat([self.see(stretch(square, size, size)[None])[0][0], newline])
+        high, wide = best_resolution(height, width, self.cfg["image_grid_pinpoints"])
+        x, _ = self.see(cut_tiles(frames[0], size, self.cfg["image_grid_pinpoints"]))
+        whole, x = x[0], x[1:].view(high // size, wide // size, self.grid, self.grid, -1)
+        x = unpad(x.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2), height, width)      # (D, h, w), no black
+        most = int(self.cfg.get("vision_aspect_ratio", "anyres_max_9").removeprefix("anyres_max_"))
+        ratio = math.sqrt(x.shape[1] * x.shape[2] / (most * self.grid ** 2))
+        if ratio > 1.1:
+            small = [int(x.shape[1] // ratio), int(x.shape[2] // ratio)]
+            x = F.interpolate(x[None], size=small, mode="bilinear")[0]
+        x = torch.cat([x, self.image_newline[:, None, None].expand(-1, x.shape[1], 1)], 2)
+        return torch.cat([whole, x.flatten(1).T])
+
+    # what it is asked
+
+    def chat(self, text, images=0, videos=0):
+        """The prompt of one turn that shows so many images, then so many clips, up to the answer."""
+        f = self.chat_format
+        return "".join(["<|im_start|>user", f["role"], f["image"] * images, f["video"] * videos,
+                        f["text"], text, f["end"], f["ask"]])
+
+    def input_ids(self, prompt, sizes):
+        """Prompt -> ids (L,), the i-th <image> or <video> sizes[i] times. UserError on another number."""
+        found, ids, sizes = self.tokenizer.encode(prompt).ids, [], list(sizes)
+        marks = self.cfg["image_token_index"], self.cfg["video_token_index"]
+        places = sum(i in marks for i in found)
+        if places != len(sizes):
+            raise UserError(f"the prompt has {places} places for {len(sizes)} images and clips: "
+                            "leave <image> and <video> out of the text")
+        for i in found:
+            ids += [i] * (sizes.pop(0) if i in marks else 1)
+        return torch.tensor(ids, device=self.image_newline.device)
+
+    def embed(self, prompt, seen):
+        """Prompt and the features of what it shows [(n, D), ...] -> embeddings (L, D)."""
+        ids = self.input_ids(prompt, [len(s) for s in seen])
+        x = self.language_model.model.embed_tokens(ids)
+        if seen:
+            marks = (ids == self.cfg["image_token_index"]) | (ids == self.cfg["video_token_index"])
+            x[marks] = torch.cat(seen)
+        return x
+
+    def row(self, visuals, text):
+        """What is shown (None, a visual, a list of them: images first) and the text -> embeddings (L, D)."""
+        visuals = [] if visuals is None else visuals if isinstance(visuals, (list, tuple)) else [visuals]
+        images, clips = [v for v in visuals if not is_clip(v)], [v for v in visuals if is_clip(v)]
+        # several images in one prompt are not tiled, as in the original
+        seen = [self.look(v, tiled=len(images) == 1) for v in images] + [self.look(v) for v in clips]
+        return self.embed(self.chat(text, len(images), len(clips)), seen)
+
+    # what it says
+
+    def prefill(self, rows, room=0):
+        """Prompts [(L_i, D), ...] -> logits of the next token (B, V), lengths (B,), cache with `room`."""
+        lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
+        longest = int(lengths.max())
+        if longest + room > self.language_model.limit:
+            raise UserError(f"a prompt of {longest} tokens and {room} new ones pass the model's "
+                            f"{self.language_model.limit}: show fewer frames")
+        cache = self.language_model.new_cache(len(rows), longest + room) if room else None
+        x = self.language_model(nn.utils.rnn.pad_sequence(rows, batch_first=True), cache)
+        x = x[torch.arange(len(rows), device=x.device), lengths - 1]
+        return self.language_model.lm_head(x).float(), lengths, cache
+
+    @torch.no_grad()
+    def generate_ids(self, rows, max_new_tokens=128, temperature=0.0, top_p=1.0, seeds=None):
+        """Prompts [(L_i, D), ...] -> new ids [[...], ...], each up to its end token, which is left out.
+
+        temperature 0 takes the likeliest token; above 0, tokens are drawn from the likeliest that make up
+        `top_p` of the probability, each row by its own seed: its answer does not depend on its company.
+        """
+        logits, at, cache = self.prefill(rows, room=max_new_tokens)
+        draws = [torch.Generator().manual_seed(s) for s in (seeds or range(len(rows)))]
+        answers, ended, longest = [[] for _ in rows], [False] * len(rows), int(at.max())
+        for n in range(max_new_tokens):
+            if not logits.isfinite().all():
+                raise UserError(f"the language model gave NaN or Inf at token {n}: use float32 or bfloat16")
+            if temperature == 0:
+                ids = logits.argmax(-1)
+            else:
+                u = torch.tensor([float(torch.rand((), generator=g)) for g in draws], device=logits.device)
+                ids = nucleus(logits / temperature, top_p, u)
+            for i, token in enumerate(ids.tolist()):
+                ended[i] = ended[i] or token in self.end_ids
+                answers[i] += [] if ended[i] else [token]
+            if all(ended) or n + 1 == max_new_tokens:
+                break
+            x = self.language_model.model.embed_tokens(ids)[:, None]
+            x = self.language_model(x, cache, at, filled=longest + n + 1)
+            logits, at = self.language_model.lm_head(x[:, 0]).float(), at + 1
+        return answers
+
+    @torch.no_grad()
+    def generate(self, visuals, prompt, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0):
+        """The answer to `prompt` about one visual, a list of them, or None.
+
+        A list of prompts, with a list of what each shows, gives a list of answers: one batch, which says the
+        same as one by one. `seed` may then be a list; a number counts up.
+        """
+        if isinstance(prompt, str):
+            return self.generate([visuals], [prompt], max_new_tokens, temperature, top_p, [seed])[0]
+        seeds = [seed + i for i in range(len(prompt))] if isinstance(seed, int) else seed
+        rows = [self.row(v, p) for v, p in zip(visuals, prompt, strict=True)]
+        ids = self.generate_ids(rows, max_new_tokens, temperature, top_p, seeds)
+        return [self.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
+
+    @torch.no_grad()
+    def probability_of_yes(self, pair, question, frames=8):
+        """P(yes) / (P(yes) + P(no)) of the answer's first token, in [0, 1]; a list of questions gives a list.
+
+        pair: (source, edited) clips of at least `frames` frames, shown in one prompt in this order.
+        """
+        questions = [question] if isinstance(question, str) else question
+        seen = [self.look(even_frames(clip, frames)) for clip in pair]                # once for all questions
+        logits, _, _ = self.prefill([self.embed(self.chat(q, videos=2), seen) for q in questions])
+        first = lambda words: sorted({self.tokenizer.encode(w).ids[0] for w in words})
+        yes, no = (logits[:, first(w)].logsumexp(-1) for w in (("Yes", "yes", "YES"), ("No", "no", "NO")))
+        share = (yes - no).sigmoid().tolist()
+        return share[0] if isinstance(question, str) else share
+
+
+def nucleus(logits, top_p, u):
+    """logits (B, V), u (B,) uniform in [0, 1) -> ids (B,): the distribution of the likeliest tokens whose
+    mass reaches top_p (Holtzman et al. 2020), inverted at u: the same draw on every device."""
+    p, order = logits.softmax(-1).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                    # the token that crosses top_p stays in
+    mass = p.cumsum(-1)
+    at = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
+    return order.gather(1, at)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the writer: a clip -> task, instruction, captions before and after
+
+WRITER_TASKS = {                                                            # the seven of TGVE+ (Singer et al. 2024)
+    "style": "turn everything into another visual style, such as a painting, a film look or an animation",
+    "object": "replace one visible object, animal or person by something else of similar size and place",
+    "background": "replace the background, the place, the weather or the season, and keep the subject",
+    "multiple": "change two or three different things at once, such as the subject and the background",
+    "removal": "remove one visible object, so that the scene behind it shows",
+    "addition": "add one new object at a place that the instruction names",
+    "texture": "change the material, the colour or the surface pattern of one visible object",
+}
+FIELDS = ("task", "instruction", "source_caption", "target_caption")
+WRITER_PROMPT = """You write instructions for a video editor. Look at what is shown and invent one edit of \
+the kind "{task}": {what}. Name things that can really be seen. Write the instruction as a short command, \
+describe what is shown in one sentence, and describe the edited result in one sentence that differs only \
+by the edit.{more}
+Answer with one JSON object and nothing else:
+{{"task": "{task}", "instruction": "...", "source_caption": "...", "target_caption": "..."}}"""
+
+
+def writer_prompt(task, refused=""):
+    more = f" Your last answer was refused ({plain(refused)}): write another." if refused else ""
+    return WRITER_PROMPT.format(task=task, what=WRITER_TASKS[task], more=more)
+
+
+def parse_answer(text, task):
+    """The model's text -> ({task, instruction, source_caption, target_caption}, "") or (None, reason)."""
+    try:
+        record, _ = json.JSONDecoder().raw_decode(text[max(text.find("{"), 0):])    # text around it may stay
+    except json.JSONDecodeError as e:
+        return None, f"not JSON: {e.msg} in {text[:60]!r}"
+    if not isinstance(record, dict):
+        return None, f"not a JSON object: {text[:60]!r}"
+    for field in FIELDS:
+        if not isinstance(record.get(field), str) or not re.search(r"\w", record[field]):
+            return None, f"no text under {field!r}"
+    record = {field: " ".join(record[field].split()) for field in FIELDS}
+    if record["task"] != task:
+        return None, f"task {record['task']!r} where {task!r} was asked for"
+    for field, most in zip(FIELDS[1:], (30, 60, 60)):                   # words; CLIP reads 77 tokens
+        if not 2 <= len(record[field].split()) <= most:
+            return None, f"{field} of {len(record[field].split())} words, 2 to {most} fit"
+    instruction, source, target = (words_of(record[field]) for field in FIELDS[1:])
+    if source == target:
+        return None, "the two captions are equal"
+    if instruction in (source, target):
+        return None, "the instruction is a caption"
+    return record, ""
+
+
+def words_of(text):
+    return frozenset(re.findall(r"\w+", text.lower())) - set("a an the it to of in into with and".split())
+
+
+def near_duplicate(instruction, accepted, similar=0.8):
+    """The first of `accepted` {words_of(text): text} that shares more than `similar` of its words with the
+    instruction (intersection over union), or None. 16 K instructions among themselves take a minute."""
+    words = words_of(instruction)
+    if words in accepted:
+        return accepted[words]
+    return next((text for w, text in accepted.items() if len(words & w) > similar * len(words | w)), None)
+
+
+def write_instructions(say, clips, mix=None, done=(), batch=4, tries=3, frames=8, temperature=0.7,
+                       similar=0.8):
+    """Clips, an iterable of (id, clip), -> one record per clip, in order: {id, kept, why, tries, task} and,
+    if kept, {instruction, source_caption, target_caption}. Dropped: `tries` invalid or repeated answers.
+
+    say(visuals, prompts, max_new_tokens, temperature, top_p, seeds) -> texts, as `generate`.
+    mix {task: weight}: how much of each kind is wanted (default: equal parts); a clip gets the task furthest
+    behind. done: records of an earlier run, which count for the mix and for near-duplicates. Seeds
+    come from ids.
+    """
+    mix = mix or dict.fromkeys(WRITER_TASKS, 1.0)
+    if set(mix) - set(WRITER_TASKS) or min(mix.values()) < 0 or max(mix.values()) <= 0:
+        raise UserError(f"task mix {mix}: give weights of 0 or more, not all 0, to {', '.join(WRITER_TASKS)}")
+    kept = [r for r in done if r["kept"]]
+    count = Counter(r["task"] for r in kept)
+    accepted = {words_of(r["instruction"]): r["instruction"] for r in kept}
+    clips = iter(clips)
+    while group := list(islice(clips, batch)):
+        records, shown = [], []
+        for key, clip in group:
+            task = min((t for t in mix if mix[t] > 0), key=lambda t: count[t] / mix[t])
+            count[task] += 1
+            records.append({"id": key, "kept": False, "why": "", "tries": 0, "task": task})
+            try:
+                shown.append(even_frames(clip, frames))
+            except UserError as e:                                      # this clip's fault, not the run's
+                shown.append(None)
+                records[-1]["why"] = str(e)
+        for n in range(tries):
+            todo = [(r, clip) for r, clip in zip(records, shown) if clip is not None and not r["kept"]]
+            if not todo:
+                break
+            # a refused answer to the same prompt tends to come again, so the next prompt says what was wrong
+            prompts = [writer_prompt(r["task"], r["why"]) for r, _ in todo]
+            digests = [hashlib.sha256(f"{r['id']}/{n}".encode()).digest() for r, _ in todo]
+            texts = say([clip for _, clip in todo], prompts, 256, temperature, 0.9,
+                        [int.from_bytes(d[:7], "big") for d in digests])
+            for (r, _), text in zip(todo, texts, strict=True):
+                answer, r["why"] = parse_answer(text, r["task"])
+                r["tries"] = n + 1
+                twin = answer and near_duplicate(answer["instruction"], accepted, similar)
+                if twin:
+                    r["why"] = f"too close to {twin!r}"
+                elif answer:
+                    r.update(answer, kept=True)
+                    accepted[words_of(answer["instruction"])] = answer["instruction"]
+        for r in records:
+            count[r["task"]] -= not r["kept"]                           # a dropped clip leaves its place
+            yield r
+
+
+# ------------------------------------------------------------------------------------------------------------
+# fine-tuning the writer on image-editing triples: LoRA (Hu et al. 2022)
+
+class LoRA(nn.Module):
+    """y = W x + b + 2 B A x, W frozen; A (r, in) random, B (out, r) zero: it starts as the layer it wraps."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base, where = base, {"device": base.weight.device}         # float32 over bf16 weights too
+        self.lora_A = nn.Parameter(torch.randn(rank, base.in_features, **where) / base.in_features ** 0.5)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **where))
+
+    def forward(self, x):
+        return self.base(x) + 2 * F.linear(F.linear(x.to(self.lora_A), self.lora_A), self.lora_B).to(x)
+
+
+def add_lora(model, rank=16):
+    """Freezes the model and wraps every matrix of its decoder layers -> what to train, {name: parameter}."""
+    model.requires_grad_(False)
+    layers = model.language_model.model.layers
+    for name, module in list(layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            layers.set_submodule(name, LoRA(module, rank))
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """W + 2 B A becomes each layer's weight, summed in float32: published names and full speed again."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRA):
+            module.base.weight.copy_(module.base.weight.float() + 2 * module.lora_B @ module.lora_A)
+            model.set_submodule(name, module.base)
+
+
+def save_lora(model, path):
+    """Writes the trained matrices alone, aside and then renamed."""
+    part = Path(path).with_suffix(".part")
+    save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if ".lora_" in n}, part)
+    part.replace(path)
+
+
+def load_lora(model, path):
+    """Merges a file of `save_lora` into the model. UserError if it was trained on a model of another size."""
+    tensors = read_tensors(path)
+    ranks = {t.shape[0] for n, t in tensors.items() if n.endswith("lora_A")}
+    trained = add_lora(model, ranks.pop()) if len(ranks) == 1 else {}
+    if not trained or {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise UserError(f"{path}: not LoRA weights of this model; give the LLaVA that they were trained on")
+    for name, p in trained.items():
+        p.data.copy_(tensors[name])
+    merge_lora(model)
+
+
+def guess_task(instruction):
+    """A task of WRITER_TASKS by an instruction's words, for data that names none: picks the prompt to train with."""
+    text = instruction.lower()
+    has = lambda words: re.search(rf"\b({words})\b", text)
+    if has("and") and len(re.findall(r"\b(make|turn|change|replace|add|remove|swap|put|give)\b", text)) > 1:
+        return "multiple"
+    for task, words in (
+            ("removal", "remove|delete|erase|take away|get rid|without"),
+            ("style", "style|painting|sketch|drawing|cartoon|anime|watercolou?r|pixel art|black and white"),
+            ("background", "background|sky|snow|rain|winter|summer|autumn|night|sunset|beach|forest"),
+            ("addition", "add|put|insert|place|give"),
+            ("texture", "made of|colou?r|wooden|metal|gold|glass|marble|stone|striped|texture|material")):
+        if has(words):
+            return task
+    return "object"
+
+
+def writer_loss(model, visuals, answers):
+    """Mean negative log-likelihood, in nats per token, of answers to the writer's prompt, both lists.
+
+    answers: {instruction, source_caption, target_caption} and perhaps task. Gradients reach the decoder only.
+    """
+    rows, targets = [], []
+    for visual, answer in zip(visuals, answers, strict=True):
+        task = answer.get("task") or guess_task(answer["instruction"])
+        prompt = model.row(visual, writer_prompt(task))
+        text = json.dumps({"task": task, **{f: answer[f] for f in FIELDS[1:]}}, ensure_ascii=False)
+        ids = model.tokenizer.encode(plain(text) + "<|im_end|>").ids
+        targets.append(torch.tensor(ids, device=prompt.device))
+        rows.append(torch.cat([prompt, model.language_model.model.embed_tokens(targets[-1])]))
+    states = model.language_model(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    # the state before a token predicts it; logits for the answers alone, at 152,000 a token
+    states = torch.cat([s[len(r) - len(t) - 1:len(r) - 1] for s, r, t in zip(states, rows, targets)])
+    return F.cross_entropy(model.language_model.lm_head(states).float(), torch.cat(targets))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the judge
+
+JUDGE_QUESTIONS = {
+    "follows": 'The second clip was made from the first by the instruction "{}". Does the second clip follow '
+               "the instruction? Answer yes or no.",
+    "preserves": 'The second clip was made from the first by the instruction "{}". Apart from what the '
+                 "instruction asks for, is everything else unchanged? Answer yes or no.",
+    "clean": "The second clip is an edit of the first. Is the second clip free of artefacts and flicker? "
+             "Answer yes or no.",
+}
+
+
+def judge_edit(model, source, edited, instruction, frames=8):
+    """{follows, preserves, clean}: probabilities of yes in [0, 1], higher is better, about clips (F, 3, H, W)
+    in [-1, 1] of at least `frames` frames; "judge", their geometric mean, is low if any of them is."""
+    questions = [q.format(plain(instruction)) for q in JUDGE_QUESTIONS.values()]
+    p = model.probability_of_yes((source, edited), questions, frames)
+    return {**dict(zip(JUDGE_QUESTIONS, p)), "judge": math.prod(p) ** (1 / len(p))}
+
+
+# ============================================================================================================
 def main():
     commands = {"tgve": main_tgve, "shapes": main_shapes, "study": main_study, "votes": main_votes}
     name, *rest = sys.argv[1:] or ["--help"]

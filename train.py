@@ -2,6 +2,7 @@
 
     python train.py --stage vae         the autoencoder of `tiny`, on scenes drawn by code
     python train.py --stage clip        tiny CLIP on frames and captions; its text tower then is the editor's text encoder
+    python train.py --stage viclip      tiny ViCLIP on drawn clips, a scorer
     python train.py --stage image       the InstructPix2Pix-style image editor, on (source, instruction, target)
     python train.py --stage decoder     the autoencoder's decoder alone a while longer (the latents stay as they are)
     python train.py --stage eval        held-out table of the trained or embedded image editor (also printed after training)
@@ -30,7 +31,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import curate
-from metrics import CLIP
+from metrics import CLIP, ViCLIP
 from model import ROOT, VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEditor, noise_levels, read_json, run
 
 
@@ -38,7 +39,7 @@ from model import ROOT, VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEdito
 # The world set: pairs of frames drawn once, shared by all stages
 # ---------------------------------------------------------------------------------------------------------------
 
-STEPS = {"vae": 2200, "clip": 1000, "image": 8800, "decoder": 1500}             # optimizer steps of each stage
+STEPS = {"vae": 2200, "clip": 1000, "viclip": 2000, "image": 8800, "decoder": 1500}             # optimizer steps of each stage
 SHARD = 500                                                        # pairs in a file
 # how often each task is drawn: the local ones are harder to learn than the global ones, so they come more often
 TASK_MIX = {"style": 1, "object": 2.4, "background": 1.3, "multiple": 1.2, "removal": 2, "addition": 1.6,
@@ -307,6 +308,97 @@ def stage_clip(args, shards, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Stage viclip
+# ---------------------------------------------------------------------------------------------------------------
+
+TINY_VICLIP = dict(image_size=96, patch_size=16, num_frames=8, vision_width=80, vision_layers=3, vision_heads=4,
+                   text_width=48, text_layers=2, text_heads=4, context_length=32, embed_dim=64)
+CLIPS = 250                                                        # pairs of clips in a file, 111 MB
+
+
+def draw_clips(path, index, size, n_frames=8):
+    """Render file `index` of clips: `path`.npy (CLIPS, 2, F, H, W, 3) uint8 [source, target] and `path`.jsonl."""
+    rng = Random(f"clips {index}")
+    frames, lines = np.empty((CLIPS, 2, n_frames, size, size, 3), np.uint8), []
+    for i in range(CLIPS):
+        seed = 50_000_000 + index * CLIPS + i                      # far from the seeds of the world set
+        scene = curate.draw_scene(seed, "real" if i % 5 == 4 else "synthetic")
+        tasks = curate.possible_tasks(scene)
+        edit = curate.propose_edit(scene, seed, rng.choices(tasks, [TASK_MIX[t] for t in tasks])[0])
+        t0 = rng.uniform(0, 4)
+        for k, s in enumerate((scene, edit.target)):
+            frames[i, k] = (curate.render(s, n_frames, size, size, t0=t0) * 255 + .5).astype(np.uint8)
+        lines.append(dict(instruction=edit.instruction, source=edit.source_caption, target=edit.target_caption))
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    with open(path.with_suffix(".tmp"), "wb") as f:                # renamed last: a file is there whole or not at all
+        np.save(f, frames)
+    os.replace(path.with_suffix(".tmp"), path.with_suffix(".npy"))
+
+
+def clip_set(folder, n_pairs, size):
+    """Draw what is missing of the first n_pairs pairs of clips; returns [(frames memmap, [record])] by file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{size}px-{i:05d}" for i in range(-(-n_pairs // CLIPS))]
+    todo = [(p, i) for i, p in enumerate(paths) if not p.with_suffix(".npy").is_file()]
+    if todo:
+        print(f"drawing {len(todo) * CLIPS} pairs of clips into {folder} ({len(todo) * CLIPS * size * size * 48 / 1e9:.1f} GB)")
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            for job in tqdm([pool.submit(draw_clips, p, i, size) for p, i in todo], unit="file"):
+                job.result()
+    return [(np.load(p.with_suffix(".npy"), mmap_mode="r"),
+             [json.loads(x) for x in p.with_suffix(".jsonl").read_text().splitlines()]) for p in paths]
+
+
+def stage_viclip(args, shards, out, base):
+    """ViCLIP on drawn clips with stage clip's loss: captions on clips, source and target of a pair in one batch, plus
+    captions' difference and instructions on the direction from source to target, which is what ViCLIP_dir asks for.
+
+    Every other step sees stills of the world set, which its temporal positions allow (a still takes their mean): they
+    cost an eighth and show far more scenes.
+    """
+    tokenizer = Tokenizer(base / "tokenizer" / "vocab.json", base / "tokenizer" / "merges.txt", pad=0)
+    clips = clip_set(args.data / "clips", args.clips_drawn, args.size)
+    square = [s for s in shards if s[0].shape[2] == s[0].shape[3]]
+    torch.manual_seed(args.seed)
+    config = TINY_VICLIP | {"vocab_size": len(tokenizer.vocab), "image_size": args.size}
+    net = ViCLIP(config)
+    torch.nn.init.constant_(net.temp, 0.07)                        # the published 0.01 is where training ends
+    mean, std = (v[:, None, None].to(args.device) for v in (net.MEAN, net.STD))
+
+    def loss_fn(step, generator):
+        still = step % 2 == 0
+        frames, records, rows = pick(square, 48, generator) if still else pick(clips, 16, generator, axis=3)
+        records = [records[i] for i in rows]
+        x = np.concatenate([frames[rows, 0], frames[rows, 1]])     # (2N, 96, 96, 3) or (2N, 8, 96, 96, 3)
+        x = torch.from_numpy(x[:, None] if still else x).to(args.device).permute(0, 1, 4, 2, 3).float() / 255
+        x = x + 0.01 * torch.randn(len(x), 1, 1, 1, 1, generator=generator).to(x)
+        video = net.encode_video((x - mean) / std)
+        before, after = [r["source"] for r in records], [r["target"] for r in records]
+        orders = [r["instruction"] for r in records]
+        texts = net.encode_text(tokenizer(before + after + orders, length=net.context))
+        captions, orders_x = texts[:2 * len(rows)], texts[2 * len(rows):]
+        scale = 1 / net.temp.clamp(min=0.01)
+
+        def same(names):
+            ids = {t: i for i, t in enumerate(dict.fromkeys(names))}
+            k = torch.tensor([ids[t] for t in names], device=args.device)
+            return k[:, None] == k
+
+        def change(y):                                             # of normalised features, as in the score
+            y = F.normalize(y, dim=-1)
+            return y[len(rows):] - y[:len(rows)]
+        moved, slow = change(video), scale.clamp(max=20)
+        pairs = [f"{a} -> {b}" for a, b in zip(before, after)]
+        return (match(video, captions, scale, same(before + after)) + 0.5 * match(moved, orders_x, slow, same(orders)) +
+                0.5 * match(moved, change(captions), slow, same(pairs)))
+
+    steps = args.steps or STEPS["viclip"]
+    meta = dict(stage="viclip", config=config, args=dict(steps=steps, seed=args.seed, clips=args.clips_drawn, lr=args.lr or 1e-3))
+    fit(net, loss_fn, out, meta, steps, args.lr or 1e-3, 32, ema=0.995, device=args.device, resume_any=args.force)
+    return net, config
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Stage image: InstructPix2Pix
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -509,6 +601,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, help="peak learning rate; default 1.5e-3 vae and decoder, 1e-3 clip and image")
     p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 24")
     p.add_argument("--pairs", type=int, default=60000, help="pairs of the world set")
+    p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")
     p.add_argument("--size", type=int, default=96, help="short side in pixels, a multiple of 32")
     p.add_argument("--seed", type=int, default=0, help="initialisation; also of eval's scenes")
     p.add_argument("--t-bias", type=float, default=0.5, help="time steps are T*u^bias: 1 uniform, below 1 more noise")
@@ -525,7 +618,7 @@ def parse_args(argv=None):
     p.add_argument("--source-cfg", type=float, help="eval: source guidance; default the checkpoint's")
     p.add_argument("--to", type=Path, default=ROOT / "assets" / "tiny", help="export: target directory")
     args = p.parse_args(argv)
-    for name, low in (("steps", 1), ("batch", 1), ("pairs", 1), ("n", 1), ("frames", 1)):
+    for name, low in (("steps", 1), ("batch", 1), ("pairs", 1), ("clips_drawn", 1), ("n", 1), ("frames", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise UserError(f"--{name} {getattr(args, name)}: needs {low} or more")
     if args.size % 32 or args.size < 32:
@@ -558,6 +651,13 @@ def main(argv=None):
             folder.mkdir(exist_ok=True)
             for name in ("vocab.json", "merges.txt"):
                 (folder / name).write_bytes((args.runs / "clip" / "tokenizer" / name).read_bytes())
+    if wanted("viclip", args):
+        if not (base / "tokenizer").is_dir():
+            raise UserError(f"--stage viclip needs {base / 'tokenizer'}; run --stage clip first")
+        viclip, config = stage_viclip(args, shards, args.runs / "viclip", base)
+        write_network(base / "viclip", config, viclip.state_dict())
+        for name in ("vocab.json", "merges.txt"):
+            (base / "viclip" / name).write_bytes((base / "tokenizer" / name).read_bytes())
     if wanted("image", args):
         for part, stage in (("vae", "vae"), ("text_encoder", "clip")):
             if not (base / part / "config.json").is_file():
