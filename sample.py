@@ -646,6 +646,8 @@ def main(argv=None):
     print(f"model: {source} ({why})")
     try:
         ed = VideoEditor.from_pretrained(source, device=args.device, dtype=args.dtype)
+        if args.mode == "video" and ed.default_mode != "video":
+            raise UserError(f"--mode video: {source} has no trained video layers; use --mode ffg or image")
         height, width = model_size(clip, ed.size if args.size == -1 else args.size, ed.multiple)
         print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} "
               f"on {ed.device}")

@@ -39,7 +39,7 @@ from model import ROOT, VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEdito
 # The world set: pairs of frames drawn once, shared by all stages
 # ---------------------------------------------------------------------------------------------------------------
 
-STEPS = {"vae": 2200, "clip": 1000, "viclip": 2000, "image": 8800, "decoder": 1500}             # optimizer steps of each stage
+STEPS = {"vae": 2200, "clip": 1000, "viclip": 2000, "image": 8800, "decoder": 1000}             # optimizer steps of each stage
 SHARD = 500                                                        # pairs in a file
 # how often each task is drawn: the local ones are harder to learn than the global ones, so they come more often
 TASK_MIX = {"style": 1, "object": 2.4, "background": 1.3, "multiple": 1.2, "removal": 2, "addition": 1.6,
