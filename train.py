@@ -4,7 +4,6 @@
     python train.py --stage clip        tiny CLIP on frames and captions; its text tower then is the editor's text encoder
     python train.py --stage viclip      tiny ViCLIP on drawn clips, a scorer
     python train.py --stage image       the InstructPix2Pix-style image editor, on (source, instruction, target)
-    python train.py --stage decoder     the autoencoder's decoder alone a while longer (the latents stay as they are)
     python train.py --stage eval        held-out table of the trained or embedded image editor (also printed after training)
     python train.py --stage export      copy the finished networks into assets/tiny as float16
     python train.py                     all of them, in this order, skipping what is finished
@@ -39,7 +38,7 @@ from model import ROOT, VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEdito
 # The world set: pairs of frames drawn once, shared by all stages
 # ---------------------------------------------------------------------------------------------------------------
 
-STEPS = {"vae": 2200, "clip": 1000, "viclip": 2000, "image": 8800, "decoder": 1000}             # optimizer steps of each stage
+STEPS = {"vae": 1300, "clip": 1000, "viclip": 2000, "image": 2400}               # optimizer steps of each stage
 SHARD = 500                                                        # pairs in a file
 # how often each task is drawn: the local ones are harder to learn than the global ones, so they come more often
 TASK_MIX = {"style": 1, "object": 2.4, "background": 1.3, "multiple": 1.2, "removal": 2, "addition": 1.6,
@@ -184,38 +183,34 @@ def as_input(frames):
 # Stage vae
 # ---------------------------------------------------------------------------------------------------------------
 
-TINY_VAE = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=32, layers_per_block=1,
-                block_out_channels=[16, 48, 64, 96], norm_num_groups=2, act_fn="silu", sample_size=96)
+TINY_VAE = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=8, layers_per_block=1,
+                block_out_channels=[24, 48, 96], norm_num_groups=4, act_fn="silu", sample_size=64,
+                down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3)
 
 
-def stage_vae(args, shards, out, start=None):
+def stage_vae(args, shards, out):
     """Autoencoder: L1 + L2 on pixels and on their differences (edges), and a very small KL term (no adversary).
 
-    start: a finished autoencoder whose decoder alone is trained further (stage "decoder"): its latents, and with them
-    the editor, stay as they are.
+    On 64 crops of 32 pixels a step: many small pictures teach faster than few large ones at the same cost.
     """
     torch.manual_seed(args.seed)
     vae = VAE(TINY_VAE)
-    if start:
-        vae.load_state_dict(load_file(start / "diffusion_pytorch_model.safetensors"))
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
 
     def loss_fn(step, generator):
-        frames, _, rows = pick(shards, 16, generator)
-        x = as_input(np.stack([frames[i, k % 2] for k, i in enumerate(rows)])).to(args.device)
+        frames, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
+        rows = torch.randint(len(records), (64,), generator=generator).tolist()
+        top, left = (8 * int(torch.randint((side - 32) // 8 + 1, (1,), generator=generator)) for side in frames.shape[2:4])
+        x = np.stack([frames[i, k % 2, top:top + 32, left:left + 32] for k, i in enumerate(rows)])
+        x = as_input(x).to(args.device)
         mean, logvar = vae.encode(x)
-        std = (logvar / 2).exp()
-        if start:                                                  # also errors as large as an editor's
-            std = std + 0.3 * mean.std() * torch.rand(len(rows), 1, 1, 1, generator=generator).to(mean) ** 2
-        d = vae.decode(mean + std * torch.randn(mean.shape, generator=generator).to(mean)) - x
+        d = vae.decode(mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)) - x
         edges = d.diff(dim=2).abs().mean() + d.diff(dim=3).abs().mean()
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
         return d.abs().mean() + 2 * d.square().mean() + 0.5 * edges + 1e-4 * kl
 
-    steps, lr = args.steps or STEPS[out.name], args.lr or 1.5e-3
-    meta = dict(stage=out.name, config=TINY_VAE, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=lr))
-    fit(vae, loss_fn, out, meta, steps, lr, 16, ema=0.998, device=args.device, resume_any=args.force)
+    steps, lr = args.steps or STEPS["vae"], args.lr or 2e-3
+    meta = dict(stage="vae", config=TINY_VAE, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=lr))
+    fit(vae, loss_fn, out, meta, steps, lr, 64, ema=0.995, device=args.device, resume_any=args.force)
     # the factor that brings the latents to unit variance goes into the published place, the config
     with torch.no_grad():
         z = torch.cat([vae.encode(as_input(f[:16, 0]).to(args.device))[0].flatten() for f, _ in shards[:20]])
@@ -223,7 +218,7 @@ def stage_vae(args, shards, out, start=None):
         y = torch.cat([vae.decode(vae.encode(part.to(args.device))[0]).cpu() for part in x.split(16)])
     config = TINY_VAE | {"scaling_factor": round(1 / z.std().item(), 5)}
     error = (x - y.clamp(-1, 1)).square().mean(dim=(1, 2, 3)) / 4
-    print(f"{out.name}: {-10 * error.log10().mean():.2f} dB on {len(x)} training frames, latent scale {config['scaling_factor']}")
+    print(f"vae: {-10 * error.log10().mean():.2f} dB on {len(x)} training frames, latent scale {config['scaling_factor']}")
     return vae, config
 
 
@@ -357,10 +352,10 @@ def stage_viclip(args, shards, out, base):
     cost an eighth and show far more scenes.
     """
     tokenizer = Tokenizer(base / "tokenizer" / "vocab.json", base / "tokenizer" / "merges.txt", pad=0)
-    clips = clip_set(args.data / "clips", args.clips_drawn, args.size)
+    clips = clip_set(args.data / "clips", args.clips_drawn, TINY_VICLIP["image_size"])
     square = [s for s in shards if s[0].shape[2] == s[0].shape[3]]
     torch.manual_seed(args.seed)
-    config = TINY_VICLIP | {"vocab_size": len(tokenizer.vocab), "image_size": args.size}
+    config = TINY_VICLIP | {"vocab_size": len(tokenizer.vocab)}
     net = ViCLIP(config)
     torch.nn.init.constant_(net.temp, 0.07)                        # the published 0.01 is where training ends
     mean, std = (v[:, None, None].to(args.device) for v in (net.MEAN, net.STD))
@@ -402,10 +397,10 @@ def stage_viclip(args, shards, out, base):
 # Stage image: InstructPix2Pix
 # ---------------------------------------------------------------------------------------------------------------
 
-TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=64, out_channels=32, block_out_channels=[96, 128],
-                 layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=96, sample_size=12,
-                 down_block_types=["CrossAttnDownBlock2D"] * 2, mid_block_type="UNetMidBlock2DCrossAttn",
-                 up_block_types=["CrossAttnUpBlock2D"] * 2, norm_eps=1e-5, act_fn="silu", use_linear_projection=False)
+TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=16, out_channels=8, block_out_channels=[80, 160],
+                 layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=96, sample_size=16,
+                 down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], mid_block_type="UNetMidBlock2DCrossAttn",
+                 up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], norm_eps=1e-5, act_fn="silu", use_linear_projection=False)
 TINY_GUIDANCE = [1.5, 1.0]                                         # text, source: measured, see README
 TINY_SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                       num_train_timesteps=1000, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
@@ -455,7 +450,7 @@ def stage_image(args, shards, out, base):
             torch.nn.init.zeros_(p)
     scheduler = read_json(base / "scheduler" / "scheduler_config.json")
     abar, v_prediction = noise_levels(scheduler).to(args.device), scheduler["prediction_type"] == "v_prediction"
-    batch = args.batch or 24
+    batch = args.batch or 32
 
     def loss_fn(step, generator):
         latents, records, rows = pick(shards, batch, generator, axis=3)
@@ -598,11 +593,11 @@ def parse_args(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     # training
     p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}")
-    p.add_argument("--lr", type=float, help="peak learning rate; default 1.5e-3 vae and decoder, 1e-3 clip and image")
-    p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 24")
-    p.add_argument("--pairs", type=int, default=60000, help="pairs of the world set")
+    p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others")
+    p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 32")
+    p.add_argument("--pairs", type=int, default=30000, help="pairs of the world set")
     p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")
-    p.add_argument("--size", type=int, default=96, help="short side in pixels, a multiple of 32")
+    p.add_argument("--size", type=int, default=64, help="short side of the editor's frames in pixels, a multiple of 32")
     p.add_argument("--seed", type=int, default=0, help="initialisation; also of eval's scenes")
     p.add_argument("--t-bias", type=float, default=0.5, help="time steps are T*u^bias: 1 uniform, below 1 more noise")
     p.add_argument("--region-weight", type=float, default=5.0, help="extra loss weight where the true edit changes the latents")
@@ -638,11 +633,13 @@ def main(argv=None):
     base = args.runs / "base"
     if args.stage in ("all", *STEPS):
         shards = world_set(args.data / "world", args.pairs, args.size)
+        if args.stage not in ("vae", "image"):                     # the scorers look at more pixels than the editor makes
+            large = world_set(args.data / "world", 2 * args.pairs, TINY_VISION["image_size"])
     if wanted("vae", args):
         vae, config = stage_vae(args, shards, args.runs / "vae")
         write_network(base / "vae", config, vae.state_dict(), "diffusion_pytorch_model.safetensors")
     if wanted("clip", args):
-        clip, config, tokenizer = stage_clip(args, shards, args.runs / "clip")
+        clip, config, tokenizer = stage_clip(args, large, args.runs / "clip")
         write_network(base / "clip", config, clip.state_dict())
         write_network(base / "text_encoder", config["text_config"],
                       {k: v for k, v in clip.state_dict().items() if k.startswith("text_model.")})
@@ -654,7 +651,7 @@ def main(argv=None):
     if wanted("viclip", args):
         if not (base / "tokenizer").is_dir():
             raise UserError(f"--stage viclip needs {base / 'tokenizer'}; run --stage clip first")
-        viclip, config = stage_viclip(args, shards, args.runs / "viclip", base)
+        viclip, config = stage_viclip(args, large, args.runs / "viclip", base)
         write_network(base / "viclip", config, viclip.state_dict())
         for name in ("vocab.json", "merges.txt"):
             (base / "viclip" / name).write_bytes((base / "tokenizer" / name).read_bytes())
@@ -667,10 +664,6 @@ def main(argv=None):
         write_json(base / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": dict(
             size=args.size, guidance=TINY_GUIDANCE, words=curate.known_words(), examples=curate.examples())})
         stage_image(args, shards, args.runs / "image", base)
-    if wanted("decoder", args):
-        vae, config = stage_vae(args, shards, args.runs / "decoder", start=base / "vae")
-        config["scaling_factor"] = read_json(base / "vae" / "config.json")["scaling_factor"]
-        write_network(base / "vae", config, vae.state_dict(), "diffusion_pytorch_model.safetensors")
     if args.stage in ("all", "image", "eval"):
         found = args.runs / "image" if (args.runs / "image" / "model.safetensors").is_file() else "tiny"
         ed = VideoEditor.from_pretrained(args.weights or found, device=args.device)
