@@ -38,7 +38,7 @@ from model import ROOT, VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEdito
 # The world set: pairs of frames drawn once, shared by all stages
 # ---------------------------------------------------------------------------------------------------------------
 
-STEPS = {"vae": 1300, "clip": 1000, "viclip": 2000, "image": 2400}               # optimizer steps of each stage
+STEPS = {"vae": 1300, "clip": 1000, "viclip": 2000, "image": 1700}               # optimizer steps of each stage
 SHARD = 500                                                        # pairs in a file
 # how often each task is drawn: the local ones are harder to learn than the global ones, so they come more often
 TASK_MIX = {"style": 1, "object": 2.4, "background": 1.3, "multiple": 1.2, "removal": 2, "addition": 1.6,
@@ -401,7 +401,7 @@ TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=16, out_channel
                  layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=96, sample_size=16,
                  down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], mid_block_type="UNetMidBlock2DCrossAttn",
                  up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], norm_eps=1e-5, act_fn="silu", use_linear_projection=False)
-TINY_GUIDANCE = [1.5, 1.0]                                         # text, source: measured, see README
+TINY_GUIDANCE = [1.5, 1.0]                                         # text, source
 TINY_SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                       num_train_timesteps=1000, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
                       steps_offset=1, timestep_spacing="leading")
