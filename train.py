@@ -52,32 +52,40 @@ def draw_shard(path, index, size):
     height, width = rng.choices([(size, size), (size, wide), (wide, size)], [80, 12, 8])[0]
     frames, lines = np.empty((SHARD, 2, height, width, 3), np.uint8), []
     for i in range(SHARD):
-        seed = index * SHARD + i
-        domain = "real" if i % 5 == 4 else "synthetic"             # the image editor later sees the synthetic ones only
-        scene = curate.draw_scene(seed, domain)
-        tasks = curate.possible_tasks(scene)
-        edit = curate.propose_edit(scene, seed, rng.choices(tasks, [TASK_MIX[t] for t in tasks])[0])
-        t0 = rng.uniform(0, 4)
-        for k, s in enumerate((scene, edit.target)):
-            frames[i, k] = (curate.render(s, 1, height, width, t0=t0)[0] * 255 + .5).astype(np.uint8)
-        lines.append(dict(seed=seed, domain=domain, task=edit.task, instruction=edit.instruction,
-                          source=edit.source_caption, target=edit.target_caption))
+        frames[i], record = draw_pair(index * SHARD + i, "real" if i % 5 == 4 else "synthetic", rng, height, width)
+        lines.append(record)
+    save_shard(path, frames, lines)
+
+
+def draw_pair(seed, domain, rng, height, width, n_frames=1):
+    """One scene and one edit of it: frames (2, H, W, 3), or (2, F, H, W, 3) of a clip, uint8, and their record."""
+    scene = curate.draw_scene(seed, domain)
+    tasks = curate.possible_tasks(scene)
+    edit = curate.propose_edit(scene, seed, rng.choices(tasks, [TASK_MIX[t] for t in tasks])[0])
+    t0 = rng.uniform(0, 4)
+    frames = np.stack([curate.render(s, n_frames, height, width, t0=t0) for s in (scene, edit.target)])
+    record = dict(seed=seed, domain=domain, task=edit.task, instruction=edit.instruction,
+                  source=edit.source_caption, target=edit.target_caption)
+    frames = (frames * 255 + .5).astype(np.uint8)
+    return frames[:, 0] if n_frames == 1 else frames, record
+
+
+def save_shard(path, frames, lines):
     path.with_suffix(".jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     with open(path.with_suffix(".tmp"), "wb") as f:                # renamed last: a shard is there whole or not at all
         np.save(f, frames)
     os.replace(path.with_suffix(".tmp"), path.with_suffix(".npy"))
 
 
-def world_set(folder, n_pairs, size):
-    """Draw what is missing of the first n_pairs pairs, on all cores; returns [(frames memmap, [record])] by shard."""
+def world_set(folder, n_pairs, size, draw=draw_shard, per_file=SHARD):
+    """Draw what is missing of the first n_pairs pairs, on all cores; returns [(frames memmap, [record])] by file."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{size}px-{i:05d}" for i in range(-(-n_pairs // SHARD))]
+    paths = [folder / f"{size}px-{i:05d}" for i in range(-(-n_pairs // per_file))]
     todo = [(p, i) for i, p in enumerate(paths) if not p.with_suffix(".npy").is_file()]
     if todo:
-        print(f"drawing {len(todo) * SHARD} pairs into {folder} ({len(todo) * SHARD * size * size * 6 / 1e9:.1f} GB)")
+        print(f"drawing {len(todo) * per_file} pairs into {folder}")
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            jobs = [pool.submit(draw_shard, p, i, size) for p, i in todo]
-            for job in tqdm(jobs, unit="shard"):
+            for job in tqdm([pool.submit(draw, p, i, size) for p, i in todo], unit="file"):
                 job.result()
     return [(np.load(p.with_suffix(".npy"), mmap_mode="r"),
              [json.loads(x) for x in p.with_suffix(".jsonl").read_text().splitlines()]) for p in paths]
@@ -315,33 +323,11 @@ def draw_clips(path, index, size, n_frames=8):
     """Render file `index` of clips: `path`.npy (CLIPS, 2, F, H, W, 3) uint8 [source, target] and `path`.jsonl."""
     rng = Random(f"clips {index}")
     frames, lines = np.empty((CLIPS, 2, n_frames, size, size, 3), np.uint8), []
-    for i in range(CLIPS):
-        seed = 50_000_000 + index * CLIPS + i                      # far from the seeds of the world set
-        scene = curate.draw_scene(seed, "real" if i % 5 == 4 else "synthetic")
-        tasks = curate.possible_tasks(scene)
-        edit = curate.propose_edit(scene, seed, rng.choices(tasks, [TASK_MIX[t] for t in tasks])[0])
-        t0 = rng.uniform(0, 4)
-        for k, s in enumerate((scene, edit.target)):
-            frames[i, k] = (curate.render(s, n_frames, size, size, t0=t0) * 255 + .5).astype(np.uint8)
-        lines.append(dict(instruction=edit.instruction, source=edit.source_caption, target=edit.target_caption))
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    with open(path.with_suffix(".tmp"), "wb") as f:                # renamed last: a file is there whole or not at all
-        np.save(f, frames)
-    os.replace(path.with_suffix(".tmp"), path.with_suffix(".npy"))
-
-
-def clip_set(folder, n_pairs, size):
-    """Draw what is missing of the first n_pairs pairs of clips; returns [(frames memmap, [record])] by file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{size}px-{i:05d}" for i in range(-(-n_pairs // CLIPS))]
-    todo = [(p, i) for i, p in enumerate(paths) if not p.with_suffix(".npy").is_file()]
-    if todo:
-        print(f"drawing {len(todo) * CLIPS} pairs of clips into {folder} ({len(todo) * CLIPS * size * size * 48 / 1e9:.1f} GB)")
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            for job in tqdm([pool.submit(draw_clips, p, i, size) for p, i in todo], unit="file"):
-                job.result()
-    return [(np.load(p.with_suffix(".npy"), mmap_mode="r"),
-             [json.loads(x) for x in p.with_suffix(".jsonl").read_text().splitlines()]) for p in paths]
+    for i in range(CLIPS):                                         # seeds far from those of the world set
+        frames[i], record = draw_pair(50_000_000 + index * CLIPS + i, "real" if i % 5 == 4 else "synthetic", rng,
+                                      size, size, n_frames)
+        lines.append(record)
+    save_shard(path, frames, lines)
 
 
 def stage_viclip(args, shards, out, base):
@@ -352,7 +338,7 @@ def stage_viclip(args, shards, out, base):
     cost an eighth and show far more scenes.
     """
     tokenizer = Tokenizer(base / "tokenizer" / "vocab.json", base / "tokenizer" / "merges.txt", pad=0)
-    clips = clip_set(args.data / "clips", args.clips_drawn, TINY_VICLIP["image_size"])
+    clips = world_set(args.data / "clips", args.clips_drawn, TINY_VICLIP["image_size"], draw_clips, CLIPS)
     square = [s for s in shards if s[0].shape[2] == s[0].shape[3]]
     torch.manual_seed(args.seed)
     config = TINY_VICLIP | {"vocab_size": len(tokenizer.vocab)}

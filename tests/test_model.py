@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from model import EPM, VAE, DDIM, DPMSolver, TextEncoder, Tokenizer, UNet, UserError, VideoEditor, clean_text
+from model import EPM, VAE, DDIM, DPMSolver, TextEncoder, UNet, UserError, VideoEditor, clean_text
 
 GOLDENS = Path(__file__).parent / "goldens"
 IP2P, OTHER = GOLDENS / "instruct-pix2pix", GOLDENS / "other-sizes"
