@@ -1,40 +1,708 @@
-"""Curation, and below it the world that the `tiny` model learns from.
+"""Curation: the paper's data synthesis and refinement, and below it the world that the `tiny` model learns from.
+
+    python curate.py images --weights tiny --to data/tiny/images --n 20       edits of images, the best with its trajectory
+    python curate.py videos --weights tiny --images data/tiny/images --to data/tiny/round0     clips under that trajectory
+    python curate.py real --round 1 --weights runs/tiny/round0 --to data/tiny/round1           real clips, edited
+    python curate.py look data/tiny/images                                    one HTML page of it
+    python curate.py calibrate data/tiny/images                               weights of the filter's total
 
 Contents
+  the pipeline         the data set on disk, candidates and filter, one function per stage
   the shapes world     scenes drawn by code, with the exact target video of every edit: names and scenes,
                        canvases, shapes, rendering, effects and styles, captions and wordings, edits
+  sources              readers of image pairs, pairs of clips and real videos; cutting into clips
+  judging              calibrate: weights of the filter's total; look: a data set as a page
   CogVideoX            the teacher that turns a frame into a clip: T5, transformer, causal 3-D VAE, samplers
-  command line         python curate.py scene OUT: one scene and its true edit, as videos
+  command line         flags of all commands; `scene` draws one scene and its true edit
 """
 import argparse
+import base64
 import hashlib
+import importlib.util
 import io
+import json
 import math
 import os
 import re
+import shutil
 import struct
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
+import scipy.optimize
+import scipy.special
+import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.io import wavfile
 from scipy.ndimage import gaussian_filter, map_coordinates
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 from tqdm import tqdm
 
-from model import UserError, attention, hub_dir, load_weights, read_json, read_tensors, run, timestep_embedding
-from sample import probe, write_video
+import metrics
+from model import (ROOT, UserError, VideoEditor, attention, hub_dir, load_weights, read_json, read_tensors, run,
+                   timestep_embedding)
+from sample import IMAGES, probe, read_frames, resize, to_rgb, to_tensor, write_video
+
+# ----------------------------------------------------------------------------------------------------------
+# The pipeline (paper, section 3.2): one function per stage. A data set is a folder with
+#     dataset.json        what made it; a later run with other settings is refused
+#     manifest.jsonl      one line per candidate, kept or not; all lines of a source are appended at once
+#     <id>/               images: source.png target.png trajectory.safetensors {"trajectory": (steps + 1, c, h, w)}
+#                         clips:  source.mp4 target.mp4 latents.safetensors {"source", "target": (F, c, h, w)}
+# Latents are float16 and unscaled: of the source the posterior mode, of the target the sampled latents themselves,
+# which spares them a trip through the autoencoder. Training reads latents; the mp4 (H.264, crf 16) are for people.
+# A dropped source has a folder, too, with its best candidate to look at, but neither trajectory nor latents.
+# ----------------------------------------------------------------------------------------------------------
+
+N_FRAMES, FPS = 16, 8.0             # of every clip; videos are resampled to this rate, folders of frames as they are
+# Guidance is drawn around the checkpoint's own: for 7.5 and 1.5 this is the paper's 5.0-12.5 (text), 1.2-2.0 (source)
+TEXT_RANGE, SOURCE_RANGE = (2 / 3, 5 / 3), (0.8, 4 / 3)
+THRESHOLDS = {                      # by scorers: a candidate below one of them is out. The paper's are not published.
+    "published": {
+        # UltraEdit's free-form run script; its SSIM check is commented out there, and left out here
+        "clip_sim_source": 0.2, "clip_sim_target": 0.2, "clip_sim_dir": 0.22, "clip_sim_image": 0.75, "dinov2_sim": 0.4,
+        # ours: CLIPText as 100 x the same 0.2, the others somewhat below the averages in the paper's Table 1
+        "clip_text": 20, "clip_frame": 0.85, "viclip_out": 0.2, "pick_score": 19},
+    "tiny": {
+        # ours: of the true edits of drawn scenes, once through the autoencoder, 95 % lie above each (120 images, 40 clips)
+        "clip_sim_target": 0.44, "clip_sim_dir": -0.1, "clip_text": 43, "viclip_out": 0.45, "clip_frame": 0.9}}
+# The total's scores: equal weights until `calibrate` has fitted others. <score>_gain is over the untouched source's.
+IMAGE_WEIGHTS = {key: 1 for key in ("clip_sim_source", "clip_sim_target", "clip_sim_dir", "clip_sim_image",
+                                    "dinov2_sim", "ssim")}
+VIDEO_WEIGHTS = metrics.WEIGHTS | {"clip_text_gain": 1, "viclip_out_gain": 1}
+DINO = "facebook/dinov2-with-registers-large"                      # UltraEdit's; only for the published scorers
+PAPER_YIELD = {"images": "50 K images, 25 K kept", "videos": "25 K images, 9 K clips kept",
+               "real 1": "16 K clips, 3,402 kept", "real 2": "16 K clips, 5,048 kept"}
+
+
+# ---- a data set on disk ----------------------------------------------------------------------------------
+
+def shard():
+    """(rank, number of ranks) as torchrun sets them; one process needs no launcher."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def mine(items):
+    rank, world = shard()
+    return [x for i, x in enumerate(items) if i % world == rank]
+
+
+def ident(*parts):
+    """Twelve hex digits from what a source is made of."""
+    return hashlib.sha1(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@lru_cache(1)
+def code_version():
+    files = [ROOT / f"{name}.py" for name in ("model", "sample", "metrics", "curate")]
+    return hashlib.sha1(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
+
+
+def write_aside(path, text):
+    """There whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def read_lines(path):
+    """JSON lines of a file -> (dicts, lines cut by a crash: 0 or 1). UserError for a broken line inside."""
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")       # a whole line ends in \n
+    rows = []
+    for n, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}, line {n}: is not JSON; remove that line, its source is then done again") from None
+    return rows, int(bool(rest))
+
+
+def whole_sources(path):
+    """(lines of the sources that are complete, number of other lines): a kill can cut the last source's lines."""
+    rows, cut = read_lines(path)
+    if not all(isinstance(row, dict) and {"id", "order", "candidate", "of"} <= row.keys() for row in rows):
+        raise UserError(f"{path}: is no manifest of curate.py; pass the folder of a data set")
+    seen = Counter(row["id"] for row in rows)
+    whole = [row for row in rows if seen[row["id"]] == row["of"]]
+    return whole, len(rows) - len(whole) + cut
+
+
+def read_manifest(where):
+    """All lines [dict] of a data set (its folder, with all ranks' files) or of one manifest, in order of sources."""
+    where, rows = Path(where), {}
+    files = sorted(where.glob("manifest.*.jsonl")) + [where / "manifest.jsonl"] if where.is_dir() else [where]
+    for path in files:                              # the merged file last: a rank that merges removes the others
+        if path.is_file():
+            rows |= {(row["id"], row["candidate"]): row for row in whole_sources(path)[0]}
+    if not any(path.is_file() for path in files):
+        raise UserError(f"{where}: holds no manifest.jsonl; pass a data set that curate.py made")
+    return sorted(rows.values(), key=lambda row: (row["order"], row["candidate"]))
+
+
+def dump(rows):
+    """JSON lines; NaN, which JSON does not know, becomes null."""
+    def plain(x):
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return "".join(json.dumps(plain(row)) + "\n" for row in rows)
+
+
+def merge(folder):
+    """All ranks' manifests into manifest.jsonl. Two ranks may do it at once: both write the same."""
+    parts = list(folder.glob("manifest.*.jsonl"))
+    write_aside(folder / "manifest.jsonl", dump(read_manifest(folder)))
+    for path in [*parts, *folder.glob("manifest.*.done")]:
+        path.unlink(missing_ok=True)
+
+
+def check_config(folder, config, force):
+    """dataset.json tells what made a data set; other settings are refused, by name, unless --force."""
+    path = folder / "dataset.json"
+    old = read_json(path) if path.is_file() else config
+    changed = [k for k in sorted(config.keys() | old.keys()) if old.get(k) != config.get(k)]
+    if changed and not force:
+        names = ", ".join(f"{k} {old.get(k)} (now {config.get(k)})" for k in changed)
+        raise UserError(f"{folder}: made with {names}; pass the same, another --to, or --force to go on with "
+                        "the new settings")
+    if changed or not path.is_file():
+        write_aside(path, json.dumps(config, indent=1))
+
+
+def write_files(folder, files):
+    """{name: rgb (H, W, 3), video (1, F, 3, H, W) or dict of tensors} into `folder`, which appears when it is whole."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for name, data in files.items():
+        if name.endswith(".png"):
+            Image.fromarray(data).save(part / name)
+        elif name.endswith(".mp4"):
+            write_video(part / name, data, FPS)
+        else:
+            save_file({k: v.half().contiguous().cpu() for k, v in data.items()}, part / name)
+    shutil.rmtree(folder, ignore_errors=True)       # left by a kill before its lines were written
+    os.replace(part, folder)
+
+
+class Unusable(UserError):
+    """A source that cannot be read: it gets a line saying so, and the run goes on."""
+
+
+def run_stage(args, config, items, work, per_source, unit):
+    """Call work(item) -> (candidate rows, files) for every source not in the manifest yet, and append its lines.
+
+    items: this rank's sources, dicts with id, order and the first columns of their lines. per_source: bytes on disk,
+    at most. Killed at any moment, the same command goes on: a source's files are renamed into place, then its lines
+    are written at once. Raises UserError for a full disk, and where the filters keep nothing.
+    """
+    folder, (rank, world) = args.to, shard()
+    check_config(folder, config, args.force)
+    log = folder / ("manifest.jsonl" if world == 1 else f"manifest.{rank}.jsonl")
+    if world == 1 and list(folder.glob("manifest.*.jsonl")):
+        merge(folder)
+    if log.is_file():
+        whole, cut = whole_sources(log)
+        if cut:
+            print(f"{log}: {cut} lines cut by a crash; their source is done again")
+            write_aside(log, dump(whole))
+    log.touch()
+    done = {row["id"] for row in read_manifest(folder)}
+    todo = [item for item in items if item["id"] not in done]
+    todo = todo if args.limit == -1 else todo[:args.limit]
+    need, free = len(todo) * per_source, shutil.disk_usage(folder).free
+    print(f"{folder}: {len(todo)} of {len(items)} {unit}s to do, {len(items) - len(todo)} done or left for later; "
+          f"at most {need / 1e6:.0f} MB on disk ({per_source / 1e3:.0f} KB a {unit}), {free / 1e9:.1f} GB free")
+    if need > free:
+        raise UserError(f"--to {folder}: needs up to {need / 1e9:.1f} GB, {free / 1e9:.1f} are free; "
+                        "pass --limit, fewer sources, or another disk")
+    shared = {"round": config["round"], "code": code_version()}
+    kept = 0
+    bar = tqdm(todo, unit=unit, desc=folder.name, smoothing=0.1)
+    for item in bar:
+        try:
+            rows, files = work(item)
+        except Unusable as error:
+            rows, files = [{"kept": False, "why": f"unreadable: {error}", "scores": {}}], {}
+        except RuntimeError as error:
+            if "out of memory" not in str(error) and "allocate memory" not in str(error):
+                raise
+            raise UserError(f"out of memory at {args.batch} candidates at a time; lower --batch") from None
+        first = {k: item[k] for k in ("id", "order", "task", "instruction", "source_caption", "target_caption")}
+        rows = [first | {"candidate": k, "of": len(rows)} | row | {"origin": item["origin"]} | shared
+                for k, row in enumerate(rows)]
+        try:
+            if files:
+                write_files(folder / item["id"], files)
+            with open(log, "a", encoding="utf-8") as f:
+                f.write(dump(rows))
+                f.flush()
+                os.fsync(f.fileno())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: cannot be written ({error}); what is finished is safe, run the same again "
+                            "when there is room") from None
+        kept += any(row["kept"] for row in rows)
+        bar.set_postfix(kept=kept)
+    if world > 1:
+        (folder / f"manifest.{rank}.done").touch()
+        if len(list(folder.glob("manifest.*.done"))) == world:      # the last one to finish
+            merge(folder)
+    report(folder, unit, finished=args.limit == -1 or len(todo) < args.limit)
+
+
+def report(folder, unit, finished):
+    """Prints what was kept and which threshold removed how many; UserError where in the end nothing is."""
+    rows = read_manifest(folder)
+    sources = {row["id"] for row in rows}
+    kept = {row["id"] for row in rows if row["kept"]}
+    reasons = Counter(part.split(" ")[0].rstrip(":") for row in rows for part in row["why"].split("; ")
+                      if not row["kept"] and " below " in part or part.startswith("unreadable"))
+    lines = [f"{key} removed {n} of {len(rows)} candidates" for key, n in reasons.most_common()]
+    if rows and not kept and finished:
+        raise UserError(f"{folder}: none of {len(sources)} {unit}s kept: {', '.join(lines)}; lower a threshold with "
+                        "--min NAME=VALUE, or see them with curate.py look")
+    print(f"{folder}: {len(kept)} of {len(sources)} {unit}s kept" + "".join(f"\n  {line}" for line in lines))
+
+
+# ---- candidates: drawn in one batch, scored, filtered ----------------------------------------------------
+
+def draw_candidates(ed, item_id, n, seed, first=None):
+    """Seeds and guidance of n candidates: (seeds, text scales, source scales), lists. The first candidate has the
+    checkpoint's own guidance (or `first`): with `--no-filter` it is what a plain edit would be."""
+    seeds, s_txt, s_src = [], [], []
+    for k in range(n):
+        rng = Random(f"candidate {seed} {item_id} {k}")
+        seeds.append(rng.getrandbits(31))
+        s_txt.append(round(ed.guidance[0] * rng.uniform(*TEXT_RANGE), 3))
+        s_src.append(round(ed.guidance[1] * rng.uniform(*SOURCE_RANGE), 3))
+    s_txt[0], s_src[0] = first or ed.guidance
+    return seeds, s_txt, s_src
+
+
+@torch.no_grad()
+def sample_batch(ed, z_src, instruction, z_T, s_txt, s_src, steps, mode, trajectory=None, keep=None):
+    """K edits of one clip in one batch, each with its own noise and guidance.
+
+    z_src (1, F, c, h, w); z_T (K, F, c, h, w); s_txt, s_src: K numbers. mode: as `VideoEditor.sample`; "ffg" takes a
+    trajectory: steps + 1 latents (1 or K, 1, c, h, w). keep (a list) receives the latents of every step and the end.
+    Returns z0 (K, F, c, h, w), scaled.
+    """
+    scheduler, z = ed.scheduler_for(steps), z_T
+    s_txt, s_src = (torch.tensor(s, dtype=torch.float32, device=z.device).view(-1, 1, 1, 1, 1) for s in (s_txt, s_src))
+    src = z_src.expand(len(z), -1, -1, -1, -1)
+    ctx = ed.encode_text([instruction, ""])
+    ctx = ctx[[0] * len(z) + [1] * 2 * len(z)]                      # one branch after the other: (V,T), (V,0), (0,0)
+    for i, t in enumerate(scheduler.timesteps):
+        if keep is not None:
+            keep.append(z)
+        x, y = z, src
+        if mode == "ffg":                                           # anchor row: the first frame's edit at this step
+            x = torch.cat([trajectory[i].to(z).expand(len(z), -1, -1, -1, -1), z], dim=1)
+            y = torch.cat([src[:, :1], src], dim=1)
+        rows = torch.cat([torch.cat([x, part], dim=2) for part in (y, y, torch.zeros_like(y))]).to(ed.dtype)
+        out = ed.unet(rows, torch.full((len(rows),), int(t), device=z.device), ctx, mode).float()
+        e_vt, e_v, e_0 = out[:, -z.shape[1]:].chunk(3)
+        z = scheduler.step(scheduler.to_eps(e_0 + s_src * (e_v - e_0) + s_txt * (e_vt - e_v), i, z), i, z)
+        if not torch.isfinite(z).all():
+            raise UserError(f"sampling step {i + 1} of {steps} gave NaN or Inf; are the weights whole?")
+    if keep is not None:
+        keep.append(z)
+    return z
+
+
+def totals(rows, fitted):
+    """Weighted total of every candidate: (K,). fitted: {"weights"} and, from `calibrate`, "centre" and "spread" to
+    normalise the scores by; without them, they are normalised over the candidates of one source (as the paper says)."""
+    keys = [k for k in fitted["weights"] if all(row["scores"].get(k) is not None for row in rows)]
+    x = np.array([[row["scores"][k] for k in keys] for row in rows], float).reshape(len(rows), -1)
+    w = np.array([fitted["weights"][k] for k in keys], float)
+    centre, spread = ((np.array([fitted[name][k] for k in keys]) for name in ("centre", "spread"))
+                      if "centre" in fitted else (x.mean(0), x.std(0)))
+    return ((x - centre) / np.maximum(spread, 1e-6)) @ w / max(w.sum(), 1e-9)
+
+
+def choose(rows, limits, fitted, keep_all=False):
+    """Thresholds, then the best total: adds total, kept and why to the candidates of one source; returns the index of
+    the kept one, or of the best of the dropped. keep_all: no filter, the first candidate is kept."""
+    total = totals(rows, fitted)
+    for row, value in zip(rows, total):
+        scores = row["scores"] | {"total": float(value)}
+        low = [f"{k} {scores[k]:.3g} below {v:g}" for k, v in limits.items() if scores.get(k) is not None
+               and not scores[k] >= v]              # NaN is below
+        row |= {"total": round(float(value), 4), "kept": False, "why": "; ".join(low)}
+    passed = [k for k, row in enumerate(rows) if not row["why"]]
+    best = 0 if keep_all else max(passed or range(len(rows)), key=lambda k: rows[k]["total"])
+    for k, row in enumerate(rows):
+        if k == best and (passed or keep_all):
+            row |= {"kept": True, "why": "not filtered" if keep_all else "best"}
+        elif not row["why"]:
+            row["why"] = "another candidate is better"
+    return best
+
+
+def judge(ed, rows, z_src, source, edits, truth):
+    """Adds to each candidate's row how its edit compares with the true one, as metrics.SUCCESS says; the filter never
+    sees it. source, edits' items: frames (F, H, W, 3) uint8; truth: (frames, mask (F, H, W) bool), or None."""
+    if truth is None:
+        return
+    at = np.unique(np.linspace(0, len(source) - 1, 4).astype(int))  # four frames of a clip say it
+    (true, mask), source = (x[at] for x in truth), source[at]
+    coded = [ed.decode(z * ed.vae.scaling_factor) for z in (z_src[:, at], ed.encode(to_video(true)))]
+    clips = {name: np.stack(metrics.to_u8(x)) for name, x in zip(metrics.CODED, coded)}
+    clips |= {k: x[at] for k, x in enumerate(edits)}
+    result = {name: {"psnr_outside": metrics.preservation(source, x, mask)[1]} |
+              metrics.truth_scores(source, x, true, mask) for name, x in clips.items()}
+    metrics.add_success(result)
+    for k, row in enumerate(rows):
+        row["truth"] = {"gain": round(result[k]["truth_gain"], 3), "outside": round(result[k]["psnr_outside"], 3),
+                        "success": result[k]["success"]}            # dB inside the true region, dB outside, 0 or 1
+
+
+def to_video(frames):
+    """(F, H, W, 3) uint8 -> video (1, F, 3, H, W) in [-1, 1]."""
+    return torch.stack([to_tensor(x) for x in frames])[None]
+
+
+def open_scorers(args):
+    """({role: hub id or directory}, their family, square as score_clips takes it). `auto`: an editor whose repository
+    holds its own scorers, as the embedded one's does, is judged by those; others by the published ones."""
+    path = Path(args.weights)
+    path = path.parent if path.suffix == ".safetensors" else path
+    base = read_json(path / "meta.json")["base"] if (path / "meta.json").is_file() else str(args.weights)
+    root = ROOT / {"tiny": "assets/tiny"}.get(base, base)           # an absolute path stays what it is
+    if args.scorers != "auto" or not (root / "clip").is_dir():
+        scorers, square = metrics.choose_scorers(args)
+        return scorers, square, "published" if square else "tiny"
+    scorers = {role: getattr(args, role) or root / role for role in ("clip", "viclip")}
+    for role in [r for r, where in scorers.items() if where == "none" or not Path(where).is_dir()]:
+        print(f"{role}: none at {scorers.pop(role)}; its scores are left out")
+    return scorers, 0, "tiny"
+
+
+def open_filter(args, family, weights):
+    """(thresholds, fitted weights) from the defaults, --min NAME=VALUE and --score-weights."""
+    limits, fitted = dict(THRESHOLDS[family]), {"weights": weights}
+    if args.score_weights:
+        fitted = read_json(args.score_weights)
+        if not isinstance(fitted, dict) or not fitted.keys() >= {"weights", "centre", "spread", "min_total"}:
+            raise UserError(f"--score-weights {args.score_weights}: needs weights, centre, spread and min_total, as "
+                            "curate.py calibrate writes them")
+        limits["total"] = fitted["min_total"]
+    for text in args.min or ():
+        name, _, value = text.partition("=")
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            raise UserError(f"--min {text}: needs NAME=VALUE, like clip_sim_dir=0.1 or ssim=-inf") from None
+    if metrics.HELD_OUT in limits or metrics.HELD_OUT in fitted["weights"]:
+        raise UserError(f"{metrics.HELD_OUT} is kept for judging: a filter by it would flatter its own results")
+    return limits, fitted
+
+
+def open_stage(args, weights, source, **more):
+    """What all stages share: editor, scorers, filter, and `config`, the contents of dataset.json."""
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:        # one GPU for each process of torchrun
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if args.to.is_dir():
+        (args.to / f"manifest.{shard()[0]}.done").unlink(missing_ok=True)   # of an earlier run; see `run_stage`
+    ed = VideoEditor.from_pretrained(args.weights, motion=more.get("motion"), device=args.device)
+    scorers, square, family = open_scorers(args)
+    limits, fitted = open_filter(args, family, weights)
+    try:
+        args.to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to {args.to}: cannot be made a folder ({error.strerror})") from None
+    names = {role: str(path).removeprefix(f"{ROOT}/") for role, path in scorers.items()}
+    config = dict(stage=args.command, round=0, weights=str(args.weights), stamp=metrics.stamp(ed), source=str(source),
+                  seed=args.seed, candidates=args.candidates, size=ed.size, scorers=names, filter=not args.no_filter,
+                  thresholds=limits, score_weights=fitted) | more
+    return SimpleNamespace(args=args, ed=ed, scorers=scorers, square=square, limits=limits, fitted=fitted,
+                           config=config, opened={})                # opened: the scorers' networks, see score_clips
+
+
+def prepare(rgb, ed):
+    """rgb (H, W, 3) uint8 of any size -> short side ed.size, both sides multiples of ed.multiple."""
+    scale = ed.size / min(rgb.shape[:2])
+    height, width = (max(1, round(side * scale / ed.multiple)) * ed.multiple for side in rgb.shape[:2])
+    return to_rgb(resize(to_tensor(rgb), height, width))
+
+
+# ---- steps 1 and 2: images -------------------------------------------------------------------------------
+
+def stage_images(args):
+    """First-frame triples: of every source image `--candidates` edits, scored, filtered; the trajectory of the best.
+
+    Paper, section 3.2, step 2: 30 samples of 20 steps under various text and source guidance, six scores.
+    """
+    st = open_stage(args, IMAGE_WEIGHTS, args.source, steps=args.steps)
+    ed, n = st.ed, args.candidates
+    if "clip" not in st.scorers:
+        raise UserError("curate.py images: the six scores need CLIP; pass --clip DIR")
+    dtype = torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32
+    clip = metrics.open_scorer("clip", st.scorers["clip"], args.device, dtype)
+    dino = args.dino or (DINO if st.square else "none")            # the embedded scorers have none
+    dino = None if dino == "none" else metrics.DINOv2.from_pretrained(dino, device=args.device, dtype=dtype)
+    items = (drawn_sources(args.n if args.n != -1 else 20, "synthetic", args.seed) if args.source == "shapes" else
+             list(islice(read_pairs(args.source), args.n if args.n != -1 else None)))
+
+    def work(item):
+        drawn = "draw" in item
+        source = item["draw"](1, ed.size) if drawn else prepare(item["load"]()[0], ed)[None]      # (1, H, W, 3) uint8
+        z_src = ed.encode(to_video(source))                         # (1, 1, c, h, w)
+        seeds, s_txt, s_src = draw_candidates(ed, item["id"], n, f"images {args.seed}")
+        edits, latents = [], []                                     # K images, K trajectories (steps + 1, c, h, w)
+        for k in range(0, n, args.batch):
+            part, keep = slice(k, k + args.batch), []
+            z_T = torch.cat([ed.noise(1, *z_src.shape[3:], seed, mode="image") for seed in seeds[part]])
+            z0 = sample_batch(ed, z_src, item["instruction"], z_T, s_txt[part], s_src[part], args.steps, "image",
+                              keep=keep)
+            edits += metrics.to_u8(ed.decode(z0.transpose(0, 1)))
+            latents += torch.stack(keep)[:, :, 0].unbind(1)
+        scores = metrics.image_scores(clip, dino, source[0], edits, item["source_caption"], item["target_caption"])
+        rows = [dict(seed=seeds[k], guidance=[s_txt[k], s_src[k]],
+                     scores={name: round(float(x[k]), 5) for name, x in scores.items()}) for k in range(n)]
+        if drawn:
+            judge(ed, rows, z_src, source, [x[None] for x in edits], true_clip(item["origin"], source))
+        best = choose(rows, st.limits, st.fitted, args.no_filter)
+        files = {"source.png": source[0], "target.png": edits[best]}
+        return rows, files | ({"trajectory.safetensors": {"trajectory": latents[best]}} if rows[best]["kept"] else {})
+
+    h, c = ed.size // ed.multiple, ed.vae.config["latent_channels"]
+    per_source = 4 * ed.size ** 2 + 2 * c * h * h * (args.steps + 1) + 700 * n
+    run_stage(args, st.config, mine(items), work, per_source, "image")
+
+
+# ---- steps 3 and 4: synthetic clips ----------------------------------------------------------------------
+
+def animate(row, image):
+    """Step 3: a source image (H, W, 3) uint8 becomes a clip (F, H, W, 3) that starts with it.
+
+    row: a line of the images' manifest. A drawn scene moves on by itself; any other image gets a camera move. Another
+    image-to-video model goes in here: `stage_videos` takes such a function.
+    """
+    if "scene" in row["origin"]:
+        scene, _, t0 = drawn_scene(row["origin"])
+        return quantise(render(scene, N_FRAMES, *image.shape[:2], FPS, t0))
+    return camera_move(image, Random(row["id"]))
+
+
+def camera_move(image, rng):
+    """A slow zoom and pan inside the picture: (H, W, 3) -> (F, H, W, 3) uint8; frame 0 is the image."""
+    zoom, x, y = rng.uniform(0.08, 0.2), rng.uniform(-1, 1), rng.uniform(-1, 1)
+    s = torch.linspace(0, 1, N_FRAMES) * zoom                       # how much narrower the view has become
+    theta = torch.zeros(N_FRAMES, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 - s
+    theta[:, 0, 2], theta[:, 1, 2] = s * x, s * y
+    grid = F.affine_grid(theta, (N_FRAMES, 3, *image.shape[:2]), align_corners=False)
+    frames = to_tensor(image).expand(N_FRAMES, -1, -1, -1)
+    frames = F.grid_sample(frames, grid, "bicubic", "border", align_corners=False)
+    return np.stack([image, *(to_rgb(frame) for frame in frames[1:])])
+
+
+def stage_videos(args, animate=animate):
+    """Round 0's clips: every kept image is animated, and edited under its trajectory with several guidance settings.
+
+    Paper, section 3.2, steps 3 and 4 (FFG-V2V). --mode image edits frame by frame without the trajectory, for Table
+    2's comparison. A folder in InsV2V's layout is taken as it is: its pairs are scored and filtered, not made.
+    """
+    if not args.images.is_dir():
+        raise UserError(f"--images {args.images}: no such directory; run curate.py images first")
+    made = bool(list(args.images.glob("manifest*.jsonl")))
+    motion = None if args.motion in (None, "none", "None") else args.motion
+    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode=args.mode if made else "pairs", motion=motion)
+    ed = st.ed
+    if made:
+        rows = [row for row in read_manifest(args.images) if row["kept"]]
+        if not rows:
+            raise UserError(f"--images {args.images}: its filters kept no image; see curate.py look {args.images}")
+        items = [row | {"origin": row["origin"] | {"image": row["id"]}} for row in rows]
+    else:
+        items = list(read_insv2v(args.images))
+
+    def edit(item):
+        folder = args.images / item["id"]
+        try:
+            image = np.array(Image.open(folder / "source.png").convert("RGB"))
+            path = load_file(folder / "trajectory.safetensors")["trajectory"].float()
+        except (OSError, SafetensorError, KeyError) as error:
+            raise Unusable(f"{folder}: {error}") from None
+        source = animate(item, image)[:N_FRAMES]
+        if len(source) < N_FRAMES:
+            raise UserError(f"{item['id']}: animated to {len(source)} frames; a clip needs {N_FRAMES}")
+        z_src = ed.encode(to_video(source))
+        path = [z[None, None].to(z_src) for z in path]              # steps + 1 of (1, 1, c, h, w)
+        _, s_txt, s_src = draw_candidates(ed, item["id"], args.candidates, f"videos {args.seed}", item["guidance"])
+        z_T = [path[0].expand_as(z_src)] * args.candidates          # every frame starts where the first one's edit did
+        z0 = edit_clip(st, z_src, item["instruction"], z_T, s_txt, s_src, len(path) - 1, args.mode, path)
+        truth = true_clip(item["origin"], source) if "scene" in item["origin"] else None
+        return finish_clip(st, item, source, z_src, z0, [item["seed"]] * args.candidates, s_txt, s_src, truth)
+
+    def take(item):                                                 # a pair that others made
+        source, target = (np.stack([prepare(x, ed) for x in frames]) for frames in item["load"]())
+        z_src, z0 = ed.encode(to_video(source)), ed.encode(to_video(target)) * ed.vae.scaling_factor
+        return finish_clip(st, item, source, z_src, z0, [None], [None], [None])
+
+    run_stage(args, st.config, mine(items), edit if made else take, clip_bytes(st), "clip")
+
+
+def true_clip(origin, source):
+    """(true edit, mask) of a drawn clip, or None where the edit leaves something to chance."""
+    scene, edit, t0 = drawn_scene(origin)
+    if not edit.deterministic:
+        return None
+    truth = quantise(render(edit.target, len(source), *source.shape[1:3], FPS, t0))
+    return truth, true_region(source, truth, edit.is_global)
+
+
+def edit_clip(st, z_src, instruction, z_T, s_txt, s_src, steps, mode, trajectory=None):
+    """`sample_batch` in parts of --batch candidates: z0 (K, F, c, h, w). "ffg" without a trajectory makes one each."""
+    z0 = []
+    for k in range(0, len(z_T), st.args.batch):
+        part, path = slice(k, k + st.args.batch), trajectory
+        z = torch.cat(z_T[part])
+        if mode == "ffg" and path is None:
+            path = []
+            sample_batch(st.ed, z_src[:, :1], instruction, z[:, :1], s_txt[part], s_src[part], steps, "image",
+                         keep=path)
+        z0.append(sample_batch(st.ed, z_src, instruction, z, s_txt[part], s_src[part], steps, mode, path))
+    return torch.cat(z0)
+
+
+def score_clip(st, source, edits, item):
+    """[{score: value}] of edits (F, H, W, 3) uint8: metrics.SCORES, and <score>_gain over the untouched source's."""
+    clip = {"edits": {k: x for k, x in enumerate(edits)} | {"source": source}, "source": source,
+            "source_caption": item["source_caption"], "target_caption": item["target_caption"]}
+    [result] = metrics.score_clips([clip], st.scorers, st.args.device, st.square, st.opened)
+    untouched = result.pop("source")
+    for row in result.values():
+        row |= {f"{k}_gain": row[k] - untouched[k] for k in ("clip_text", "viclip_out", "pick_score") if k in row}
+    return [{name: round(float(x), 5) for name, x in result[k].items()} for k in range(len(edits))]
+
+
+def finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth=None):
+    """Candidates z0 (K, F, c, h, w) of a clip: decoded, scored, filtered -> (rows, files)."""
+    videos = [st.ed.decode(z[None]).cpu() for z in z0]
+    edits = [np.stack(metrics.to_u8(video)) for video in videos]
+    scores = score_clip(st, source, edits, item)
+    rows = [dict(seed=seeds[k], guidance=[s_txt[k], s_src[k]], scores=scores[k]) for k in range(len(z0))]
+    judge(st.ed, rows, z_src, source, edits, truth)
+    best = choose(rows, st.limits, st.fitted, st.args.no_filter)
+    files = {"source.mp4": to_video(source), "target.mp4": videos[best]}
+    if rows[best]["kept"]:
+        files["latents.safetensors"] = {"source": z_src[0], "target": z0[best] / st.ed.vae.scaling_factor}
+    return rows, files
+
+
+def clip_bytes(st):
+    """Of one clip on disk: two mp4, two sets of latents, its lines."""
+    size, h = st.ed.size, st.ed.size // st.ed.multiple
+    return N_FRAMES * (size ** 2 // 4 + 4 * st.ed.vae.config["latent_channels"] * h * h) + 800 * st.args.candidates
+
+
+# ---- stages II and III: real clips -----------------------------------------------------------------------
+
+def stage_real(args, write=None):
+    """Round N's clips: real videos cut into 16 frames, an instruction for each, edited by the previous round's model.
+
+    Paper, sections 3.3 and 4.1: 8 K videos of YouTube-VOS, MOSE, LVOS and MeViS, 16 K clips of 16 frames, 3,402 and
+    5,048 kept. write(frames, item) -> {instruction, source_caption, target_caption, ...} is the writer; by default
+    --instructions, else what CLIP sees, in the words of the shapes world.
+    """
+    if args.round < 1:
+        raise UserError(f"--round {args.round}: real clips are for rounds 1 and up; round 0 is curate.py videos")
+    st = open_stage(args, VIDEO_WEIGHTS, args.source, round=args.round, steps=args.steps, per_video=args.per_video,
+                    writer=str(args.instructions or "clip"))
+    ed, mode = st.ed, st.ed.default_mode
+    if write is None:
+        write = write_from_file(args.instructions) if args.instructions else write_by_clip(st)
+    items = (mine(drawn_sources(args.n if args.n != -1 else 20, "real", args.seed)) if args.source == "shapes" else
+             cut_videos(args, find_videos(args.source)))
+
+    def work(item):
+        source = (item["draw"](N_FRAMES, ed.size) if "draw" in item else
+                  np.stack([prepare(x, ed) for x in item["load"]()]))
+        item |= write(source, item)
+        z_src = ed.encode(to_video(source))
+        seeds, s_txt, s_src = draw_candidates(ed, item["id"], args.candidates, f"real {args.seed}")
+        z_T = [ed.noise(N_FRAMES, *z_src.shape[3:], seed, mode=mode) for seed in seeds]
+        z0 = edit_clip(st, z_src, item["instruction"], z_T, s_txt, s_src, args.steps, mode)
+        truth = item.pop("operation", None)
+        if truth is not None:                                       # an effect has a truth on any footage
+            truth = quantise(truth(source.astype(np.float32) / 255)), np.ones(source.shape[:3], bool)
+        return finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth)
+
+    run_stage(args, st.config, items, work, clip_bytes(st), "clip")
+
+
+def write_by_clip(st):
+    """A writer: CLIP names what it sees, zero-shot among the shapes world's captions, and an edit of such a scene
+    supplies the instruction and both captions."""
+    if "clip" not in st.scorers:
+        raise UserError("curate.py real: the writer needs CLIP; pass --clip DIR or --instructions FILE")
+    clip = metrics.open_scorer("clip", st.scorers["clip"], st.args.device, torch.float32)
+    pairs = [(k, c) for k in KINDS for c in COLOURS]
+    grounds = [Background("plain", f"a {c} background", (COLOURS[c],)) for c in COLOURS]
+    grounds += [Background("gradient", name, rgb) for name, rgb in SKIES.items()]
+    natural = {"clouds": "clouds", "leaves": "leaves", "sand": "sand", "grass": "grass", "photo": "a natural scene"}
+    grounds += [Background(kind, name, TONES[:3]) for kind, name in natural.items()]
+
+    @torch.no_grad()
+    def text(captions):
+        return F.normalize(torch.cat([clip.encode_text(clip.tokenizer(part)) for part in
+                                      (captions[i:i + 64] for i in range(0, len(captions), 64))]), dim=-1)
+
+    def scene(objects, ground):
+        return Scene(0, "real", ground, tuple(Shape(k, c, COLOURS[c], .5, .5, .15) for k, c in objects))
+    names = text([_article(f"{c} {k}") for k, c in pairs])
+
+    @torch.no_grad()
+    def write(frames, item):
+        x = clip.encode_image(clip.preprocess(list(frames[::5])))   # four of the 16 frames
+        x = F.normalize(F.normalize(x, dim=-1).mean(0), dim=-1)
+        first = pairs[int((names @ x).argmax())]
+        second = max((p for p in pairs if p[0] != first[0] and p[1] != first[1]),
+                     key=lambda p: float(names[pairs.index(p)] @ x))
+        guesses = [scene(objects, ground) for objects in ((), (first,), (first, second)) for ground in grounds]
+        seen = replace(guesses[int((text([caption(s) for s in guesses]) @ x).argmax())], seed=int(item["id"][:8], 16))
+        edit = propose_edit(seen, st.args.seed)
+        found = {k: getattr(edit, k) for k in ("instruction", "source_caption", "target_caption", "task")}
+        if edit.task in ("effect", "style") and edit.deterministic:
+            name, seed = edit.target.post[0]
+            found["operation"] = lambda x: (EFFECTS.get(name) or STYLES[name])(x, np.arange(len(x)) / FPS, seed)
+        return found
+    return write
+
+
+def write_from_file(path):
+    """A writer from a text file: one instruction a line, or JSON lines with instruction, source_caption and
+    target_caption; every clip takes one of them by its id. A bare instruction is its own target caption."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) if line.startswith("{") else {"instruction": line} for line in lines]
+        rows = [{"source_caption": "", "target_caption": row["instruction"]} | row for row in rows]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--instructions {path}: needs one instruction a line, or JSON lines with instruction, "
+                        f"source_caption, target_caption ({error})") from None
+    if not rows:
+        raise UserError(f"--instructions {path}: is empty")
+    return lambda frames, item: {k: rows[int(item["id"], 16) % len(rows)][k]
+                                 for k in ("instruction", "source_caption", "target_caption")}
+
 
 # ----------------------------------------------------------------------------------------------------------
 # The shapes world: procedurally drawn clips with captions, instructions and the true result of every edit.
@@ -1121,6 +1789,487 @@ def examples():
             "remove the circle and make it sepia"]
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Sources: drawn scenes, image pairs, pairs of clips, real videos. Each is a dict with id, order (its place), task,
+# instruction, source_caption, target_caption, origin, and draw(n_frames, size) or load().
+# ----------------------------------------------------------------------------------------------------------
+
+VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v")
+
+
+def source_item(item_id, order, instruction, captions, origin, task="", **how):
+    return dict(id=item_id, order=order, task=task, instruction=instruction, source_caption=captions[0],
+                target_caption=captions[1], origin=origin, **how)
+
+
+def quantise(frames):
+    """float (F, H, W, 3) in [0, 1] -> uint8."""
+    return np.rint(frames * 255).astype(np.uint8)
+
+
+def drawn_scene(origin):
+    """(Scene, Edit, time of its first frame) of a source that `drawn_sources` made."""
+    scene = draw_scene(origin["scene"], origin["domain"])
+    return scene, propose_edit(scene, origin["scene"]), origin["t0"]
+
+
+def drawn_sources(n, domain, seed):
+    """n scenes of the shapes world with an edit each; their numbers are far from those of train.py's sets."""
+    items, first = [], (60 if domain == "synthetic" else 70) * 1_000_000 + 100_000 * seed
+    for number in range(first, first + n):
+        origin = {"scene": number, "domain": domain, "t0": round(Random(f"t0 {number}").uniform(0, 4), 3)}
+        scene, edit, t0 = drawn_scene(origin)
+        captions = edit.source_caption, edit.target_caption
+        items.append(source_item(
+            ident("shapes", origin), [number - first], edit.instruction, captions, origin, edit.task,
+            draw=lambda n_frames, size, s=scene, t=t0: quantise(render(s, n_frames, size, size, FPS, t))))
+    return items
+
+
+def true_region(source, truth, is_global):
+    """(F, H, W) bool: where the true edit changes the picture by more than 4 %, or everywhere for a global one."""
+    return np.abs(source.astype(int) - truth).max(-1) > (-1 if is_global else 10)
+
+
+def read_image(file, name):
+    """rgb (H, W, 3) uint8 of a path or file object; Unusable where it is missing or broken."""
+    try:
+        return np.array(Image.open(file).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:   # Pillow's, for broken files
+        raise Unusable(f"{name}: not a readable image ({error})") from None
+
+
+def read_pairs(where):
+    """Yields the image pairs of a data set; their load() returns (source, edited or None), rgb uint8.
+
+    Known: UltraEdit's and InstructPix2Pix's parquet files (or a folder of them), InstructPix2Pix's own folders, and a
+    folder with a .jsonl: {"source": file, "target": file or none, "instruction", "source_caption", "target_caption"}.
+    """
+    where = Path(where)
+    if not where.exists():
+        raise UserError(f"--from {where}: no such file or folder")
+    parquet = [where] if where.suffix == ".parquet" else sorted(where.rglob("*.parquet"))
+    lines = [where] if where.suffix == ".jsonl" else sorted(where.glob("*.jsonl"))
+    if parquet:
+        return read_parquet(parquet)
+    if lines:
+        return read_jsonl(lines[0])
+    if next(where.glob("*/prompt.json"), None):
+        return read_ip2p(where)
+    raise UserError(f"--from {where}: no image pairs in it; pass shapes, UltraEdit's or InstructPix2Pix's parquet "
+                    "files, InstructPix2Pix's folders (<name>/prompt.json), or a folder with a .jsonl")
+
+
+PARQUET = (("source_image", "edited_image", "edit_prompt", "source_caption", "target_caption"),         # UltraEdit
+           ("original_image", "edited_image", "edit_prompt", "original_prompt", "edited_prompt"))       # IP2P
+
+
+def read_parquet(files):
+    """Pairs of parquet files, texts first; a picture is read when it is wanted, by row group."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"{files[0]}: reading parquet needs pyarrow; pip install pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    def open_file(path):
+        try:
+            return pyarrow.parquet.ParquetFile(path)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from None
+
+    @lru_cache(1)
+    def pictures(path, group, names):
+        return open_file(path).read_row_group(group, columns=list(names)).to_pylist()
+
+    def load(path, group, i, names):
+        row, found = pictures(path, group, names)[i], []
+        for name in names:
+            data = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
+            found.append(read_image(io.BytesIO(data or b""), f"{path.name}, row {i} of group {group}, {name}"))
+        return found
+
+    order = 0
+    for path in files:
+        file = open_file(path)
+        has = file.schema_arrow.names
+        columns = next((names for names in PARQUET if set(names) <= set(has)), None)
+        if columns is None:
+            raise UserError(f"{path}: has columns {', '.join(has)}; needs UltraEdit's ({', '.join(PARQUET[0])}) or "
+                            f"InstructPix2Pix's ({', '.join(PARQUET[1])})")
+        for group in range(file.num_row_groups):
+            for i, row in enumerate(file.read_row_group(group, columns=list(columns[2:])).to_pylist()):
+                texts = [row[name] or "" for name in columns[2:]]
+                yield source_item(ident(path.name, group, i, texts), [order], texts[0], texts[1:],
+                                  {"file": path.name, "row": [group, i]},
+                                  load=lambda p=path, g=group, k=i, n=columns[:2]: load(p, g, k, n))
+                order += 1
+
+
+def read_jsonl(path):
+    rows, cut = read_lines(path)
+    if cut:
+        raise UserError(f"{path}: its last line has no end; is the file cut short?")
+    for n, row in enumerate(rows):
+        lacks = [k for k in ("source", "instruction", "source_caption", "target_caption") if k not in row]
+        if lacks:
+            raise UserError(f"{path}, line {n + 1}: lacks {', '.join(lacks)}; it has {', '.join(row)}")
+        files = [path.parent / row["source"], path.parent / row["target"] if row.get("target") else None]
+        yield source_item(ident(n, row), [n], row["instruction"], (row["source_caption"], row["target_caption"]),
+                          {"file": row["source"]}, row.get("task", ""),
+                          load=lambda f=files: [None if p is None else read_image(p, p) for p in f])
+
+
+def read_ip2p(where):
+    """InstructPix2Pix's layout: seeds.json names what passed its filter; without it, every pair counts."""
+    folders = [p.parent for p in sorted(where.glob("*/prompt.json"))]
+    listed = (read_json(where / "seeds.json") if (where / "seeds.json").is_file() else
+              [[p.name, sorted(f.name[:-6] for f in p.glob("*_0.jpg"))] for p in folders])
+    for n, (name, seeds) in enumerate(listed):
+        prompt = read_json(where / name / "prompt.json")
+        for seed in seeds:
+            files = [where / name / f"{seed}_{k}.jpg" for k in (0, 1)]
+            captions = prompt["input"], prompt["output"]
+            yield source_item(ident(name, str(seed)), [n, int(seed)], prompt["edit"], captions,
+                              {"file": f"{name}/{seed}_0.jpg"}, load=lambda f=files: [read_image(p, p) for p in f])
+
+
+def read_insv2v(where):
+    """InsV2V's synthetic clips; load() returns (source, edited), each a list of N_FRAMES rgb."""
+    found = sorted(where.glob("*/image/*_0_0000.jpg"))
+    if not found:
+        raise UserError(f"--images {where}: holds neither a manifest of curate.py images nor InsV2V's clips "
+                        "(<name>/prompt.json, <name>/image/<seed>_0_0000.jpg)")
+    for n, path in enumerate(found):
+        folder, seed = path.parent, path.name.split("_")[0]
+        prompt = read_json(folder.parent / "prompt.json")
+        clips = [[folder / f"{seed}_{k}_{i:04d}.jpg" for i in range(N_FRAMES)] for k in (0, 1)]
+        yield source_item(ident(folder.parent.name, seed), [n], prompt["edit"], (prompt["input"], prompt["output"]),
+                          {"file": f"{folder.parent.name}/image/{seed}", "frames": [0, N_FRAMES]},
+                          load=lambda c=clips: [[read_image(p, p) for p in files] for files in c])
+
+
+# ---- real videos -----------------------------------------------------------------------------------------
+
+def find_videos(where):
+    """[(name, file or folder of frames)] of YouTube-VOS, MOSE, LVOS, MeViS (JPEGImages/<video>/*.jpg, below any
+    split), of a folder of videos, or of a folder of folders of frames."""
+    where = Path(where)
+    if not where.is_dir():
+        raise UserError(f"--from {where}: no such folder; pass shapes or a folder of videos")
+    depths = ("JPEGImages", "*/JPEGImages", "*/*/JPEGImages")
+    roots = [where] if where.name == "JPEGImages" else sorted(p for depth in depths for p in where.glob(depth))
+    found = [p for root in roots or [where] for p in sorted(root.iterdir()) if p.is_dir() and
+             any(f.suffix.lower() in IMAGES for f in p.iterdir())]
+    if not roots:
+        ours = {p.parent for p in where.rglob("dataset.json")}      # data sets that curate.py made
+        found += sorted(p for p in where.rglob("*") if p.suffix.lower() in VIDEOS and not ours & set(p.parents))
+    if not found:
+        raise UserError(f"--from {where}: no videos in it; needs JPEGImages/<video>/*.jpg as in YouTube-VOS, MOSE, "
+                        f"LVOS and MeViS, or files like {', '.join(VIDEOS[:4])}")
+    return [(str(p.relative_to(where)), p) for p in found]
+
+
+def frame_files(folder):
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+
+
+def video_frames(path, start=0, count=-1):
+    """Frames (H, W, 3) uint8 from frame `start` on: of a file at FPS, of a folder as they are."""
+    if path.is_dir():
+        yield from (read_image(p, p) for p in frame_files(path)[start:None if count == -1 else start + count])
+        return
+    try:
+        clip, fps = probe(path), Fraction(FPS)
+        for _, rgb in read_frames(clip, start=start / fps, fps=fps, count=count):
+            yield rgb
+    except UserError as error:
+        raise Unusable(str(error)) from None
+
+
+def find_shots(small):
+    """[(first, end)] of the shots of a video: small (F, h, w, 3) uint8, thumbnails of its frames.
+
+    A cut is where the picture and its colours change at once, and much more than around it. Fades are not found.
+    """
+    x = small.astype(np.float32) / 255
+    change = np.abs(np.diff(x, axis=0)).mean((1, 2, 3))             # (F - 1,)
+    bins = (small // 64).astype(int) @ (16, 4, 1)                   # 64 colours
+    counts = np.stack([np.bincount(b.ravel(), minlength=64) for b in bins]) / bins[0].size
+    recoloured = np.abs(np.diff(counts, axis=0)).sum(1) / 2         # share of pixels with another colour
+    cuts = [0]
+    for i in range(len(change)):
+        around = np.r_[change[max(0, i - 6):i], change[i + 1:i + 7]]
+        if change[i] > 0.08 and recoloured[i] > 0.25 and change[i] > 2.5 * (np.median(around) if len(around) else 0):
+            cuts.append(i + 1)
+    return list(zip(cuts, cuts[1:] + [len(small)]))
+
+
+def cut_video(path):
+    """{"clips": first frames of its usable clips, "dropped": {reason: n}} of a video: N_FRAMES each, none across a
+    cut, none static (under 0.3 % mean change from frame to frame) or black (under 5 % mean brightness)."""
+    small = [np.asarray(Image.fromarray(rgb).resize((32, 32), Image.BOX)) for rgb in video_frames(path)]
+    clips, dropped = [], Counter()
+    if not small:
+        return {"clips": [], "dropped": {"empty": 1}}
+    small = np.stack(small)
+    for first, end in find_shots(small):
+        dropped["short"] += (end - first) < N_FRAMES                # shots too short for one clip
+        for start in range(first, end - N_FRAMES + 1, N_FRAMES):
+            x = small[start:start + N_FRAMES].astype(np.float32) / 255
+            fault = ("black" if x.mean() < 0.05 else
+                     "static" if np.abs(np.diff(x, axis=0)).mean() < 0.003 else None)
+            if fault:
+                dropped[fault] += 1
+            else:
+                clips.append(start)
+    return {"clips": clips, "dropped": {k: int(v) for k, v in dropped.items() if v}}
+
+
+def cut_videos(args, videos):
+    """This rank's clips of real videos as sources, at most --per-video of each, evenly spread. cuts.jsonl remembers
+    where a video is cut, so that a rerun does not decode it again."""
+    rank, world = shard()
+    log = args.to / ("cuts.jsonl" if world == 1 else f"cuts.{rank}.jsonl")
+    known = {row["video"]: row for path in sorted(args.to.glob("cuts*.jsonl")) for row in read_lines(path)[0]}
+    if log.is_file() and read_lines(log)[1]:
+        write_aside(log, dump(read_lines(log)[0]))
+    items, left_out, used = [], Counter(), mine(enumerate(videos[:None if args.n == -1 else args.n]))
+    for i, (name, path) in tqdm(used, desc="cutting", unit="video"):
+        if name not in known:
+            try:
+                known[name] = {"video": name} | cut_video(path)
+            except Unusable as error:
+                print(f"left out: {error}")
+                known[name] = {"video": name, "clips": [], "dropped": {"unreadable": 1}, "error": str(error)}
+            with open(log, "a", encoding="utf-8") as f:
+                f.write(dump([known[name]]))
+        starts = known[name]["clips"]
+        left_out.update(known[name]["dropped"])
+        if len(starts) > args.per_video:
+            left_out["beyond --per-video"] += len(starts) - args.per_video
+            starts = [starts[k] for k in np.linspace(0, len(starts) - 1, args.per_video).round().astype(int)]
+        items += [source_item(ident(name, s, N_FRAMES), [i, s], "", ("", ""),
+                              {"file": name, "frames": [s, s + N_FRAMES]},
+                              load=lambda p=path, s=s: list(video_frames(p, s, N_FRAMES))) for s in starts]
+    print(f"{len(used)} videos: {len(items)} clips of {N_FRAMES} frames; left out: " +
+          (", ".join(f"{n} {why}" for why, n in left_out.items()) or "none"))
+    if not items:
+        raise UserError(f"--from {args.source}: no usable clip in {len(used)} videos")
+    return items
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Judging a data set: how well its filter ranks, and a page to look at it
+# ----------------------------------------------------------------------------------------------------------
+
+def auc(x, good):
+    """Chance that a good candidate ranks above a bad one; 0.5 is guessing. Ties count half."""
+    ranks = scipy.stats.rankdata(x)
+    n = good.sum()
+    return float((ranks[good].sum() - n * (n + 1) / 2) / max(n * (len(x) - n), 1))
+
+
+def fit_weights(x, good):
+    """Logistic regression with weights >= 0 and a small ridge: x (N, K) normalised, good (N,) bool -> (K,)."""
+    def loss(p):
+        z = x @ p[1:] + p[0]
+        slope = (scipy.special.expit(z) - good) / len(x)
+        value = (np.logaddexp(0, z) - good * z).mean() + 0.01 * (p[1:] ** 2).sum()
+        return value, np.r_[slope.sum(), x.T @ slope + 0.02 * p[1:]]
+    start = np.r_[0, np.full(x.shape[1], 0.1)]
+    bounds = [(None, None)] + [(0, None)] * x.shape[1]
+    return scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x[1:]
+
+
+def calibrate(args):
+    """Fit the total's weights to people's ratings, or in the shapes world to the truth; say how well it then ranks.
+
+    Five folds over sources: Spearman's correlation with the rating (or the gain in dB to the true edit) and AUC for
+    good against bad (a rating above the middle; metrics.SUCCESS), over all candidates: which should go? And Spearman
+    within a source: which is best? Beside equal weights and each score. Writes what --score-weights reads.
+    """
+    rows, ratings = read_manifest(args.manifest), {}
+    for path in args.ratings or ():
+        data = read_json(path)
+        if not isinstance(data, dict) or not data.get("rating") or "answers" not in data:
+            raise UserError(f"--ratings {path}: holds no ratings; pass what the page of metrics.py study --rate saved")
+        for name, answers in data["answers"].items():               # named after the folder of the clip
+            ratings.setdefault(name.split("/")[0], []).append(np.mean(list(answers.values())))
+    if args.ratings:
+        rows = [row | {"y": float(np.mean(ratings[row["id"]])), "good": np.mean(ratings[row["id"]]) > 3}
+                for row in rows if row["id"] in ratings and row["kept"]]
+    else:
+        rows = [row | {"y": row["truth"]["gain"], "good": row["truth"]["success"] > 0} for row in rows
+                if row.get("truth")]
+    good = np.array([row["good"] for row in rows], bool)
+    sources = sorted({row["id"] for row in rows})
+    if len(sources) < 10 or good.all() or not good.any():
+        what = "rating" if args.ratings else "known truth"
+        raise UserError(f"{args.manifest}: {len(sources)} sources with a {what}, {good.sum()} of {len(rows)} "
+                        "candidates good; needs 10 sources, good and bad ones")
+    image = "clip_sim_dir" in rows[0]["scores"]
+    equal = IMAGE_WEIGHTS if image else VIDEO_WEIGHTS
+    keys = [k for k in equal if all(row["scores"].get(k) is not None for row in rows)]
+    x, y = np.array([[row["scores"][k] for k in keys] for row in rows]), np.array([row["y"] for row in rows])
+    place = {name: k for k, name in enumerate(sources)}             # ids are hashes: any order is a random one
+    fold = np.array([place[row["id"]] % 5 for row in rows])
+    out = {"fitted": np.zeros(len(rows)), "equal": np.zeros(len(rows))}
+    for k in range(5):
+        train = fold != k
+        centre, spread = x[train].mean(0), np.maximum(x[train].std(0), 1e-6)
+        z = (x - centre) / spread
+        w = fit_weights(z[train], good[train])
+        out["fitted"][~train], out["equal"][~train] = z[~train] @ w, z[~train].mean(1)
+    print(f"{args.manifest}: {len(rows)} candidates of {len(sources)} sources, {good.mean():.0%} good; five folds")
+    print("| total | Spearman | AUC | Spearman within a source |", "|---|---|---|---|", sep="\n")
+    groups = [np.flatnonzero([row["id"] == name for row in rows]) for name in sources]
+    for name, total in list(out.items()) + [(k, x[:, i]) for i, k in enumerate(keys)]:
+        within = np.array([metrics.spearman(total[g], y[g]) for g in groups])       # NaN: one candidate, or all equal
+        within = within[np.isfinite(within)].mean() if np.isfinite(within).any() else math.nan
+        print(f"| {name} | {metrics.spearman(total, y):.2f} | {auc(total, good):.3f} | {within:.2f} |")
+    centre, spread = x.mean(0), np.maximum(x.std(0), 1e-6)
+    w = fit_weights((x - centre) / spread, good)
+    total = (x - centre) / spread @ w / max(w.sum(), 1e-9)
+    cuts = np.unique(total)                                         # keep the cut with the best balance (Youden's J)
+    best = max(cuts, key=lambda c: (total[good] >= c).mean() - (total[~good] >= c).mean())
+    to = args.to or (args.manifest if args.manifest.is_dir() else args.manifest.parent) / "score_weights.json"
+    fitted = {name: {k: round(float(v), 5) for k, v in zip(keys, values)} for name, values in
+              (("weights", w), ("centre", centre), ("spread", spread))}
+    write_aside(to, json.dumps(fitted | {"min_total": round(float(best), 4), "n": len(rows)}, indent=1))
+    kept = total >= best
+    print(f"{to}: " + ", ".join(f"{k} {v:.2f}" for k, v in zip(keys, w / max(w.sum(), 1e-9))) +
+          f"; a total of {best:.2f} or more keeps {kept.mean():.0%}, {good[kept].mean():.0%} of them good")
+
+
+# ---- look ------------------------------------------------------------------------------------------------
+
+def look(args):
+    """One self-contained page of a data set: pictures playing side by side, scores, why, yields, histograms."""
+    rows = read_manifest(args.manifest)
+    folder = args.manifest if args.manifest.is_dir() else args.manifest.parent
+    sources = {}
+    for row in rows:
+        sources.setdefault(row["id"], []).append(row)
+    chosen = [list(sources.values())[i] for i in
+              np.unique(np.linspace(0, len(sources) - 1, min(len(sources), args.limit)).astype(int))] if sources else []
+    items = []
+    for candidates in chosen:
+        top = max(candidates, key=lambda row: (row["kept"], " below " not in row["why"], row.get("total") or -1e9))
+        item = {k: top.get(k) for k in ("id", "task", "instruction", "source_caption", "target_caption", "kept", "why",
+                                        "total", "seed", "guidance", "truth", "scores")} | {"n": len(candidates)}
+        for name in ("source", "target"):
+            for path in (folder / top["id"] / f"{name}.png", folder / top["id"] / f"{name}.mp4"):
+                if path.is_file():
+                    kind = "image/png" if path.suffix == ".png" else "video/mp4"
+                    item[name] = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        items.append(item)
+    keys = list(dict.fromkeys(k for row in rows for k, v in row["scores"].items() if v is not None))
+    values = {k: [(row["scores"][k], row["kept"]) for row in rows if row["scores"].get(k) is not None] for k in keys}
+    data = {"title": folder.resolve().name, "items": items, "keys": keys, "total": len(sources),
+            "yields": yields(folder), "plots": {k: histogram(v) for k, v in values.items()}}
+    text = json.dumps(data).replace("<", "\\u003c")                # no text of a data set can end the script
+    to = args.to or folder / "look.html"
+    write_aside(to, PAGE.replace("@DATA@", text))
+    print(f"{to}: {len(items)} of {len(sources)} sources, {to.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+
+def yields(folder):
+    """[stage, sources, candidates, sources with a candidate above all thresholds, kept, the paper's] of this data set
+    and of those beside it."""
+    table = []
+    for path in sorted(p for p in folder.resolve().parent.iterdir() if (p / "dataset.json").is_file()):
+        rows, config = read_manifest(path), read_json(path / "dataset.json")
+        stage = config["stage"] + (f" {config['round']}" if config["round"] else "")
+        ids = [{row["id"] for row in rows if test(row)} for test in
+               (lambda row: True, lambda row: " below " not in row["why"] and row["scores"], lambda row: row["kept"])]
+        table.append([path.name, len(ids[0]), len(rows), len(ids[1]), len(ids[2]), PAPER_YIELD.get(stage, "")])
+    return table
+
+
+def histogram(values, bins=24, width=220, height=70):
+    """SVG of [(value, kept)]: all candidates grey, kept ones blue, with the range below."""
+    x, kept = (np.array(column) for column in zip(*values))
+    low, high = float(x.min()), float(x.max())
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    every, those = (np.histogram(part, edges)[0] for part in (x, x[kept.astype(bool)]))
+    wide, unit = width / bins, height / every.max()
+    bars = "".join(f'<rect x="{i * wide:.1f}" y="{height - n * unit:.1f}" width="{wide - 1:.1f}" '
+                   f'height="{n * unit:.1f}" fill="{fill}"/>'
+                   for counts, fill in ((every, "#bbb"), (those, "#06c")) for i, n in enumerate(counts) if n)
+    return (f'<svg width="{width}" height="{height + 16}">{bars}<text y="{height + 13}" font-size="11">{low:.3g}</text>'
+            f'<text x="{width}" y="{height + 13}" font-size="11" text-anchor="end">{high:.3g}</text></svg>')
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>data set</title><style>
+body {font: 14px/1.4 system-ui, sans-serif; margin: 1.5em auto; max-width: 1280px; padding: 0 1em; color: #222}
+table {border-collapse: collapse} td, th {padding: .2em .8em .2em 0; text-align: left} th {font-weight: 600}
+#plots {display: flex; flex-wrap: wrap; gap: 1em 2em} figure {margin: 0} figcaption {font-size: 12px}
+#bar {position: sticky; top: 0; background: #fff; padding: .6em 0; border-bottom: 1px solid #ccc; z-index: 1}
+#bar label {margin-right: 1em} input[type=number] {width: 6em}
+#list {display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1.2em; margin-top: 1em}
+article {border: 1px solid #ccc; border-left: 5px solid #2a2; padding: .6em; overflow-wrap: anywhere}
+article.dropped {border-left-color: #c33} .pair {display: grid; grid-template-columns: 1fr 1fr; gap: 4px}
+.pair > * {width: 100%; image-rendering: pixelated; background: #eee; min-height: 3em}
+h2 {font-size: 15px; margin: .5em 0 .2em} p {margin: .2em 0} .small {font-size: 12px; color: #555}
+</style><h1></h1><table id="yields"></table><h2>Scores (grey: all candidates, blue: kept)</h2><div id="plots"></div>
+<div id="bar"><label>task <select id="task"></select></label><label>show <select id="kept"><option value="">all</option>
+<option value="1">kept</option><option value="0">dropped</option></select></label><label>score
+<select id="key"></select></label><label>from <input id="low" type="number" step="any"></label>
+<label>to <input id="high" type="number" step="any"></label><span id="count" role="status"></span></div>
+<div id="list"></div><script>
+const data = @DATA@, $ = id => document.getElementById(id);
+function element(tag, props = {}, ...children) {
+  const e = Object.assign(document.createElement(tag), props);
+  e.append(...children);
+  return e;
+}
+document.title = data.title;
+document.querySelector("h1").textContent = data.title;
+for (const [i, row] of [["data set", "sources", "candidates", "with one above all thresholds", "kept", "paper"],
+                        ...data.yields].entries())
+  $("yields").append(element("tr", {}, ...row.map((x, k) => element(i ? "td" : "th", {},
+    i && k > 2 && k < 5 ? `${x} (${Math.round(100 * x / Math.max(row[1], 1))} %)` : String(x)))));
+for (const key of data.keys) {                  // the plots are ours: numbers only
+  const figure = element("figure", {innerHTML: data.plots[key]});
+  figure.append(element("figcaption", {textContent: key}));
+  $("plots").append(figure);
+}
+const option = x => element("option", {value: x, textContent: x || "all"});
+$("task").append(...["", ...new Set(data.items.map(x => x.task || "unknown"))].map(option));
+$("key").append(...["total", ...data.keys].map(option));
+const score = (item, key) => key === "total" ? item.total : item.scores[key];
+function media(url) {
+  if (!url) return element("span", {textContent: "no picture"});
+  return url.startsWith("data:video") ? element("video", {src: url, loop: true, muted: true, autoplay: true})
+                                      : element("img", {src: url, loading: "lazy"});
+}
+function card(item) {
+  const numbers = data.keys.filter(k => item.scores[k] != null).map(k => `${k} ${item.scores[k].toFixed(3)}`);
+  const truth = item.truth ? `truth: gain ${item.truth.gain} dB, ${item.truth.success ? "success" : "no success"}` : "";
+  return element("article", {className: item.kept ? "kept" : "dropped"},
+    element("div", {className: "pair"}, media(item.source), media(item.target)),
+    element("h2", {textContent: item.instruction}),
+    element("p", {textContent: `${item.kept ? "kept" : "dropped"}: ${item.why}` +
+      (item.total == null ? "" : `; total ${item.total}, of ${item.n} candidates`)}),
+    element("p", {className: "small", textContent: `${item.source_caption} \\u2192 ${item.target_caption}`}),
+    element("p", {className: "small", textContent: numbers.join(" \\u00b7 ")}),
+    element("p", {className: "small", textContent: [item.id, item.task, item.guidance && `guidance ${item.guidance}`, truth]
+                                                   .filter(x => x).join(" \\u00b7 ")}));
+}
+function show() {
+  const key = $("key").value, low = $("low").value, high = $("high").value;
+  const found = data.items.filter(x => (!$("task").value || (x.task || "unknown") === $("task").value)
+    && (!$("kept").value || x.kept === ($("kept").value === "1"))
+    && (low === "" || score(x, key) >= +low) && (high === "" || score(x, key) <= +high));
+  $("count").textContent = `${found.length} of ${data.total} sources`;
+  $("list").replaceChildren(...found.map(card));
+}
+for (const id of ["task", "kept", "key", "low", "high"]) $(id).addEventListener("input", show);
+show();
+</script></html>
+"""
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The teacher CogVideoX-5B image-to-video (Yang et al. 2024): a frame and a caption become a clip
 #     T5Tokenizer, T5Encoder     caption -> 226 states
@@ -1824,7 +2973,7 @@ class CogVideoX:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line: python curate.py scene OUT [--seed 68 --task effect ...]
+# Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def tune(path, seconds, seed, rate=44100):
@@ -1860,20 +3009,94 @@ def command_scene(args):
     print(f"{out}_source.mp4: {edit.source_caption}\n{out}_target.mp4: {edit.instruction}")
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description="Draw scenes of the shapes world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p = p.add_subparsers(dest="command", required=True).add_parser("scene", help="one scene and its true edit, as videos")
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="Make and look at training data.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def fail(message):
+        raise UserError(f"{message} (see --help)")
+
+    def command(name, text):
+        p = commands.add_parser(name, help=text, description=text,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.error = fail
+        return p
+
+    def stage(name, text, candidates, batch):
+        p = command(name, text)
+        p.add_argument("--weights", required=True, help="tiny, sd15, a directory in hub layout, a trained run")
+        p.add_argument("--to", required=True, type=Path, help="folder of the data set")
+        p.add_argument("--candidates", type=int, default=candidates, help="edits per source")
+        p.add_argument("--batch", type=int, default=batch, help="candidates at a time; lower it where memory is short")
+        p.add_argument("--limit", type=int, default=-1, help="new sources in this run (-1: all); run again to go on")
+        p.add_argument("--seed", type=int, default=0, help="of guidance, noise, drawn scenes, instructions")
+        p.add_argument("--no-filter", "--keep-all", action="store_true", help="keep every source's first candidate")
+        p.add_argument("--min", action="append", metavar="NAME=VALUE", help="another threshold; -inf: none")
+        p.add_argument("--score-weights", type=Path, metavar="FILE", help="weights of the total, from calibrate")
+        p.add_argument("--force", action="store_true", help="go on although the settings changed")
+        metrics.scorer_flags(p)
+        return p
+
+    p = stage("images", "steps 1-2: many edits of each image, the best with its trajectory", 30, 30)
+    p.add_argument("--from", dest="source", default="shapes", help="shapes, or image pairs: parquet, folders, .jsonl")
+    p.add_argument("--n", "--sources", type=int, default=-1, help="sources (-1: all; of shapes: 20)")
+    p.add_argument("--steps", type=int, default=20, help="sampling steps, also of the clips made from them")
+    p.add_argument("--dino", metavar="DIR", help="hub id or directory of DINOv2, or none")
+
+    p = stage("videos", "steps 3-4: the kept images as clips, edited under their trajectory (FFG-V2V)", 4, 4)
+    p.add_argument("--images", required=True, type=Path, help="data set of `images`, or InsV2V's clips")
+    p.add_argument("--motion", help="motion modules: hub id, directory or .ckpt; none for the weights' own")
+    p.add_argument("--mode", default="ffg", choices=["ffg", "image"],
+                   help="image: frame by frame, without the trajectory")
+
+    p = stage("real", "stages II and III: real videos edited by the previous round's model", 4, 4)
+    p.add_argument("--round", type=int, required=True, help="1 or 2")
+    p.add_argument("--from", dest="source", default="shapes", help="shapes, or a folder of videos or JPEGImages")
+    p.add_argument("--n", "--sources", type=int, default=-1, help="videos, or drawn scenes (-1: all; of shapes: 20)")
+    p.add_argument("--steps", type=int, default=20, help="sampling steps")
+    p.add_argument("--per-video", type=int, default=2, help="clips of a video, at most")
+    p.add_argument("--instructions", type=Path, metavar="FILE", help="text or JSON lines instead of CLIP's words")
+
+    p = command("calibrate", "fit the total's weights to ratings or, in the shapes world, to the truth")
+    p.add_argument("manifest", type=Path, help="data set or manifest.jsonl")
+    p.add_argument("--ratings", type=Path, nargs="+", metavar="JSON", help="answers of metrics.py study --rate")
+    p.add_argument("--to", type=Path, help="default: score_weights.json beside the manifest")
+
+    p = command("look", "one HTML page of a data set")
+    p.add_argument("manifest", type=Path, help="data set or manifest.jsonl")
+    p.add_argument("--limit", type=int, default=200, help="sources on the page, evenly spaced")
+    p.add_argument("--to", type=Path, help="default: look.html beside the manifest")
+
+    p = command("scene", "one drawn scene and its true edit, as videos")
     p.add_argument("out", help="where to, without ending")
     p.add_argument("--seed", type=int, default=68, help="which scene")
-    p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="clean, or like a hand-held camera")
-    p.add_argument("--split", default="held", choices=["train", "held"], help="held: scenes and wordings that training never saw")
+    p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"],
+                   help="clean, or like a hand-held camera")
+    p.add_argument("--split", default="held", choices=["train", "held"],
+                   help="held: scenes and wordings that training never saw")
     p.add_argument("--task", choices=TASKS, help="kind of edit; default any that fits")
     p.add_argument("--size", type=int, default=360, help="height in pixels")
     p.add_argument("--aspect", type=float, default=16 / 9, help="width / height")
     p.add_argument("--seconds", type=float, default=4, help="length")
     p.add_argument("--fps", type=float, default=12, help="frames per second")
     p.add_argument("--sound", action="store_true", help="give the source a tune")
-    command_scene(p.parse_args((argv or sys.argv[1:])[1:]))
+    args = parser.parse_args(argv)
+    usable = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if getattr(args, "device", "cpu").split(":")[0] not in usable:
+        raise UserError(f"--device {args.device}: not on this machine; pass {' or '.join(usable)}")
+    for name, low, unset in (("candidates", 1, None), ("batch", 1, None), ("steps", 1, None), ("limit", 1, -1),
+                             ("n", 1, -1), ("per_video", 1, None)):
+        value = getattr(args, name, low)
+        if value < low and value != unset:
+            flag, other = name.replace("_", "-"), ", or -1 for all" if unset else ""
+            raise UserError(f"--{flag} {value}: must be at least {low}{other}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    {"images": stage_images, "videos": stage_videos, "real": stage_real, "calibrate": calibrate, "look": look,
+     "scene": command_scene}[args.command](args)
 
 
 if __name__ == "__main__":

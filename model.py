@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, models, pre_tokenizers
 
@@ -59,6 +58,7 @@ def hub_dir(source, patterns=None):
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UserError(f"{source}: no such directory; pass a directory in hub layout or a hub id like {SD15}")
+    from huggingface_hub import snapshot_download                  # slow to import, and a local model needs none of it
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, ValueError) as e:          # HfHubHTTPError and LocalEntryNotFoundError are OSErrors
@@ -888,7 +888,13 @@ class VideoEditor:
         place = dict(device=self.device, dtype=self.dtype)
 
         with torch.device("meta"):
-            self.unet = UNet(meta["unet"] if meta else read_json(root / "unet" / "config.json"))
+            how = meta or {"unet": read_json(root / "unet" / "config.json")}
+            trained = meta or how["unet"]                          # "motion", "epm": what the U-Net was trained with
+            self.unet = UNet(how["unet"])
+            if "motion" in trained:
+                self.unet.add_motion(trained["motion"], norm_over_frames=norm_over_frames)
+            if "epm" in trained:
+                self.unet.add_epm(**trained["epm"])
             self.vae = VAE(read_json(root / "vae" / "config.json"))
             self.text_encoder = TextEncoder(read_json(root / "text_encoder" / "config.json"))
         tensors, file = find_tensors(root / "text_encoder")
@@ -897,15 +903,16 @@ class VideoEditor:
         vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype           # fp16 overflows in SD's VAE
         load_weights(self.vae, tensors, f"vae from {file}", rename=VAE.LEGACY, device=self.device, dtype=vae_dtype)
         if meta:
-            self.load_run(Path(source), meta, norm_over_frames, place)
+            load_weights(self.unet, read_tensors(Path(source) / "model.safetensors"), f"unet from {Path(source).name}", **place)
         else:
             tensors, file = find_tensors(root / "unet")
             load_weights(self.unet, tensors, f"unet from {file}", **place)
             del tensors                                            # unmaps the file before the next one is read
+        if "motion" not in trained:
             if motion is not None:
                 load_motion(self.unet, motion, gamma, norm_over_frames, place)
-            if epm:
-                self.unet.add_epm()
+        if "epm" not in trained and epm:
+            self.unet.add_epm()
         self.unet.to(**place)
         self.vae.to(memory_format=torch.channels_last)             # 5 to 25 % faster on a CPU as well; the U-Net is not
         if self.device.type == "cuda":
@@ -924,17 +931,8 @@ class VideoEditor:
         self.size, self.guidance = about.get("size", 512), tuple(about.get("guidance", (7.5, 1.5)))
         self.words, self.examples = set(about.get("words", ())) or None, about.get("examples")
         self.multiple = self.vae.factor
-        self.default_mode = "video" if meta and "epm" in meta else "ffg"
+        self.default_mode = "video" if "motion" in trained else "ffg"
         return self
-
-    def load_run(self, folder, meta, norm_over_frames, place):
-        """A trained run: model.safetensors holds the U-Net with whatever it was trained with (motion, gamma, EPM)."""
-        with torch.device("meta"):
-            if "motion" in meta:
-                self.unet.add_motion(meta["motion"], norm_over_frames=norm_over_frames)
-            if "epm" in meta:
-                self.unet.add_epm(**meta["epm"])
-        load_weights(self.unet, read_tensors(folder / "model.safetensors"), f"unet from {folder.name}", **place)
 
     # ---- pieces -----------------------------------------------------------------------------------------------
 

@@ -4,12 +4,18 @@
     python train.py --stage clip        tiny CLIP on frames and captions; its text tower then is the editor's text encoder
     python train.py --stage viclip      tiny ViCLIP on drawn clips, a scorer
     python train.py --stage image       the InstructPix2Pix-style image editor, on (source, instruction, target)
-    python train.py --stage eval        held-out table of the trained or embedded image editor (also printed after training)
+    python train.py --stage motion      motion modules on unedited clips: what AnimateDiff's weights are for `sd15`
+    python train.py --stage video       one round of the video editor, on triples that lie in data/<model>/round<N>
+    python train.py --stage eval        held-out table of a trained or embedded editor (also printed after training)
+    python train.py --stage plot        gamma and EPM bias over a round's training as a PNG
+    python train.py --stage table3      the ablation tables of the README: table2, table3, table4
     python train.py --stage export      copy the finished networks into assets/tiny as float16
-    python train.py                     all of them, in this order, skipping what is finished
+    python train.py                     vae to image, then eval and export, skipping what is finished
+    python train.py --round 2           bring the model up to refinement round 2: all of it, curation included
 
-Contents: flags, the world set (drawn once, shared by all stages), the loop, one loss per stage, evaluation, export.
-A run lives in runs/<model>/<stage>/: model.safetensors (EMA), state.pt (to resume), meta.json, log.jsonl.
+Contents: the world set (drawn once, shared by all stages), the loop, one loss per stage, the rounds, evaluation and
+tables, export, flags. A run lives in runs/<model>/<stage>/: model.safetensors (EMA), state.pt (to resume), meta.json,
+log.jsonl. Under torchrun the stages motion and video share their batch among the processes.
 """
 import argparse
 import hashlib
@@ -18,27 +24,35 @@ import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BPETokenizer
 from tokenizers import models, pre_tokenizers, trainers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import curate
-from metrics import CLIP, ViCLIP
-from model import ROOT, VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEditor, noise_levels, read_json, run
+from metrics import CLIP, ViCLIP, psnr
+from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
+                   UserError, VideoEditor, load_motion, noise_levels, read_json, read_tensors, run)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The world set: pairs of frames drawn once, shared by all stages
 # ---------------------------------------------------------------------------------------------------------------
 
-STEPS = {"vae": 1300, "clip": 1000, "viclip": 2000, "image": 1700}               # optimizer steps of each stage
+STEPS = {"vae": 2500, "clip": 1000, "viclip": 1500, "image": 12000, "motion": 2000,
+         "video": 1500}                                            # optimizer steps of each stage
 SHARD = 500                                                        # pairs in a file
 # how often each task is drawn: the local ones are harder to learn than the global ones, so they come more often
 TASK_MIX = {"style": 1, "object": 2.4, "background": 1.3, "multiple": 1.2, "removal": 2, "addition": 1.6,
@@ -107,70 +121,144 @@ def save_tensors(path, tensors, dtype=None):
     os.replace(f"{path}.tmp", path)
 
 
-def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, save_minutes=5, device="cpu", resume_any=False):
-    """Train `net` with loss_fn(step, generator) -> loss until `steps`; resumes from `out` where a run was cut.
+def join_processes(device):
+    """Join the processes that torchrun started, if it did. This is the only place that reads what torchrun sets."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))      # curation is long
 
-    AdamW, linear warm-up, cosine to 5 %, gradient norm clipped at 1, EMA. Everything random in a step comes from a
-    generator seeded by the step, so a resumed run's next loss equals the uninterrupted one's. Writes into `out`
-    model.safetensors (EMA), state.pt, meta.json and log.jsonl. Raises UserError for a NaN, with the step, and for a
-    run that was begun with another configuration.
+
+def processes():
+    """(rank, world) of this process; (0, 1) without a launcher."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def first_process_first(work):
+    """Call work() in the first process, then in the others, which find its files there. Returns its result."""
+    out = work() if processes()[0] == 0 else None
+    if dist.is_initialized():
+        dist.barrier()
+    return out if processes()[0] == 0 else work()
+
+
+def mean_over_processes(tensors):
+    """Replace tensors by their means over all processes: one message, once a step."""
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    for x, mean in zip(tensors, (flat / dist.get_world_size()).split([x.numel() for x in tensors])):
+        x.copy_(mean.view_as(x))
+
+
+def is_new(name):
+    """SMA's and EPM's parameters: in no published file, so they start from nothing and learn at a rate of their own."""
+    return name.endswith(".gamma") or ".epm." in name
+
+
+def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, save_minutes=5, device="cpu",
+        resume_any=False, lr_new=None, accumulate=1, shared=False, probe=None, unit="images"):
+    """Train `net` with loss_fn(number, generator) -> loss until `steps`; resumes from `out` where a run was cut.
+
+    AdamW, linear warm-up, cosine to 5 %, gradient norm clipped at 1, EMA. `accumulate` micro-batches make a step, on
+    each of the processes where `shared`; a micro-batch's number counts them all and seeds everything random in it, so
+    a resumed run's next loss equals the uninterrupted one's, and P processes do what one does that accumulates P.
+    lr_new: learning rate of the new parameters, which also have no weight decay. probe() -> more fields for the log.
+    Only what requires gradients is trained and averaged. Writes into `out` model.safetensors (EMA), state.pt, meta.json
+    and log.jsonl. Raises UserError for a NaN, with the step, and for a run begun with another configuration.
     """
+    rank, world = processes() if shared else (0, 1)
     out.mkdir(parents=True, exist_ok=True)
     net.to(device).train()
-    params = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    average = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    trained = {k: p for k, p in net.named_parameters() if p.requires_grad}
+    new = [p for k, p in trained.items() if lr_new and is_new(k)]
+    groups = [dict(params=[p for k, p in trained.items() if not (lr_new and is_new(k))], lr=lr),
+              dict(params=new, lr=lr_new, weight_decay=0.0)]
+    groups = [group for group in groups if group["params"]]
+    peaks = [group["lr"] for group in groups]
+    opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    params = list(trained.values())
+    average = {k: v.detach().clone() if k in trained else v for k, v in net.state_dict().items()}
     start = 0
     if (out / "state.pt").is_file():
         state = torch.load(out / "state.pt", map_location=device, weights_only=True)
         changed = [k for k in meta["args"] if state["args"].get(k) != meta["args"][k]]
         if changed and not resume_any:
-            raise UserError(f"{out}: begun with " + ", ".join(f"--{k} {state['args'].get(k)}" for k in changed) + "; "
+            names = [f"--{k.replace('_', '-')} {state['args'].get(k)} (now {meta['args'][k]})" for k in changed]
+            raise UserError(f"{out}: begun with {', '.join(names)}; "
                             "pass the same, --force to go on with the new ones, or another --runs folder")
         net.load_state_dict(state["net"])
-        opt.load_state_dict(state["opt"])
+        if [len(group["params"]) for group in state["opt"]["param_groups"]] == [len(group["params"]) for group in groups]:
+            opt.load_state_dict(state["opt"])
+        else:                                                      # --force with another --trainable
+            print(f"{out}: other parameters are trained now, so the optimizer starts anew")
         average, start = state["ema"], state["step"]
+    log = out / "log.jsonl"
+    if rank == 0 and log.is_file():                                # lines after the checkpoint will come again
+        lines = [x for x in log.read_text().splitlines(keepends=True)
+                 if x.endswith("\n") and json.loads(x)["step"] <= start]
+        log.with_suffix(".tmp").write_text("".join(lines))
+        os.replace(log.with_suffix(".tmp"), log)
 
     def save(step):
-        torch.save(dict(net=net.state_dict(), opt=opt.state_dict(), ema=average, step=step, args=meta["args"]),
-                   out / "state.tmp")
-        os.replace(out / "state.tmp", out / "state.pt")
-        save_tensors(out / "model.safetensors", average)
-        write_json(out / "meta.json", meta | {"step": step})
+        if rank > 0:
+            return
+        try:
+            torch.save(dict(net=net.state_dict(), opt=opt.state_dict(), ema=average, step=step, args=meta["args"]),
+                       out / "state.tmp")
+            os.replace(out / "state.tmp", out / "state.pt")
+            save_tensors(out / "model.safetensors", average)
+            write_json(out / "meta.json", meta | {"step": step})
+        except (OSError, RuntimeError, SafetensorError) as e:      # a full disk has many names
+            raise UserError(f"{out}: checkpoint of step {step} cannot be written ({str(e).splitlines()[0][:100]}); make room and "
+                            "run the same again, it goes on from the last one that is there") from None
 
     last_save = last_log = time.time()
     losses, logged = [], start
     for step in range(start, steps):
-        for group in opt.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / warmup) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
-        generator = torch.Generator().manual_seed(step)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = loss_fn(step, generator)
-        if not torch.isfinite(loss):
-            raise UserError(f"{out.name}: loss is {loss.item()} at step {step}; lower --lr or resume from the last checkpoint")
+        for group, peak in zip(opt.param_groups, peaks):
+            group["lr"] = peak * min(1, (step + 1) / warmup) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        mean = torch.zeros((), device=device)
+        for micro in range(accumulate):
+            number = (step * accumulate + micro) * world + rank
+            generator = torch.Generator().manual_seed(number)
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                loss = loss_fn(number, generator) / accumulate
+            loss.backward()
+            mean += loss.detach()
+        if world > 1:
+            mean_over_processes([mean, *(p.grad for p in params if p.grad is not None)])
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        if not torch.isfinite(mean + norm):                        # of the means: every process stops, not just one
+            raise UserError(f"{out.name}: loss is {mean.item()} and the gradient's norm {norm.item()} at step {step}; "
+                            "lower --lr or resume from the last checkpoint")
         opt.step()
         decay = min(ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            for k, v in net.state_dict().items():
-                average[k].lerp_(v, 1 - decay) if v.is_floating_point() else average[k].copy_(v)
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0 or step + 1 == steps:
+            for k, p in trained.items():
+                average[k].lerp_(p, 1 - decay)
+        losses.append(mean.item())
+        if rank == 0 and ((step + 1) % 50 == 0 or step + 1 == steps):
             ms = (time.time() - last_log) * 1e3 / (step + 1 - logged)
             gb = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
             row = dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms)
             print(f"step {step + 1:05d}/{steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | {ms:.0f} ms | "
-                  f"{per_step * 1e3 / ms:.1f} images/s | {gb:.1f} GB", flush=True)
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+                  f"{per_step * accumulate * world * 1e3 / ms:.1f} {unit}/s | {gb:.1f} GB", flush=True)
+            with open(log, "a") as f:
+                f.write(json.dumps(row | (probe() if probe else {})) + "\n")
             losses, last_log, logged = [], time.time(), step + 1
         if time.time() - last_save > 60 * save_minutes or step + 1 == steps:
             save(step + 1)
             last_save = time.time()
+    if start >= steps:                                             # cut between the last step and its files
+        save(start)
     net.load_state_dict(average)
     return net.eval()
+
+
+def finished(folder, steps):
+    meta = folder / "meta.json"
+    return meta.is_file() and read_json(meta)["step"] >= steps
 
 
 def pick(shards, n, generator, axis=2):
@@ -383,7 +471,7 @@ def stage_viclip(args, shards, out, base):
 # Stage image: InstructPix2Pix
 # ---------------------------------------------------------------------------------------------------------------
 
-TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=16, out_channels=8, block_out_channels=[80, 160],
+TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=16, out_channels=8, block_out_channels=[80, 144],
                  layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=96, sample_size=16,
                  down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], mid_block_type="UNetMidBlock2DCrossAttn",
                  up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], norm_eps=1e-5, act_fn="silu", use_linear_projection=False)
@@ -469,15 +557,375 @@ def stage_image(args, shards, out, base):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Evaluation on held-out scenes, wordings and combinations
+# Stage motion, and what it shares with stage video
 # ---------------------------------------------------------------------------------------------------------------
 
-def psnr(a, b, where=None):
-    """dB between frames (..., H, W, 3) in [0, 1], over the pixels `where` (..., H, W); infinite for equal frames."""
-    error = np.square(a - b).mean(axis=-1)
-    error = error[where] if where is not None else error
-    return -10 * math.log10(max(error.mean(), 1e-10)) if error.size else float("nan")
+FRAMES = curate.N_FRAMES                                           # 16, of a training clip: EPM's matrix is 16 x 16
+# like v1-5-3; the rest of MotionAdapter's keys follows from the U-Net
+TINY_MOTION = dict(_class_name="MotionAdapter", motion_max_seq_length=32, use_motion_mid_block=False)
+MOTION_CLIPS = 100                                                 # clips in a file
 
+
+def draw_motion_clips(path, index, size):
+    """Render file `index` of unedited clips: `path`.npy (MOTION_CLIPS, F, H, W, 3) uint8 and `path`.jsonl."""
+    rng = Random(f"motion clips {index}")
+    frames, lines = np.empty((MOTION_CLIPS, FRAMES, size, size, 3), np.uint8), []
+    for i in range(MOTION_CLIPS):                                  # seeds far from those of the other stages
+        seed, domain = 90_000_000 + index * MOTION_CLIPS + i, "real" if i % 5 == 4 else "synthetic"
+        clip = curate.render(curate.draw_scene(seed, domain), FRAMES, size, size, t0=rng.uniform(0, 4))
+        frames[i] = (clip * 255 + .5).astype(np.uint8)
+        lines.append(dict(seed=seed, domain=domain))
+    save_shard(path, frames, lines)
+
+
+@torch.no_grad()
+def encode_motion_clips(ed, shards, folder):
+    """Posterior modes of drawn clips, encoded once into `folder`: a list of (F, c, h, w) float16, read as needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = []
+    for i, (frames, _) in enumerate(tqdm(shards, desc="latents", unit="file")):
+        path = folder / f"{i:05d}.npy"
+        if not path.is_file():
+            z = np.stack([ed.encode(as_input(clip)[None])[0].half().cpu().numpy() for clip in frames])
+            with open(path.with_suffix(".tmp"), "wb") as f:
+                np.save(f, z)
+            os.replace(path.with_suffix(".tmp"), path)
+        out.extend(np.load(path, mmap_mode="r"))
+    return out
+
+
+def row_of(number, n, seed):
+    """Which of n clips training sample `number` is: each of them once an epoch, in a new order every time."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + number // n))
+    return int(order[number % n])
+
+
+def draw_noise(number, seed, shape, t_bias, same_noise):
+    """What is random about training sample `number`: u in [0, 1) to choose the dropouts, time step t, eps of `shape`.
+
+    From a generator of the sample's own, so that a batch is the same however micro-batches and processes share it.
+    PAPER: silent on noise over frames; drawn for every frame, as in InsV2V and AnimateDiff. In a share `same_noise` of
+    the clips all frames have one noise, which is how frame-by-frame sampling starts.
+    """
+    g = torch.Generator().manual_seed((seed + 1) * 1_000_003_000 + number)
+    u, v, same = torch.rand(3, generator=g).tolist()
+    eps = torch.randn(shape, generator=g)
+    return u, torch.tensor(int(1000 * v ** t_bias)), eps[:1].expand(shape) if same < same_noise else eps
+
+
+def clip_loss(unet, samples, scheduler, device):
+    """Mean error of the prediction over samples (z0, z_src, ctx, t, eps, weight), clips of 16 frames.
+
+    z0, z_src, eps (F, c, h, w), z0 scaled and z_src not; ctx (77, D); t an integer tensor; weight (F, 1, h, w) or 1.
+    The target is epsilon or v, as the scheduler's config says. Clips of one size run as one batch.
+    """
+    abar = noise_levels(scheduler).to(device)
+    total = 0
+    for shape in dict.fromkeys(sample[0].shape for sample in samples):
+        alike = [sample for sample in samples if sample[0].shape == shape]
+        z0, z_src, ctx, t, eps, weight = (torch.stack(x).to(device) for x in zip(*alike))
+        a = abar[t][:, None, None, None, None]
+        z_t = a.sqrt() * z0 + (1 - a).sqrt() * eps                                         # (B, F, c, h, w)
+        v_prediction = scheduler.get("prediction_type", "epsilon") == "v_prediction"
+        target = a.sqrt() * eps - (1 - a).sqrt() * z0 if v_prediction else eps
+        out = unet(torch.cat([z_t, z_src], dim=2), t, ctx).float()
+        total = total + ((out - target).square() * weight).mean(dim=(1, 2, 3, 4)).sum()
+    return total / len(samples)
+
+
+def run_base(weights):
+    """The repository whose text encoder, VAE and scheduler a run uses; `weights` itself where it is one."""
+    meta = Path(weights) / "meta.json"
+    return read_json(meta)["base"] if meta.is_file() else portable(weights)
+
+
+def portable(path):
+    """A path inside the checkout as seen from there, so that a run can be moved along with it; others as they are."""
+    path = Path(path)
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def stage_motion(args, out, base):
+    """The motion prior: fresh motion modules in the frozen image editor, on unedited clips (as AnimateDiff was made).
+
+    The editor's own dropouts are the conditions under which it makes unedited pictures: three clips in four without
+    source and text, where the frames' likeness has to come from the motion modules; the rest with their source and
+    no text, where the editor returns the source, so that the modules learn to leave alone what is certain already.
+    gamma stays 1 here; each module's last layer starts at 0, so that training starts from the image editor.
+    """
+    weights, name = args.weights or args.runs / "image", f"motion-{args.size}px"
+    shards = first_process_first(lambda: world_set(args.data / name, args.motion_clips, args.size, draw_motion_clips,
+                                                   MOTION_CLIPS))
+    ed = VideoEditor.from_pretrained(weights, device=args.device, dtype="float32")
+    encoder = hashlib.sha1(ed.vae.quant_conv.weight.cpu().numpy().tobytes()).hexdigest()[:8]
+    clips = first_process_first(lambda: encode_motion_clips(ed, shards, args.data / f"{name}-{encoder}"))
+    clips = clips[:args.motion_clips]
+    torch.manual_seed(args.seed)
+    ours = ed.unet.config
+    ed.unet.add_motion(TINY_MOTION | dict(
+        block_out_channels=ours["block_out_channels"], motion_layers_per_block=ours["layers_per_block"],
+        motion_norm_num_groups=ours["norm_num_groups"], motion_num_attention_heads=ours["attention_head_dim"]), gamma=1.0)
+    for name, p in ed.unet.named_parameters():
+        p.requires_grad_("motion_modules" in name and not name.endswith(".gamma"))
+        if "motion_modules" in name and ".proj_out." in name:
+            torch.nn.init.zeros_(p)
+    if args.checkpointing:
+        recompute(ed.unet)
+    no_text = ed.encode_text([""])[0].cpu()
+    batch, same_noise = args.clip_batch, 0.5 if args.same_noise is None else args.same_noise
+
+    def loss_fn(number, generator):
+        samples = []
+        for k in range(number * batch, (number + 1) * batch):
+            z = torch.from_numpy(clips[row_of(k, len(clips), args.seed)].astype(np.float32))
+            u, t, eps = draw_noise(k, args.seed, z.shape, args.t_bias, same_noise)
+            samples.append((z * ed.vae.scaling_factor, z * (u < 0.25), no_text, t, eps, torch.ones(1, 1, 1, 1)))
+        return clip_loss(ed.unet, samples, ed.scheduler, args.device)
+
+    steps, lr = args.steps or STEPS["motion"], args.lr or 1e-3
+    meta = dict(stage="motion", base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config,
+                args=dict(weights=portable(weights), steps=steps, lr=lr, motion_clips=args.motion_clips, size=args.size,
+                          clip_batch=batch * args.accumulate * processes()[1], same_noise=same_noise,
+                          t_bias=args.t_bias, seed=args.seed))
+    fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, resume_any=args.force,
+        accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips")
+    write_network(base / "motion_adapter", ed.unet.motion_config, {
+        k: v for k, v in ed.unet.state_dict().items() if "motion_modules" in k and not k.endswith(".gamma")},
+        "diffusion_pytorch_model.safetensors")
+
+
+def recompute(unet):
+    """Gradient checkpointing: the large blocks keep their input only and run again in the backward pass."""
+    for m in unet.modules():
+        if isinstance(m, (ResnetBlock, Transformer, MotionModule)):
+            m.forward = partial(checkpoint, m.forward, use_reentrant=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage video: a round of the video editor on curated triples
+# ---------------------------------------------------------------------------------------------------------------
+
+# Defaults that differ: `tiny` is trained from nothing and its empty instruction returns the source (see stage_image);
+# IP2P's is an average of all edits, which its guidance scales count on. 1e-5 is InsV2V's learning rate; the rest of
+# sd15's is our guess until someone has the GPU hours.
+VIDEO = {"tiny": dict(lr=2e-4, lr_new=1e-3, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=5.0, no_text="source"),
+         "sd15": dict(lr=1e-5, lr_new=1e-3, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0, no_text="edit")}
+
+
+def read_clips(folders, channels, most=-1):
+    """Kept triples of curated directories as [(latents file, instruction, shape (F, c, h, w))]; says how many.
+
+    Only headers are read here; a clip's latents are read when it is its turn and stay in the system's file cache.
+    most: the first so many only, -1 all. Raises UserError where nothing was kept, a file lacks, or a clip does not
+    have 16 frames and `channels`.
+    """
+    clips = []
+    for folder in map(Path, folders):
+        rows = curate.read_manifest(folder)
+        kept = [row for row in rows if row["kept"]]
+        print(f"{folder}: {len(kept)} clips of {len({row['id'] for row in rows})} sources and {len(rows)} candidates")
+        cut = sum(curate.whole_sources(path)[1] for path in folder.glob("manifest*.jsonl"))
+        if cut:
+            print(f"{folder}: the manifest's last {cut} lines are cut and left out; the same curation again completes them")
+        if not kept:
+            raise UserError(f"{folder}: the filter kept none of {len(rows)} candidates; see why with `python curate.py look "
+                            f"{folder}`, then lower a threshold or curate more")
+        for row in kept:
+            path = folder / row["id"] / "latents.safetensors"
+            shapes = {k: tuple(v.shape) for k, v in read_tensors(path).items()}            # memory-mapped: reads the header
+            if set(shapes) != {"source", "target"} or shapes["source"] != shapes["target"] or len(shapes["source"]) != 4:
+                raise UserError(f"{path}: needs source and target (F, c, h, w) of one shape, has {shapes}")
+            if shapes["source"][0] != FRAMES:
+                raise UserError(f"{path}: a clip of {shapes['source'][0]} frames; training needs exactly {FRAMES}, so cut "
+                                "longer clips into pieces and leave out shorter ones")
+            if shapes["source"][1] != channels:
+                raise UserError(f"{path}: {shapes['source'][1]} latent channels, the model has {channels}; curated with another VAE?")
+            clips.append((path, row["instruction"], shapes["source"]))
+    if most > len(clips):
+        raise UserError(f"--max-clips {most}: there are only {len(clips)}")
+    return clips if most == -1 else clips[:most]
+
+
+def camera_move(x, number):
+    """InsV2V's motion augmentation: one camera move over source and target. x (2, F, 3, H, W) -> the same shape.
+
+    A pan (probability 0.7) over up to 20 % of the frame and a zoom (0.2) up to 1.25, both at constant speed. The window
+    is smaller than the frame by the length of the pan and is scaled back up, so that nothing beyond the edge is made up.
+    """
+    rng = Random(number)
+    zoom = rng.uniform(1, 1.25) if rng.random() < 0.2 else 1.0
+    pan = rng.uniform(0, 0.2) if zoom == 1.0 or rng.random() < 0.7 else 0.0                # never neither of them
+    angle, s = rng.uniform(0, 2 * math.pi), torch.linspace(0, 1, x.shape[1])
+    scale, shift = (1 - pan) / zoom ** s, pan * (2 * s - 1)                                # of half a frame
+    theta = torch.zeros(len(s), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = scale
+    theta[:, 0, 2], theta[:, 1, 2] = shift * math.cos(angle), shift * math.sin(angle)
+    grid = F.affine_grid(theta, (len(s), *x.shape[2:]), align_corners=False).repeat(2, 1, 1, 1).to(x)
+    return F.grid_sample(x.flatten(0, 1), grid, padding_mode="border", align_corners=False).unflatten(0, x.shape[:2])
+
+
+def moved_copies(ed, clips, copies):
+    """`copies` versions of every clip under a camera move, beside its latents as moved<k>.safetensors: [(file, ...)].
+
+    Latents cannot be moved by parts of their grid, so clips are decoded, moved and encoded again, once.
+    """
+    out = []
+    for path, instruction, shape in tqdm(clips, desc="camera moves", unit="clip", disable=not copies):
+        for k in range(copies):
+            moved = path.with_name(f"moved{k}.safetensors")
+            if not moved.is_file():
+                z = load_file(path)
+                video = torch.cat([ed.decode(z[name][None].float().to(ed.device) * ed.vae.scaling_factor)
+                                   for name in ("source", "target")])
+                seed = int(hashlib.sha1(f"{path.parent.name} {k}".encode()).hexdigest()[:8], 16)
+                video = camera_move(video, seed)
+                save_tensors(moved, {name: ed.encode(x[None])[0] for name, x in zip(("source", "target"), video)},
+                             torch.float16)
+            out.append((moved, instruction, shape))
+    return out
+
+
+def video_model(args, weights):
+    """The video editor a round starts from, with its trainable parameters chosen.
+
+    Round 0: the image editor `weights` plus the motion adapter, gamma 0 (it then is the image editor, exactly) and
+    untrained EPM; later rounds: the run `weights` as it is. --no-sma: gamma fixed at 1, the motion prior as it comes.
+    """
+    meta = read_json(Path(weights) / "meta.json") if (Path(weights) / "meta.json").is_file() else {}
+    for flag in ("sma", "epm"):
+        now = getattr(args, flag)
+        before = meta.get("args", {}).get(flag, now)
+        if before != now:
+            names = {True: f"--{flag}", False: f"--no-{flag}"}
+            raise UserError(f"{names[now]}: {weights} was trained with {names[before]}; pass that, or other --weights")
+    motion = starting_point(args)[1]
+    torch.manual_seed(args.seed)
+    ed = VideoEditor.from_pretrained(weights, device=args.device, dtype="float32", motion=None if meta else motion)
+    if meta and "motion" not in meta:
+        if not Path(motion).exists() and str(motion).count("/") != 1:
+            raise UserError(f"{motion}: no motion adapter there; run --stage motion first, or pass --motion")
+        load_motion(ed.unet, motion, 0.0, False, dict(device=ed.device, dtype=ed.dtype))
+    if "sma" not in meta.get("args", {}):                          # not a round: the image editor, or published weights
+        ed.unet.set_gamma(0.0 if args.sma else 1.0)
+        if args.epm:
+            ed.unet.add_epm(args.epm_sites, FRAMES)
+    for name, p in ed.unet.named_parameters():
+        p.requires_grad_(is_new(name) or "motion_modules" in name or args.trainable == "all")
+        if name.endswith(".gamma") and not args.sma:
+            p.requires_grad_(False)
+    ed.unet.to(ed.device)
+    if args.checkpointing:
+        recompute(ed.unet)
+    return ed
+
+
+def watch(unet):
+    """probe() -> fields for the log: gamma of every motion module; EPM's mean bias of every site over the last batch,
+    [within a frame, between frames]; and the mean over sites as a matrix, rows the frames that listen (Figure 5)."""
+    sites = {k.split(".transformer_blocks")[0]: m for k, m in unet.named_modules() if isinstance(m, EPM)}
+    for m in sites.values():
+        m.register_forward_hook(lambda m, x, bias: setattr(m, "seen", bias.detach().float().mean(0).cpu()))
+
+    def probe():
+        gammas = {k: p for k, p in unet.named_parameters() if k.endswith(".gamma")}
+        row = dict(gamma={k.removesuffix(".gamma"): round(p.item(), 5) for k, p in gammas.items()})
+        if sites:
+            own = torch.eye(FRAMES, dtype=torch.bool)
+            row["epm"] = {k: [round(m.seen[part].mean().item(), 4) for part in (own, ~own)] for k, m in sites.items()}
+            matrix = torch.stack([m.seen for m in sites.values()]).mean(0)
+            row["epm_matrix"] = [[round(v, 2) for v in line] for line in matrix.tolist()]
+        return row
+    return probe
+
+
+def stage_video(args, out, weights, folders):
+    """One round: the video editor on triples of 16 frames, three dropouts of 5 %, epsilon or v as the scheduler says.
+
+    PAPER: the rounds' schedule and what is trained in them are not given. Default here: motion modules, gamma and EPM
+    (--trainable all: everything). Dropped instructions follow the image editor the round starts from, see VIDEO.
+    """
+    ed = video_model(args, weights)
+    clips = read_clips(folders, ed.vae.config["latent_channels"], args.max_clips)
+    n_clips = len(clips)
+    clips += first_process_first(lambda: moved_copies(ed, clips, args.camera_moves))
+    texts = {t: i for i, t in enumerate(dict.fromkeys(["", *(instruction for _, instruction, _ in clips)]))}
+    with torch.no_grad():
+        states = torch.cat([ed.encode_text([t]).half().cpu() for t in texts])              # (texts, 77, D), once
+    batch, same_noise, scale = args.clip_batch, args.same_noise or 0.0, ed.vae.scaling_factor
+
+    def loss_fn(number, generator):
+        samples = []
+        for k in range(number * batch, (number + 1) * batch):
+            path, instruction, shape = clips[row_of(k, len(clips), args.seed)]
+            z = load_file(path)
+            z_src, z_tgt = z["source"].float(), z["target"].float()                        # (F, c, h, w)
+            u, t, eps = draw_noise(k, args.seed, shape, args.t_bias, same_noise)
+            no_text, no_src = u < 0.10, 0.05 <= u < 0.15           # text alone, both, source alone: 5 % each
+            z_tgt = z_src if u < 0.05 and args.no_text == "source" else z_tgt
+            changed = (z_tgt - z_src).abs().mean(dim=1, keepdim=True) * scale
+            weight = 1 + args.region_weight * (changed / 0.5).clamp(max=1)                 # as in stage_image
+            samples.append((z_tgt * scale, z_src * (not no_src), states[texts["" if no_text else instruction]].float(),
+                            t, eps, weight / weight.mean(dim=(2, 3), keepdim=True)))
+        return clip_loss(ed.unet, samples, ed.scheduler, args.device)
+
+    defaults = VIDEO[args.model]
+    steps, lr, lr_new = args.steps or STEPS["video"], args.lr or defaults["lr"], args.lr_new or defaults["lr_new"]
+    meta = dict(stage=out.name, base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config, args=dict(
+        weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
+        lr_new=lr_new, clip_batch=batch * args.accumulate * processes()[1], trainable=args.trainable, sma=args.sma,
+        epm=args.epm, epm_sites=args.epm_sites, camera_moves=args.camera_moves, same_noise=same_noise,
+        t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, seed=args.seed))
+    if args.epm:
+        meta["epm"] = ed.unet.epm_config
+    fit(ed.unet, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device,
+        resume_any=args.force, lr_new=lr_new, accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True,
+        probe=watch(ed.unet), unit="clips")
+
+
+def starting_point(args):
+    """(image editor, motion adapter) that round 0 starts from."""
+    if args.model == "sd15":
+        return args.weights or "sd15", args.motion or SD15_MOTION
+    return args.weights or args.runs / "image", args.motion or args.runs / "base" / "motion_adapter"
+
+
+def curate_stage(args, stage, weights, to, *more):
+    """curate.py's command `stage`; under torchrun every process does its share, then waits for the others."""
+    curate.main([stage, "--weights", str(weights), "--to", str(to), "--device", args.device, *map(str, more)])
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def refine(args):
+    """--round N: every round up to N that is not finished: curate what it needs, then train on it.
+
+    Round 0 (stage I): triples synthesised from images by the image editor and FFG-V2V. Rounds 1, 2, ... (stages II,
+    III): real clips edited by the previous round's model. Curation and training skip or resume what is there.
+    """
+    image, motion = starting_point(args)
+    for n in range(args.round + 1):
+        out, to = args.runs / f"round{n}", args.data / f"round{n}"
+        if finished(out, args.steps or STEPS["video"]):
+            continue
+        print(f"round {n}: curating into {to}")
+        weights = image if n == 0 else args.runs / f"round{n - 1}"
+        if n == 0:
+            images = args.data / "images"
+            curate_stage(args, "images", weights, images, "--from", args.images_from, "--n", args.images)
+            curate_stage(args, "videos", weights, to, "--images", images, "--motion", motion)
+        else:
+            curate_stage(args, "real", weights, to, "--round", n, "--from", args.real_from, "--n", args.real_clips)
+        stage_video(args, out, weights, round_folders(args, n))
+
+
+def round_folders(args, n):
+    """What round n trains on: its own triples (the paper's Stage III with a dagger), with --mix the earlier ones too."""
+    return args.train_on or [args.data / f"round{k}" for k in range(0 if args.mix else n, n + 1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation on held-out scenes, wordings and combinations
+# ---------------------------------------------------------------------------------------------------------------
 
 def to_video(frames):
     """(F, H, W, 3) in [0, 1] -> video (1, F, 3, H, W) in [-1, 1]."""
@@ -517,7 +965,7 @@ def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=No
             if not inside.any():
                 continue
             row = (psnr(edited, truth, inside), psnr(source, truth, inside), psnr(coded["truth"], truth, inside),
-                   psnr(edited, source, ~inside), psnr(coded["source"], source, ~inside),
+                   *(math.nan if inside.all() else psnr(x, source, ~inside) for x in (edited, coded["source"])),
                    np.abs(np.diff(edited - truth, axis=0)).mean() / (np.abs(np.diff(truth, axis=0)).mean() + 1e-3) if n_frames > 1 else np.nan)
             rows.setdefault(task + ("" if edit.deterministic else " ~"), []).append(row)
     print(f"held-out {domain} scenes, {size} px, {n_frames} frame(s), {steps} steps, seed {seed}; PSNR in dB")
@@ -544,6 +992,133 @@ def evaluate_clips(ed, folder, size=96, n_frames=8, s_txt=None, s_src=None, step
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The paper's tables where the truth is known, and Figures 4e and 5
+# ---------------------------------------------------------------------------------------------------------------
+
+TABLES = ("table2", "table3", "table4")
+
+
+def success(rows):
+    """(clips, 3) of evaluate's rows whose truth is known: success, gain in dB inside, flicker.
+
+    Success: inside, at least 1 dB closer to the truth than the source is; outside, at most 1 dB further from the
+    source than the autoencoder's own error.
+    """
+    v = np.array([row for task, values in rows.items() if not task.endswith("~") for row in values])
+    spoiled = v[:, 3] < v[:, 4] - 1                                # nothing outside: NaN, not spoiled
+    return np.stack([(v[:, 0] >= v[:, 1] + 1) & ~spoiled, v[:, 0] - v[:, 1], v[:, 5]], axis=1)
+
+
+def table_rows(args):
+    """[(name, training flags, weights to start from, folders)] of a table; equal steps and clips in every row."""
+    data, (image, motion) = args.data, starting_point(args)
+    if args.stage == "table2":                                     # other data from the same images, for the same model
+        rows = [("trajectory-guided, filtered", "round0", None),
+                ("trajectory-guided, unfiltered", "round0-unfiltered", ["--no-filter"]),
+                ("per frame, filtered", "round0-per-frame", ["--mode", "image"])]
+        for _, folder, how in rows:
+            if how:
+                curate_stage(args, "videos", image, data / folder, "--images", data / "images", "--motion", motion, *how)
+        least = min(sum(row["kept"] for row in curate.read_manifest(data / folder)) for _, folder, _ in rows)
+        return [(name, dict(max_clips=least), image, [data / folder]) for name, folder, _ in rows]
+    if args.stage == "table3":
+        return [(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", dict(sma=sma, epm=epm), image,
+                 [data / "round0"]) for sma in (False, True) for epm in (False, True)]
+    before = [args.runs / f"round{k}" for k in range(2)]           # table4: every round from the one before
+    return [("round 0", {}, image, [data / "round0"]), ("round 1", {}, before[0], [data / "round1"]),
+            ("round 2, with earlier data", {}, before[1], [data / f"round{k}" for k in range(3)]),
+            ("round 2, real only", {}, before[1], [data / "round2"])]
+
+
+def tables(args):
+    """Train every row of a table with --seeds seeds and measure it on held-out clips of 16 frames, both domains.
+
+    Runs lie in runs/<model>/<table>/<row>-<seed>; what is trained or measured already is not done again. Every seed
+    edits the same clips, so intervals are over clips, each the mean of its seeds; differences to the first row are
+    taken clip by clip; the spread of the seeds' means stands beside them.
+    """
+    lines, first = [], {}
+    for name, flags, weights, folders in table_rows(args):
+        results = {"synthetic": [], "real": []}
+        for seed in range(args.seeds):
+            out = args.runs / args.stage / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
+            if not finished(out, args.steps or STEPS["video"]):
+                stage_video(argparse.Namespace(**vars(args) | flags | {"seed": seed}), out, weights, folders)
+            for domain in results if processes()[0] == 0 else ():
+                done, guidance = out / f"eval-{domain}.json", (args.text_cfg, args.source_cfg)
+                how = dict(n=args.n, guidance=list(guidance), step=read_json(out / "meta.json")["step"])
+                if not done.is_file() or read_json(done)["how"] != how:
+                    ed = VideoEditor.from_pretrained(out, device=args.device)
+                    rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, n_frames=FRAMES, mode="video")
+                    write_json(done, dict(how=how, clips=success(rows).tolist()))
+                results[domain].append(np.array(read_json(done)["clips"], dtype=float))
+        for domain, seeds in results.items():
+            if seeds:
+                v = np.mean(seeds, axis=0)                         # (clips, 3)
+                gain = v - first.setdefault(domain, v)
+                half, half_gain = (1.96 * x.std(axis=0) / math.sqrt(len(x)) for x in (v, gain))
+                means = [x[:, 0].mean() for x in seeds]
+                lines.append(f"| {name} | {domain} | {len(v)} x {len(seeds)} | {v[:, 0].mean():.1%} ± {half[0]:.1%} | "
+                             f"{min(means):.1%} to {max(means):.1%} | {gain[:, 0].mean():+.1%} ± {half_gain[0]:.1%} | "
+                             f"{v[:, 1].mean():+.1f} ± {half[1]:.1f} | {v[:, 2].mean():.2f} ± {half[2]:.2f} | "
+                             f"{gain[:, 2].mean():+.2f} ± {half_gain[2]:.2f} |")
+    if lines:
+        head = ("row", "domain", "clips x seeds", "success", "seeds' means", "to first row", "gain inside, dB", "flicker",
+                "to first row")
+        print(f"{args.stage}: held-out clips of {FRAMES} frames; ± is half a 95 % interval over clips\n"
+              f"| {' | '.join(head)} |\n|{'---|' * len(head)}", *lines, sep="\n", flush=True)
+
+
+def plot(folder, to):
+    """gamma of every motion module (Figure 4e) and EPM's mean bias of every site over a round's training, and what the
+    mean bias gives as attention between frames, first and last (Figure 5): log.jsonl of the run `folder` -> a PNG at `to`.
+
+    A bias only counts against the others of its row, so the curve is the other frames' less the own frame's, and the
+    matrices are the rows' softmax: the share of attention where all frames look alike.
+    """
+    log = folder / "log.jsonl"
+    rows = [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
+    if not rows or "gamma" not in rows[0]:
+        raise UserError(f"{log}: no log of a video run; pass --weights with the folder of one")
+    panels = [("gamma of each motion module", {k: [r["gamma"][k] for r in rows] for k in rows[0]["gamma"]})]
+    if "epm" in rows[0]:
+        panels.append(("EPM's mean bias: other frames less the own",
+                       {k: [r["epm"][k][1] - r["epm"][k][0] for r in rows] for k in rows[0]["epm"]}))
+    width, height, left, top = 560, 400, 60, 30
+    picture = Image.new("RGB", (width * (len(panels) + ("epm_matrix" in rows[0])), height), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (title, curves) in enumerate(panels):
+        x0, x1, y0, y1 = i * width + left, (i + 1) * width - 20, top, height - 40
+        low, high = min(map(min, curves.values())), max(map(max, curves.values()))
+        low, high = low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3
+        draw.text((x0, 8), title, "black")
+        for k in range(5):
+            y = y1 - (y1 - y0) * k / 4
+            draw.line([x0, y, x1, y], "#dddddd")
+            draw.text((x0 - 8, y), f"{low + (high - low) * k / 4:.2f}", "black", anchor="rm")
+            step = rows[-1]["step"] * k / 4
+            draw.text((x0 + (x1 - x0) * k / 4, y1 + 14), f"{step:.0f}", "black", anchor="mm")
+        for k, (name, curve) in enumerate(sorted(curves.items())):
+            colour = f"hsl({360 * k // len(curves)}, 70%, 40%)"
+            points = [(x0 + (x1 - x0) * r["step"] / rows[-1]["step"], y1 - (y1 - y0) * (v - low) / (high - low))
+                      for r, v in zip(rows, curve)]
+            draw.line([(x0, points[0][1]), *points], colour, 2)
+            if len(curves) <= 16:                                  # more names than that fit nowhere
+                short = name.replace("_blocks", "").replace("motion_modules.", "").replace("attentions.", "")
+                draw.text((x0 + 6, y0 + 4 + 12 * k), short, colour)
+    if "epm_matrix" in rows[0]:
+        for k, row in enumerate((rows[0], rows[-1])):              # black 0, white 1
+            share = torch.tensor(row["epm_matrix"]).softmax(dim=1)
+            m = Image.fromarray((255 * share).byte().numpy())
+            x = len(panels) * width + 20 + 265 * k
+            picture.paste(m.resize((240, 240), Image.Resampling.NEAREST).convert("RGB"), (x, 60))
+            draw.text((x, 40), f"step {row['step']}: row listens to column", "black")
+    picture.save(f"{to}.tmp", "PNG")
+    os.replace(f"{to}.tmp", to)
+    print(f"{to}: {len(rows)} points of {log}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Putting networks into hub layout, and main
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -553,42 +1128,77 @@ def write_network(folder, config, tensors, name="model.safetensors", dtype=None)
     write_json(folder / "config.json", config)
 
 
-def export(runs, target):
-    """runs/<model>/{base,image} -> a directory in hub layout, float16: what `--model tiny` loads."""
+def export(base, run, target):
+    """Networks of `base` and the U-Net of the trained `run` -> a directory in hub layout, float16: what `--model tiny` loads.
+
+    A video run's motion modules, gamma and EPM go into the one U-Net file; unet/config.json says so under "motion" and "epm".
+    """
     import shutil
-    run_meta = read_json(runs / "image" / "meta.json")
-    for path in sorted((runs / "base").rglob("*")):
-        to = target / path.relative_to(runs / "base")
+    run_meta = read_json(run / "meta.json")
+    for path in sorted(base.rglob("*")):
+        to = target / path.relative_to(base)
+        if "motion" in run_meta and path.relative_to(base).parts[0] == "motion_adapter":
+            continue                                               # the run has its own, trained further
         to.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             save_tensors(to, load_file(path), torch.float16)
         elif path.is_file():
             shutil.copyfile(path, to)
-    write_network(target / "unet", run_meta["unet"], load_file(runs / "image" / "model.safetensors"),
-                  "diffusion_pytorch_model.safetensors", torch.float16)
+    write_network(target / "unet", run_meta["unet"] | {k: run_meta[k] for k in ("motion", "epm") if k in run_meta},
+                  load_file(run / "model.safetensors"), "diffusion_pytorch_model.safetensors", torch.float16)
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     print(f"{target}: {size / 1e6:.1f} MB")
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--stage", default="all", choices=["all", *STEPS, "eval", "export"], help="what to train or do")
-    p.add_argument("--data", type=Path, default=ROOT / "data" / "tiny", help="where the world set and cached latents lie")
-    p.add_argument("--runs", type=Path, default=ROOT / "runs" / "tiny", help="where checkpoints and logs go")
+    p.add_argument("--stage", default="all", choices=["all", *STEPS, "eval", "plot", *TABLES, "export"],
+                   help="what to train or do")
+    p.add_argument("--round", type=int, help="bring the model up to this refinement round, curation included; with --stage "
+                   "video, eval, plot, export: which round")
+    p.add_argument("--model", default="tiny", choices=list(VIDEO), help="tiny: all from nothing; sd15: from published weights")
+    p.add_argument("--data", type=Path, help="where drawn, cached and curated clips lie; default data/<model>")
+    p.add_argument("--runs", type=Path, help="where checkpoints and logs go; default runs/<model>")
     p.add_argument("--force", action="store_true", help="resume a run although its settings changed")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     # training
     p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}")
-    p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others")
+    p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others, video see VIDEO")
     p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 32")
-    p.add_argument("--pairs", type=int, default=30000, help="pairs of the world set")
+    p.add_argument("--pairs", type=int, default=120000, help="pairs of the world set")
     p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")
     p.add_argument("--size", type=int, default=64, help="short side of the editor's frames in pixels, a multiple of 32")
     p.add_argument("--seed", type=int, default=0, help="initialisation; also of eval's scenes")
-    p.add_argument("--t-bias", type=float, default=0.5, help="time steps are T*u^bias: 1 uniform, below 1 more noise")
-    p.add_argument("--region-weight", type=float, default=5.0, help="extra loss weight where the true edit changes the latents")
+    p.add_argument("--t-bias", type=float, help="time steps are T*u^bias: 1 uniform, below 1 more noise")
+    p.add_argument("--region-weight", type=float, help="extra loss weight where the true edit changes the latents")
+    # motion and video
+    p.add_argument("--clip-batch", type=int, help="clips of 16 frames in a micro-batch of one process")
+    p.add_argument("--accumulate", type=int, help="micro-batches a step")
+    p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: slower, less memory")
+    p.add_argument("--save-minutes", type=float, default=5, help="minutes between checkpoints")
+    p.add_argument("--same-noise", type=float, help="share of clips whose frames have one noise; default 0.5 motion, 0 video")
+    p.add_argument("--motion-clips", type=int, default=2000, help="motion: unedited clips to draw")
+    p.add_argument("--lr-new", type=float, help="video: peak learning rate of gamma and EPM")
+    p.add_argument("--trainable", default="temporal", choices=["temporal", "all"], help="video: motion modules, or the whole "
+                   "U-Net; gamma and EPM always")
+    p.add_argument("--sma", action=argparse.BooleanOptionalAction, default=True, help="video: trained gamma from 0; else fixed at 1")
+    p.add_argument("--epm", action=argparse.BooleanOptionalAction, default=True, help="video: editing-guided propagation")
+    p.add_argument("--epm-sites", default="all", choices=["all", "inner"], help="video: EPM at which self-attention sites")
+    p.add_argument("--camera-moves", type=int, default=0, help="video: copies of every clip under a random pan or zoom")
+    p.add_argument("--no-text", choices=["source", "edit"], help="video: target of a dropped instruction; default tiny source, sd15 edit")
+    p.add_argument("--train-on", type=Path, nargs="+", help="video: curated directories; default the round's own")
+    p.add_argument("--max-clips", type=int, default=-1, help="video: train on the first so many clips; -1 all")
+    p.add_argument("--mix", action="store_true", help="video: the earlier rounds' triples as well")
+    p.add_argument("--out", type=Path, help="video: where the run goes; default runs/<model>/round<N>")
+    p.add_argument("--seeds", type=int, default=3, help="tables: training seeds of every row")
+    # curation for --round
+    p.add_argument("--motion", help="motion adapter; default sd15: AnimateDiff's, tiny: stage motion's")
+    p.add_argument("--images-from", default="shapes", help="round 0: source images, as `curate.py images --from`")
+    p.add_argument("--images", type=int, default=400, help="round 0: how many of them")
+    p.add_argument("--real-from", default="shapes", help="rounds 1, 2: real clips, as `curate.py real --from`")
+    p.add_argument("--real-clips", type=int, default=400, help="rounds 1, 2: how many of them")
     # evaluation
-    p.add_argument("--weights", help="eval: what to load, as VideoEditor.from_pretrained; default the run, else tiny")
+    p.add_argument("--weights", help="what to evaluate or to start from, as VideoEditor.from_pretrained; default the run, else tiny")
     p.add_argument("--n", type=int, default=24, help="eval: edits per task")
     p.add_argument("--frames", type=int, default=1, help="eval: frames a clip; 1 edits single frames")
     p.add_argument("--mode", default="auto", choices=["auto", "image", "ffg", "video"], help="eval: how clips are edited")
@@ -599,9 +1209,17 @@ def parse_args(argv=None):
     p.add_argument("--source-cfg", type=float, help="eval: source guidance; default the checkpoint's")
     p.add_argument("--to", type=Path, default=ROOT / "assets" / "tiny", help="export: target directory")
     args = p.parse_args(argv)
-    for name, low in (("steps", 1), ("batch", 1), ("pairs", 1), ("clips_drawn", 1), ("n", 1), ("frames", 1)):
+    for name, default in VIDEO[args.model].items():
+        if name not in ("lr", "lr_new") and getattr(args, name) is None:
+            setattr(args, name, default)
+    args.data, args.runs = args.data or ROOT / "data" / args.model, args.runs or ROOT / "runs" / args.model
+    for name, low in (("steps", 1), ("batch", 1), ("pairs", 1), ("clips_drawn", 1), ("n", 1), ("frames", 1), ("round", 0),
+                      ("clip_batch", 1), ("accumulate", 1), ("motion_clips", 1), ("camera_moves", 0), ("seeds", 1), ("images", 1),
+                      ("real_clips", 1), ("lr", 0), ("lr_new", 0), ("same_noise", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)}: needs {low} or more")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs {low} or more")
+    if args.model != "tiny" and args.stage in ("vae", "clip", "viclip", "image", "motion"):
+        raise UserError(f"--stage {args.stage} --model {args.model}: published weights take its place; it is for --model tiny")
     if args.size % 32 or args.size < 32:
         raise UserError(f"--size {args.size}: needs a multiple of 32")
     return args
@@ -609,22 +1227,21 @@ def parse_args(argv=None):
 
 def wanted(stage, args):
     """True where a stage was asked for by name, or is part of "all" and has not run all its steps."""
-    meta = args.runs / stage / "meta.json"
-    return args.stage == stage or args.stage == "all" and not (
-        meta.is_file() and read_json(meta)["step"] >= (args.steps or STEPS[stage]))
+    return args.stage == stage or args.stage == "all" and not finished(args.runs / stage, args.steps or STEPS[stage])
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def networks(args):
+    """The stages from vae to image, those that are wanted, and `base`: their networks in hub layout."""
     base = args.runs / "base"
-    if args.stage in ("all", *STEPS):
+    todo = [stage for stage in ("vae", "clip", "viclip", "image") if wanted(stage, args)]
+    if todo:
         shards = world_set(args.data / "world", args.pairs, args.size)
-        if args.stage not in ("vae", "image"):                     # the scorers look at more pixels than the editor makes
-            large = world_set(args.data / "world", 2 * args.pairs, TINY_VISION["image_size"])
-    if wanted("vae", args):
+    if "clip" in todo or "viclip" in todo:                         # the scorers look at more pixels than the editor makes
+        large = world_set(args.data / "world", args.pairs // 2, TINY_VISION["image_size"])
+    if "vae" in todo:
         vae, config = stage_vae(args, shards, args.runs / "vae")
         write_network(base / "vae", config, vae.state_dict(), "diffusion_pytorch_model.safetensors")
-    if wanted("clip", args):
+    if "clip" in todo:
         clip, config, tokenizer = stage_clip(args, large, args.runs / "clip")
         write_network(base / "clip", config, clip.state_dict())
         write_network(base / "text_encoder", config["text_config"],
@@ -634,14 +1251,14 @@ def main(argv=None):
             folder.mkdir(exist_ok=True)
             for name in ("vocab.json", "merges.txt"):
                 (folder / name).write_bytes((args.runs / "clip" / "tokenizer" / name).read_bytes())
-    if wanted("viclip", args):
+    if "viclip" in todo:
         if not (base / "tokenizer").is_dir():
             raise UserError(f"--stage viclip needs {base / 'tokenizer'}; run --stage clip first")
         viclip, config = stage_viclip(args, large, args.runs / "viclip", base)
         write_network(base / "viclip", config, viclip.state_dict())
         for name in ("vocab.json", "merges.txt"):
             (base / "viclip" / name).write_bytes((base / "tokenizer" / name).read_bytes())
-    if wanted("image", args):
+    if "image" in todo:
         for part, stage in (("vae", "vae"), ("text_encoder", "clip")):
             if not (base / part / "config.json").is_file():
                 raise UserError(f"--stage image needs {base / part}; run --stage {stage} first")
@@ -650,15 +1267,42 @@ def main(argv=None):
         write_json(base / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": dict(
             size=args.size, guidance=TINY_GUIDANCE, words=curate.known_words(), examples=curate.examples())})
         stage_image(args, shards, args.runs / "image", base)
-    if args.stage in ("all", "image", "eval"):
-        found = args.runs / "image" if (args.runs / "image" / "model.safetensors").is_file() else "tiny"
-        ed = VideoEditor.from_pretrained(args.weights or found, device=args.device)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    join_processes(args.device)
+    up_to_round, first = args.stage == "all" and args.round is not None, processes()[0] == 0
+    run_of_round = args.out or args.runs / ("image" if args.round is None else f"round{args.round}")
+    if args.model == "tiny" and first and not (up_to_round and args.weights):              # minutes, so one process is enough
+        networks(args)
+    if dist.is_initialized():
+        dist.barrier()
+    if args.stage == "motion" or up_to_round and args.model == "tiny" and not args.motion and wanted("motion", args):
+        stage_motion(args, args.runs / "motion", args.runs / "base")
+    if up_to_round:
+        refine(args)
+    if args.stage == "video":
+        n = args.round or 0
+        weights = args.runs / f"round{n - 1}" if n and not args.weights else starting_point(args)[0]
+        stage_video(args, args.out or args.runs / f"round{n}", weights, round_folders(args, n))
+    if args.stage in TABLES:
+        tables(args)
+    if args.stage == "plot" and first:
+        folder = Path(args.weights or run_of_round)
+        plot(folder, folder / "training.png")
+    if args.stage in ("all", "image", "eval") and first:
+        found = run_of_round if (run_of_round / "model.safetensors").is_file() else "tiny"
+        ed = VideoEditor.from_pretrained(found if up_to_round else args.weights or found, device=args.device)
         ed.unet.ffg_keys = args.ffg_keys
-        evaluate(ed, args.n, args.seed, ed.size, args.domain, args.text_cfg, args.source_cfg, n_frames=args.frames, mode=args.mode)
+        n_frames, mode = (FRAMES, "video") if up_to_round else (args.frames, args.mode)
+        evaluate(ed, args.n, args.seed, ed.size, args.domain, args.text_cfg, args.source_cfg, n_frames=n_frames, mode=mode)
         if args.clips:
             evaluate_clips(ed, args.clips, ed.size, 8, args.text_cfg, args.source_cfg)
-    if args.stage in ("all", "export"):
-        export(args.runs, args.to)
+    if (args.stage == "export" or args.stage == "all" and args.round is None) and first:
+        export(args.runs / "base", run_of_round, args.to)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python tests/bench.py --long               tiny on a 2,000-frame clip: is memory flat?
     python tests/bench.py --detail             what carrying an edit up to the source's resolution gains
 
-Where diffusers is installed, its modules are timed on the same weights in the same run, ours and theirs in turns.
+Where diffusers or transformers is installed, its modules are timed on the same weights in the same run, in turns.
 `tiny` is assets/tiny, or random weights of the same sizes where it has not been trained: the speed is the same.
 """
 import argparse
@@ -31,11 +31,12 @@ import torch
 import curate
 import metrics
 import train
-from model import (VAE, TextEncoder, UNet, UserError, VideoEditor, attention, epm_attention, frame_positions,
+from model import (VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEditor, attention, epm_attention, frame_positions,
                    read_json, run)
 from sample import carry_detail, edit_stream, resize, video_writer
 
 DIFFUSERS = importlib.util.find_spec("diffusers") is not None
+TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 TRAINED = (ROOT / "assets" / "tiny" / "unet").is_dir()
 
 # ---- measuring ----------------------------------------------------------------------------------------------
@@ -293,6 +294,72 @@ def bench_model(model, size, n_frames, runs, steps, device):
             edit = [lambda: list(edit_stream(ed, frames, "make it snow", steps))]
             row(f"edit a {n}-frame clip, {steps} steps, FFG, once", *timed(edit, 1, device, warm=False))
 
+# ---- scorers ------------------------------------------------------------------------------------------------
+
+def random_scorer(role, model, device, dtype):
+    """(network, its config) of tiny's or the published sizes, with random weights and the goldens' small vocabulary."""
+    goldens = ROOT / "tests" / "goldens"
+    words = [goldens / "clip-vit-large-patch14" / name for name in ("vocab.json", "merges.txt")]
+    tokenizer = Tokenizer(*words, pad=0 if role == "viclip" else None)
+    if model == "sd15":
+        name = {"clip": "clip_vit_l14", "pick": "pickscore_h", "viclip": "viclip_l"}[role]
+        config, side = read_json(goldens / f"{name}.json")["config"], 224
+    else:
+        vocab, side = {"vocab_size": len(tokenizer.vocab)}, 96
+        config = (train.TINY_VICLIP | vocab if role == "viclip" else
+                  dict(projection_dim=96, text_config=train.TINY_TEXT | vocab, vision_config=train.TINY_VISION))
+    with torch.device("meta"):
+        net = (metrics.ViCLIP if role == "viclip" else metrics.CLIP)(config)
+    randomise(net)
+    net.tokenizer = tokenizer
+    if role != "viclip":
+        net.preprocess = metrics.Preprocess(train.PREPROCESSOR | {"size": side, "crop_size": side})
+    return net.to(device, dtype).eval(), config
+
+
+def bench_scores(model, runs, device, n_frames=8):
+    """Clips per second: preprocessing, both towers and the scores of one clip of 8 frames, its source and its captions,
+    networks loaded already; transformers' CLIP on the same frames and weights, if it is installed."""
+    dtype, side = torch.bfloat16 if device == "cuda" else torch.float32, 480 if model == "sd15" else 96
+    source, edited = np.random.default_rng(0).integers(0, 256, (2, n_frames, side, side, 3), dtype=np.uint8)
+    clip = dict(source=source, edits={"edit": edited}, source_caption="a red fox", target_caption="a red fox in the snow")
+
+    print(f"\n**scorers of {model}, {n_frames} frames of {side}x{side}, source and edit**\n\n"
+          "| scorer | clips/s | transformers: clips/s | ratio |\n|---|---|---|---|", flush=True)
+
+    def line(name, functions):
+        """Best of `runs`, of ours and of transformers'."""
+        rates = [1 / min(wall for wall, *_ in out) for out in timed(functions, runs, device)]
+        cells = [f"{rate:.3g}" for rate in rates] + ([f"{rates[0] / rates[1]:.2f}"] if len(rates) > 1 else ["", ""])
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    line("on pixels", [lambda: metrics.pixel_scores(source, edited)])
+    for role in ("clip", "viclip") + ("pick",) * (model == "sd15"):
+        net, config = random_scorer(role, model, device, dtype)
+        work = [torch.no_grad()(lambda: metrics.network_scores(net, role, clip, metrics.clip_bytes(net, clip, {}, 0)))]
+        if role == "clip" and TRANSFORMERS:
+            work.append(transformers_clip(net, config, clip))
+        line(role, work)
+        del net, work                                        # one network in memory at a time
+
+
+def transformers_clip(net, config, clip):
+    """The same frames and caption through transformers' CLIP and processor settings, with our weights: a function."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+    end = net.tokenizer([""]).max().item()
+    config = config | {"text_config": config["text_config"] | {"eos_token_id": end}}
+    theirs = CLIPModel(CLIPConfig(**config)).to(net.logit_scale.device, net.logit_scale.dtype).eval()
+    theirs.load_state_dict(net.state_dict(), strict=False)         # position_ids are theirs alone
+    side = net.preprocess.crop
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+
+    @torch.no_grad()
+    def work():
+        for frames in (clip["source"], clip["edits"]["edit"]):
+            theirs.get_image_features(processor(list(frames), return_tensors="pt")["pixel_values"].to(net.logit_scale))
+        theirs.get_text_features(net.tokenizer([clip["target_caption"]]).to(net.logit_scale.device))
+    return work
+
+
 # ---- --long and --detail --------------------------------------------------------------------------------------
 
 def bench_long(device, size, steps, lengths=(200, 2000)):
@@ -359,7 +426,7 @@ def bench_detail(device, n, seed, domain, size, steps, full=384):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="both", choices=["tiny", "sd15", "both"], help="sd15 has random weights")
-    p.add_argument("--size", type=int, help="frame side in pixels; default 96 tiny, 128 sd15 (512 on a GPU)")
+    p.add_argument("--size", type=int, help="frame side in pixels; default 64 tiny, 128 sd15 (512 on a GPU)")
     p.add_argument("--frames", type=int, default=16, help="frames of a clip, 1 to 16")
     p.add_argument("--steps", type=int, help="of a whole edit; default 20, for --long and sd15 without a GPU 2")
     p.add_argument("--runs", type=int, default=3, help="timed calls of each, after one to warm up")
@@ -378,13 +445,14 @@ def main():
           f"{'bfloat16' if gpu else 'float32'}; median and best of {args.runs} calls"
           + ("" if DIFFUSERS else "; diffusers is not installed: nothing to compare with"))
     if args.long:
-        return bench_long(args.device, args.size or 96, args.steps or 2)
+        return bench_long(args.device, args.size or 64, args.steps or 2)
     if args.detail:
-        return bench_detail(args.device, args.n, args.seed, args.domain, args.size or 96, args.steps or 20)
+        return bench_detail(args.device, args.n, args.seed, args.domain, args.size or 64, args.steps or 20)
     for model in ("tiny", "sd15") if args.model == "both" else (args.model,):
-        size = args.size or (96 if model == "tiny" else 512 if gpu else 128)
+        size = args.size or (64 if model == "tiny" else 512 if gpu else 128)
         steps = args.steps or (20 if model == "tiny" or gpu else 2)
         bench_model(model, size, args.frames, args.runs, steps, args.device)
+        bench_scores(model, args.runs, args.device)
     print("""
 Peak GB counts the weights too (ours and diffusers' share them). CPU s adds up all threads. EPM with gradients or on a
 GPU appends 16 columns to queries and keys, padded to a multiple of 8: an unpadded width would lose CUDA's fused

@@ -1,10 +1,21 @@
-"""The shapes world: determinism, exactness of targets, wordings."""
+"""The shapes world: determinism, exactness of targets, wordings. The pipeline: resuming, filters, readers, pages."""
+import io
+import json
+import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 import curate as C
+import metrics
+from model import UserError, VideoEditor
+from sample import read_video, write_video
 
 
 def scenes(n, **how):
@@ -256,3 +267,454 @@ def test_known_words_cover_every_text(split):
 
 def test_the_examples_are_understood():
     assert {w for t in C.examples() for w in C.words_of(t)} <= set(C.known_words())
+
+
+# ---- the pipeline: on random networks in the published formats, at 32 pixels
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A repository of random networks that works at 32 pixels and brings its own scorers, as the embedded one does."""
+    folder = tmp_path_factory.mktemp("hub")
+    for part in (GOLDENS / "instruct-pix2pix").iterdir():
+        if part.is_dir():
+            (folder / part.name).symlink_to(part)
+    (folder / "clip").symlink_to(GOLDENS / "clip-vit-large-patch14")
+    (folder / "viclip").symlink_to(GOLDENS / "ViCLIP")
+    (folder / "model_index.json").write_text(json.dumps({"instructvedit": {"size": 32}}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def editor(hub):
+    return VideoEditor.from_pretrained(hub, motion=GOLDENS / "animatediff-motion-adapter-v1-5-2", device="cpu")
+
+
+OPEN = [x for name in C.THRESHOLDS["tiny"] for x in ("--min", f"{name}=-inf")]      # random networks pass no threshold
+
+
+def images(hub, to, *more, n=3):
+    C.main(["images", "--weights", str(hub), "--to", str(to), "--n", str(n), "--candidates", "3", "--steps", "2",
+            "--batch", "2", *OPEN, *map(str, more)])
+
+
+def videos(hub, source, to, *more):
+    C.main(["videos", "--weights", str(hub), "--images", str(source), "--to", str(to), *more])
+
+
+@pytest.fixture(scope="session")
+def made(hub, tmp_path_factory):
+    """A finished data set of three images."""
+    to = tmp_path_factory.mktemp("data") / "images"
+    images(hub, to)
+    return to
+
+
+def picture(seed=0, height=40, width=56):
+    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+# candidates
+
+@pytest.mark.parametrize("mode", ["image", "ffg", "video"])
+def test_a_batch_of_candidates_equals_the_editor_one_by_one(editor, mode):
+    torch.manual_seed(0)
+    z_src, n = torch.randn(1, 3, 4, 4, 4), 2
+    z_T, s_txt, s_src = torch.randn(n, 3, 4, 4, 4), [4.0, 9.0], [1.0, 1.7]
+    first, path = editor.anchor(z_src[:, :1], "make it snow", z_T[:1, :1], 3, 7.5, 1.5)
+    got = C.sample_batch(editor, z_src, "make it snow", z_T, s_txt, s_src, 3, mode, path)
+    for k in range(n):
+        want = editor.sample(z_src, "make it snow", z_T[k:k + 1], 3, s_txt[k], s_src[k], mode, anchor=(first, path))
+        torch.testing.assert_close(got[k:k + 1], want, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_covers_the_papers_ranges_and_starts_with_the_checkpoints_own(editor):
+    seeds, s_txt, s_src = C.draw_candidates(editor, "abc", 400, "images 0")
+    assert (s_txt[0], s_src[0]) == editor.guidance == (7.5, 1.5)
+    assert 5 <= min(s_txt) < 5.2 and 12.3 < max(s_txt) <= 12.5 and 1.2 <= min(s_src) < 1.22 and 1.98 < max(s_src) <= 2
+    assert len(set(seeds)) == 400
+    assert C.draw_candidates(editor, "abc", 5, "images 0")[0] == seeds[:5]
+    assert all(C.draw_candidates(editor, name, 5, stage)[0] != seeds[:5] for name, stage in
+               (("abd", "images 0"), ("abc", "images 1"), ("abc", "videos 0")))
+
+
+def rows_of(*values):
+    return [{"scores": {"a": a, "b": b}} for a, b in values]
+
+
+def test_thresholds_come_before_the_total_and_each_reason_is_named():
+    rows = rows_of((.9, .1), (.5, .5), (.6, .6), (math.nan, 1))
+    best = C.choose(rows, {"a": .4, "b": .2}, {"weights": {"b": 1}})
+    assert best == 2 and [row["kept"] for row in rows] == [False, False, True, False]
+    assert [row["why"] for row in rows] == ["b 0.1 below 0.2", "another candidate is better", "best", "a nan below 0.4"]
+
+
+def test_without_a_filter_the_first_candidate_is_kept_and_with_one_possibly_none():
+    rows = rows_of((.1, .1), (.2, .2))
+    assert C.choose(rows, {"a": .5}, {"weights": {"a": 1}}) == 1 and not any(row["kept"] for row in rows)
+    assert C.choose(rows, {"a": .5}, {"weights": {"a": 1}}, keep_all=True) == 0 and rows[0]["kept"]
+
+
+def test_the_total_does_not_change_with_a_scores_scale_and_leaves_out_what_is_missing():
+    rows = rows_of((.1, 5), (.3, 1), (.2, 9))
+    scaled = [{"scores": {"a": 100 * row["scores"]["a"] - 7, "b": row["scores"]["b"]}} for row in rows]
+    weights = {"weights": {"a": 2, "b": 1, "absent": 5}}
+    np.testing.assert_allclose(C.totals(rows, weights), C.totals(scaled, weights), atol=1e-9)
+    fitted = {"weights": {"a": 1}, "centre": {"a": .1}, "spread": {"a": .1}}
+    np.testing.assert_allclose(C.totals(rows, fitted), [0, 2, 1])
+
+
+def test_the_held_out_score_cannot_filter(hub, tmp_path):
+    assert all(metrics.HELD_OUT not in names for names in (C.IMAGE_WEIGHTS, C.VIDEO_WEIGHTS, *C.THRESHOLDS.values()))
+    with pytest.raises(UserError, match="viclip_dir"):
+        images(hub, tmp_path / "x", "--min", "viclip_dir=0.1")
+
+
+# the data set on disk
+
+def test_every_candidate_has_a_line_and_every_kept_image_its_trajectory(made, editor):
+    rows = C.read_manifest(made)
+    assert len(rows) == 9 and sum(row["kept"] for row in rows) == 3
+    assert [row["order"] for row in rows] == [[k // 3] for k in range(9)]
+    for row in rows:
+        assert {"id", "instruction", "source_caption", "target_caption", "seed", "guidance", "scores", "total", "kept",
+                "why", "origin", "round", "code", "task"} <= row.keys()
+    row = next(row for row in rows if row["kept"])
+    path = load_file(made / row["id"] / "trajectory.safetensors")["trajectory"]
+    source = np.array(Image.open(made / row["id"] / "source.png"))
+    z_src = editor.encode(C.to_video(source[None]))
+    _, want = editor.anchor(z_src, row["instruction"], editor.noise(1, 4, 4, row["seed"]), 2, *row["guidance"])
+    torch.testing.assert_close(path.float(), torch.cat(want)[:, 0], atol=5e-3, rtol=5e-3)
+    target = np.array(Image.open(made / row["id"] / "target.png"))
+    assert np.abs(metrics.to_u8(editor.decode(want[-1]))[0].astype(int) - target).max() <= 2
+
+
+@pytest.mark.parametrize("left", [0, 10, 900, -1, -400])
+def test_a_run_killed_at_any_byte_ends_with_the_same_manifest(hub, made, tmp_path, left, capsys):
+    whole = (made / "manifest.jsonl").read_bytes()
+    to = tmp_path / "images"
+    shutil.copytree(made, to)
+    (to / "manifest.jsonl").write_bytes(whole[:left])
+    last = C.read_manifest(made)[-1]["id"]
+    (to / f".{last}.part").mkdir()                                  # what a kill while writing files leaves
+    (to / f".{last}.part" / "source.png").write_bytes(b"half")
+    images(hub, to)
+    assert (to / "manifest.jsonl").read_bytes() == whole
+    assert sorted(p.name for p in to.iterdir()) == sorted(p.name for p in made.iterdir())
+
+
+def test_runs_of_one_source_at_a_time_equal_one_run_and_more_sources_only_append(hub, made, tmp_path):
+    for k in range(2):
+        images(hub, tmp_path / "x", "--limit", 1, n=2)
+    assert (made / "manifest.jsonl").read_bytes().startswith((tmp_path / "x" / "manifest.jsonl").read_bytes())
+    images(hub, tmp_path / "x")
+    assert (made / "manifest.jsonl").read_bytes() == (tmp_path / "x" / "manifest.jsonl").read_bytes()
+
+
+def test_two_ranks_make_the_same_data_set_as_one_process(hub, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        images(hub, tmp_path / "x")
+        assert len(C.read_manifest(tmp_path / "x")) == {"1": 3, "0": 9}[rank]
+    assert (tmp_path / "x" / "manifest.jsonl").read_bytes() == (made / "manifest.jsonl").read_bytes()
+    assert not list((tmp_path / "x").glob("manifest.*.*"))
+
+
+def test_a_broken_line_inside_a_manifest_is_named(made, tmp_path):
+    text = (made / "manifest.jsonl").read_text().splitlines()
+    (tmp_path / "manifest.jsonl").write_text("\n".join([text[0], text[1][:30], *text[2:]]) + "\n")
+    with pytest.raises(UserError, match="line 2"):
+        C.read_manifest(tmp_path)
+
+
+def test_other_settings_are_refused_by_name_until_told(hub, made, tmp_path):
+    shutil.copytree(made, tmp_path / "x")
+    with pytest.raises(UserError, match="seed 0 .now 5."):
+        images(hub, tmp_path / "x", "--seed", 5)
+    images(hub, tmp_path / "x", "--seed", 5, "--force", "--limit", 1)
+
+
+def test_filters_that_keep_nothing_say_which_threshold_removed_how_many(hub, tmp_path):
+    with pytest.raises(UserError, match=r"none of 2 images kept: ssim removed 6 of 6 candidates") as error:
+        images(hub, tmp_path / "x", "--min", "ssim=2", n=2)
+    assert "\n" not in str(error.value) and len(C.read_manifest(tmp_path / "x")) == 6
+    assert not list((tmp_path / "x").rglob("trajectory.safetensors"))
+
+
+def test_an_image_that_does_not_decode_gets_a_line_and_the_run_goes_on(hub, tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    captions = {"instruction": "make it snow", "source_caption": "a street", "target_caption": "a street in the snow"}
+    lines = [json.dumps({"source": file} | captions) + "\n" for file in ("bad.png", "good.png")]
+    (tmp_path / "list.jsonl").write_text("".join(lines))
+    images(hub, tmp_path / "x", "--from", tmp_path, n=-1)
+    rows = C.read_manifest(tmp_path / "x")
+    assert len(rows) == 4 and rows[0]["why"].startswith("unreadable") and sum(row["kept"] for row in rows) == 1
+    assert Image.open(tmp_path / "x" / rows[1]["id"] / "source.png").size == (48, 32)     # 56x40, in eights
+
+
+# clips
+
+@pytest.fixture(scope="session")
+def clips(hub, made, tmp_path_factory):
+    to = tmp_path_factory.mktemp("data") / "round0"
+    videos(hub, made, to, "--candidates", "2", "--limit", "1", *OPEN)
+    return to
+
+
+def test_a_clip_continues_its_image_and_its_edit_under_the_trajectory(made, clips, editor):
+    row = next(row for row in C.read_manifest(clips) if row["kept"])
+    z = load_file(clips / row["id"] / "latents.safetensors")
+    assert z.keys() == {"source", "target"}
+    assert all(v.shape == (16, 4, 4, 4) and v.dtype == torch.float16 for v in z.values())
+    source = np.array(Image.open(made / row["id"] / "source.png"))
+    want = editor.encode(C.to_video(source[None]))[0]
+    torch.testing.assert_close(z["source"][:1].float(), want, atol=2e-2, rtol=2e-2)
+    assert read_video(clips / row["id"] / "source.mp4")[0].shape == (1, 16, 3, 32, 32)
+    assert row["scores"].keys() >= {"viclip_out", "viclip_dir", "clip_frame", "clip_text", "clip_text_gain"}
+    assert row["origin"]["image"] == row["id"]
+
+
+def test_the_first_frame_of_ffg_is_the_selected_edit(made, clips, hub):
+    rows = C.read_manifest(clips)                       # the first candidate has the image's own guidance
+    image = next(row for row in C.read_manifest(made) if row["kept"] and row["id"] == rows[0]["id"])
+    assert rows[0]["guidance"] == image["guidance"] != rows[1]["guidance"]
+    ed = VideoEditor.from_pretrained(hub, device="cpu")             # no motion modules: frame 0 then is the anchor
+    path = load_file(made / image["id"] / "trajectory.safetensors")["trajectory"].float()[:, None, None]
+    scene, edit, t0 = C.drawn_scene(image["origin"])
+    z_src = ed.encode(C.to_video(C.quantise(C.render(scene, 3, 32, 32, C.FPS, t0))))
+    z0 = C.sample_batch(ed, z_src, image["instruction"], path[0].expand(1, 3, -1, -1, -1), [image["guidance"][0]],
+                        [image["guidance"][1]], 2, "ffg", list(path))
+    torch.testing.assert_close(z0[0, 0], path[-1, 0, 0], atol=2e-2, rtol=2e-2)
+    assert (z0[0, 1:] - z0[0, :1]).abs().max() > .01
+
+
+def test_per_frame_editing_without_a_filter_keeps_the_first_candidate(hub, made, tmp_path):
+    videos(hub, made, tmp_path / "x", "--candidates", "1", "--limit", "1", "--mode", "image", "--no-filter")
+    [row] = C.read_manifest(tmp_path / "x")
+    assert row["kept"] and row["why"] == "not filtered"
+    with pytest.raises(UserError, match="mode"):
+        videos(hub, made, tmp_path / "x", "--candidates", "1", "--no-filter")
+
+
+def test_a_camera_move_starts_with_the_image_and_stays_inside_it():
+    image = picture(3)
+    image[:] = np.linspace(50, 200, image.shape[1], dtype=np.uint8)[None, :, None]
+    video = C.camera_move(image, C.Random(1))
+    assert video.shape == (16, *image.shape) and np.array_equal(video[0], image)
+    assert video.min() >= 48 and video.max() <= 202 and np.abs(video[-1].astype(int) - image).max() > 5
+
+
+def test_insv2vs_clips_are_scored_and_kept_as_they_are(hub, tmp_path):
+    folder = tmp_path / "0001" / "image"
+    folder.mkdir(parents=True)
+    prompt = {"input": "a cat", "edit": "make it a dog", "output": "a dog"}
+    (tmp_path / "0001" / "prompt.json").write_text(json.dumps(prompt))
+    for seed in (7, 8):
+        for i in range(16 if seed == 7 else 9):                     # the second clip is too short
+            for k in (0, 1):
+                Image.fromarray(picture(i + 50 * k, 32, 32)).save(folder / f"{seed}_{k}_{i:04d}.jpg")
+    videos(hub, tmp_path, tmp_path / "x", *OPEN)
+    good, short = C.read_manifest(tmp_path / "x")
+    assert good["kept"] and good["instruction"] == "make it a dog" and good["guidance"] == [None, None]
+    assert not short["kept"] and "8_0_0009.jpg" in short["why"]
+
+
+# real videos
+
+def moving(n, seed, height=32, width=48):
+    """n frames of a texture sliding by a pixel per frame."""
+    blocks = np.random.default_rng(seed).integers(0, 255, (8, 40, 3), dtype=np.uint8)
+    wide = np.kron(blocks, np.ones((4, 4, 1), np.uint8))
+    return [wide[:height, i:i + width] for i in range(n)]
+
+
+def test_no_clip_crosses_a_cut_and_static_black_and_short_shots_are_dropped(tmp_path):
+    black, still = [np.zeros((32, 48, 3), np.uint8)] * 16, moving(1, 5) * 17
+    frames = moving(20, 1) + moving(40, 2) + black + moving(9, 3) + still + moving(16, 4)
+    folder = tmp_path / "JPEGImages" / "cat"
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / f"{5 * i:05d}.jpg", quality=95)
+    cut = C.cut_video(folder)
+    assert cut["clips"] == [0, 20, 36, 102] and cut["dropped"] == {"black": 1, "short": 1, "static": 1}
+    assert C.find_videos(tmp_path) == [("JPEGImages/cat", folder)]
+
+
+@pytest.mark.parametrize("layout", ["train/JPEGImages", "YouTube-VOS/train/JPEGImages", "."])
+def test_frame_folders_of_all_four_sets_and_plain_videos_are_found(tmp_path, layout):
+    for name in ("b", "a"):
+        (tmp_path / layout / name).mkdir(parents=True)
+        Image.fromarray(picture()).save(tmp_path / layout / name / "00000001.jpg")
+    assert [p.name for _, p in C.find_videos(tmp_path)] == ["a", "b"]
+    if layout == ".":
+        write_video(tmp_path / "c.mp4", C.to_video(np.stack(moving(3, 0))), 8)
+        assert [p.name for _, p in C.find_videos(tmp_path)] == ["a", "b", "c.mp4"]
+
+
+def test_real_clips_are_cut_written_edited_and_a_broken_video_is_told(hub, tmp_path, capsys):
+    write_video(tmp_path / "a.mp4", C.to_video(np.stack(moving(34, 1))), 8)
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    (tmp_path / "say.txt").write_text("make it snow\n\nmake it night\n")
+    command = ["real", "--round", "1", "--weights", str(hub), "--from", str(tmp_path), "--to", str(tmp_path / "x"),
+               "--candidates", "1", "--steps", "1", "--instructions", str(tmp_path / "say.txt"), *OPEN]
+    C.main([*command, "--limit", "1"])
+    out = capsys.readouterr().out
+    assert "b.mp4" in out and "left out: 1 unreadable" in out and "2 videos: 2 clips" in out
+    C.main(command)
+    rows = C.read_manifest(tmp_path / "x")
+    assert [row["origin"]["frames"] for row in rows] == [[0, 16], [16, 32]] and all(row["kept"] for row in rows)
+    assert {row["instruction"] for row in rows} <= {"make it snow", "make it night"} and rows[0]["round"] == 1
+    assert load_file(tmp_path / "x" / rows[0]["id"] / "latents.safetensors")["target"].shape == (16, 4, 4, 6)
+
+
+def test_the_writer_says_what_the_shapes_world_could_say(hub, tmp_path):
+    args = C.parse(["real", "--round", "1", "--weights", str(hub), "--to", str(tmp_path)])
+    write = C.write_by_clip(C.SimpleNamespace(args=args, scorers={"clip": hub / "clip"}))
+    known, source = set(C.known_words()), np.stack(moving(16, 2))
+    said = [write(source, {"id": C.ident(k)}) for k in range(12)]
+    assert all(set(C.words_of(s["instruction"])) <= known and s["target_caption"] != s["source_caption"] for s in said)
+    assert len({s["source_caption"] for s in said}) == 1 and len({s["instruction"] for s in said}) > 6
+    again = write(source, {"id": C.ident(3)})
+    assert again["instruction"] == said[3]["instruction"]
+
+
+# readers of image pairs
+
+def test_instructpix2pixs_folders_are_read_as_seeds_json_lists_them(tmp_path):
+    for name in ("0000000", "0000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompt.json").write_text(json.dumps({"input": "a", "edit": f"edit {name}", "output": "b"}))
+        for seed in (11, 12):
+            for k in (0, 1):
+                Image.fromarray(picture(seed + k)).save(tmp_path / name / f"{seed}_{k}.jpg")
+    assert len(list(C.read_pairs(tmp_path))) == 4
+    (tmp_path / "seeds.json").write_text(json.dumps([["0000001", ["12"]]]))
+    [pair] = C.read_pairs(tmp_path)
+    source, edited = pair["load"]()
+    assert pair["instruction"] == "edit 0000001"
+    assert source.shape == edited.shape == (40, 56, 3) and (source != edited).any()
+
+
+@pytest.mark.parametrize("columns", C.PARQUET, ids=["UltraEdit", "InstructPix2Pix"])
+def test_parquet_of_both_sets_is_read(tmp_path, columns):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    png = io.BytesIO()
+    Image.fromarray(picture(1)).save(png, "PNG")
+    cell = {"bytes": png.getvalue(), "path": None}
+    table = dict(zip(columns, ([cell] * 3, [cell] * 3, ["x", "y", "z"], ["s"] * 3, ["t"] * 3)))
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet", row_group_size=2)
+    pairs = list(C.read_pairs(tmp_path))
+    assert [p["instruction"] for p in pairs] == ["x", "y", "z"] and len({p["id"] for p in pairs}) == 3
+    assert all(np.array_equal(x, picture(1)) for x in pairs[2]["load"]())
+
+
+def test_parquet_without_the_expected_columns_or_cut_short_is_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has columns text; needs"):
+        list(C.read_pairs(tmp_path))
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:40])
+    with pytest.raises(UserError, match="not a whole parquet file"):
+        list(C.read_pairs(tmp_path))
+
+
+@pytest.mark.parametrize("command, match", [
+    (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/none"], "--from .*no such file"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/empty"], "no image pairs in it"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--candidates", "0"], "--candidates 0: must be at least 1"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--min", "ssim"], "--min ssim: needs NAME=VALUE"),
+    (["images", "--weights", "HUB"], "--to"),
+    (["videos", "--weights", "HUB", "--to", "T/x", "--images", "T/none"], "--images .*run curate.py images first"),
+    (["videos", "--weights", "HUB", "--to", "T/x", "--images", "T/empty"], "holds neither a manifest"),
+    (["real", "--weights", "HUB", "--to", "T/x", "--round", "0"], "--round 0"),
+    (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--from", "T/empty"], "no videos in it"),
+    (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--instructions", "T/none"], "--instructions .*none"),
+    (["calibrate", "T/empty"], "holds no manifest.jsonl"),
+    (["look", "T/none"], "holds no manifest.jsonl"),
+    (["look", "T/file"], "is no manifest of curate.py"),
+    (["images", "--weights", "HUB", "--to", "T/file"], "--to .*cannot be made a folder"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--device", "abacus"], "--device abacus: not on this machine"),
+])
+def test_bad_input_is_one_line_that_names_it(hub, tmp_path, command, match):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("{}\n")
+    with pytest.raises(UserError, match=match) as error:
+        C.main([x.replace("HUB", str(hub)).replace("T/", f"{tmp_path}/") for x in command])
+    assert "\n" not in str(error.value)
+
+
+# calibrate and look
+
+def ranked(folder, n=40):
+    """A manifest in which clip_sim_target tells good from bad, ssim says nothing, clip_sim_image misleads a little."""
+    rng, rows = np.random.default_rng(0), []
+    for k in range(n):
+        for c in range(3):
+            gain = rng.normal()
+            scores = {"clip_sim_dir": gain + rng.normal() * 3, "clip_sim_target": gain + rng.normal() * .3,
+                      "clip_sim_image": -gain + rng.normal() * 2, "ssim": rng.normal()}
+            rows.append({"id": C.ident(k), "order": [k], "candidate": c, "of": 3, "kept": c == 0,
+                         "why": "best" if c == 0 else "ssim -1 below 0", "scores": scores, "total": 0.0,
+                         "task": "style", "instruction": "</script><b>x",
+                         "source_caption": "a", "target_caption": "b", "seed": 1, "guidance": [1, 2], "round": 0,
+                         "truth": {"gain": gain, "outside": 30, "success": float(gain > .5)}})
+    folder.mkdir()
+    (folder / "manifest.jsonl").write_text(C.dump(rows))
+    (folder / "dataset.json").write_text(json.dumps({"stage": "images", "round": 0}))
+    return rows
+
+
+def test_calibration_finds_the_score_that_tells_and_beats_equal_weights(tmp_path, capsys):
+    ranked(tmp_path / "x")
+    C.main(["calibrate", str(tmp_path / "x")])
+    table = {line.split("|")[1].strip(): [float(x) for x in line.split("|")[2:4]]
+             for line in capsys.readouterr().out.splitlines()[3:] if line.startswith("|")}
+    assert table["fitted"][1] > .9 > table["equal"][1] and table["fitted"][0] > table["equal"][0] + .1
+    fitted = json.loads((tmp_path / "x" / "score_weights.json").read_text())
+    assert fitted["weights"]["clip_sim_target"] > 5 * max(fitted["weights"][k] for k in ("ssim", "clip_sim_image"))
+    assert fitted.keys() >= {"centre", "spread", "min_total"}
+
+
+def test_ratings_of_the_study_page_calibrate_what_was_kept(tmp_path, capsys):
+    rows = ranked(tmp_path / "x")
+    answers = {f"{row['id']}/target": {"text": 1 + 4 * row["truth"]["success"], "quality": 2 + row["truth"]["success"]}
+               for row in rows if row["candidate"] == 0}
+    (tmp_path / "v.json").write_text(json.dumps({"study": "x", "rating": True, "names": ["x"], "answers": answers}))
+    C.main(["calibrate", str(tmp_path / "x"), "--ratings", str(tmp_path / "v.json")])
+    assert "40 candidates of 40 sources" in capsys.readouterr().out
+    (tmp_path / "v.json").write_text(json.dumps({"study": "x", "rating": False, "names": [], "answers": {}}))
+    with pytest.raises(UserError, match="holds no ratings"):
+        C.main(["calibrate", str(tmp_path / "x"), "--ratings", str(tmp_path / "v.json")])
+
+
+def test_the_calibrated_total_filters_like_any_threshold(hub, made, tmp_path):
+    ranked(tmp_path / "x")
+    C.main(["calibrate", str(tmp_path / "x")])
+    file = tmp_path / "x" / "score_weights.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"min_total": 1e9}))
+    with pytest.raises(UserError, match="total removed 3 of 3"):
+        images(hub, tmp_path / "y", "--score-weights", file, n=1)
+
+
+def test_auc_is_the_chance_to_rank_a_good_one_higher():
+    good = np.array([True, False, True, False])
+    assert C.auc(np.array([3, 1, 2, 0.]), good) == 1 and C.auc(np.array([0, 1, 2, 3.]), good) == .25
+    assert C.auc(np.zeros(4), good) == .5
+
+
+def test_the_page_holds_every_source_and_no_text_can_end_its_script(made, tmp_path):
+    ranked(tmp_path / "x", n=12)
+    C.main(["look", str(tmp_path / "x"), "--to", str(tmp_path / "a.html")])
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("</script>") == 1 and "http" not in page and '"sources"' in page.lower()
+    C.main(["look", str(made), "--to", str(tmp_path / "b.html")])
+    page = (tmp_path / "b.html").read_text()
+    data = json.loads(page.split("const data = ")[1].split(", $ = id =>")[0])
+    assert len(data["items"]) == 3 and all(item["target"].startswith("data:image/png") for item in data["items"])
+    assert data["yields"] == [["images", 3, 9, 3, 3, "50 K images, 25 K kept"]]

@@ -1,14 +1,21 @@
 """train.py: a cut run goes on exactly where it was, and what goes wrong says so."""
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import curate
 import train
-from model import UserError
+from model import UserError, VideoEditor
 
 
 def small_fit(out, steps=8, cut_at=None, args=None, losses=None, nan_at=None):
@@ -100,3 +107,325 @@ def test_stage_image_without_its_networks_says_which_stage_to_run(tmp_path, monk
     monkeypatch.setattr(train, "SHARD", 2)
     with pytest.raises(UserError, match="--stage vae first"):
         train.main(["--stage", "image", "--pairs", "2", "--size", "32", "--data", str(tmp_path / "d"), "--runs", str(tmp_path / "r")])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stages motion and video, on the small random InstructPix2Pix of the goldens
+# ---------------------------------------------------------------------------------------------------------------
+
+GOLDENS = Path(__file__).parent / "goldens"
+IP2P, ADAPTER = GOLDENS / "instruct-pix2pix", GOLDENS / "animatediff-motion-adapter-v1-5-3"
+
+
+def curated(folder, n=3, n_frames=16, size=(4, 4), channels=4, kept=True):
+    """A curated directory of random latents, as `curate.py videos` and `real` leave them."""
+    folder.mkdir(parents=True)
+    g = torch.Generator().manual_seed(len(folder.name))
+    with open(folder / "manifest.jsonl", "w") as f:
+        for i in range(n):
+            (folder / f"clip{i}").mkdir()
+            source, target = torch.randn(2, n_frames, channels, *size, generator=g)
+            save_file(dict(source=source.half(), target=target.half()), folder / f"clip{i}" / "latents.safetensors")
+            for k in range(2):                                     # the candidates of a source, of which one is kept
+                f.write(json.dumps(dict(id=f"clip{i}", order=i, candidate=k, of=2, instruction=f"make it {i}",
+                                        kept=kept and k == 0)) + "\n")
+    return folder
+
+
+def flags(tmp_path, *more):
+    return ["--stage", "video", "--weights", str(IP2P), "--motion", str(ADAPTER), "--runs", str(tmp_path), "--device", "cpu",
+            "--steps", "4", "--clip-batch", "2", "--save-minutes", "0", "--train-on", str(tmp_path / "data"), *more]
+
+
+def train_video(tmp_path, name, *more):
+    args = train.parse_args(flags(tmp_path, *more))
+    train.stage_video(args, tmp_path / name, args.weights, args.train_on)
+    return load_file(tmp_path / name / "model.safetensors")
+
+
+def log(folder):
+    return [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def unet_inputs(n_frames=16):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(1, n_frames, 8, 4, 4, generator=g), torch.tensor([400]), torch.randn(1, 77, 32, generator=g)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@torch.no_grad()
+def test_a_video_model_starts_as_the_image_editor(tmp_path):
+    image = VideoEditor.from_pretrained(IP2P, device="cpu").unet(*unet_inputs())
+    for epm, allowed in (("--no-epm", 0.0), ("--epm", 0.005)):       # untrained EPM leaves 0.1 % to the other frames
+        unet = train.video_model(train.parse_args(flags(tmp_path, epm)), IP2P).unet
+        video = unet(*unet_inputs())
+        assert (video - image).norm() <= allowed * image.norm()
+
+
+@torch.no_grad()
+def test_without_sma_the_motion_prior_is_there_from_the_start_and_gamma_is_not_trained(tmp_path):
+    unet = train.video_model(train.parse_args(flags(tmp_path, "--no-sma", "--no-epm")), IP2P).unet
+    assert not torch.allclose(unet(*unet_inputs()), unet(*unet_inputs(), mode="image"), atol=1e-3)
+    gammas = [p for k, p in unet.named_parameters() if k.endswith(".gamma")]
+    assert gammas and all(p.item() == 1 and not p.requires_grad for p in gammas)
+
+
+@pytest.mark.parametrize("trainable", ["temporal", "all"])
+def test_what_is_trainable_changes_and_nothing_else(tmp_path, trainable):
+    curated(tmp_path / "data")
+    before = train.video_model(train.parse_args(flags(tmp_path)), IP2P).unet.state_dict()
+    after = train_video(tmp_path, "run", "--trainable", trainable)
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert {k for k in before if k.endswith(".gamma")} <= moved
+    assert {k.split(".epm.")[0] for k in before if ".epm." in k} == {k.split(".epm.")[0] for k in moved if ".epm." in k}
+    spatial = {k for k in before if "motion_modules" not in k and ".epm." not in k}
+    assert "down_blocks.0.motion_modules.0.proj_in.weight" in moved
+    assert bool(spatial & moved) == (trainable == "all")
+
+
+def test_a_round_killed_in_mid_step_ends_with_the_same_weights_and_log(tmp_path, monkeypatch):
+    curated(tmp_path / "data")
+    want = train_video(tmp_path, "whole")
+    clip_norm, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return clip_norm(*args)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train_video(tmp_path, "cut")
+    assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["step"] == 2
+    assert same(train_video(tmp_path, "cut"), want)
+    a, b = log(tmp_path / "cut"), log(tmp_path / "whole")
+    assert [(r["step"], r["gamma"], r["epm"]) for r in a] == [(r["step"], r["gamma"], r["epm"]) for r in b]
+
+
+def test_log_lines_after_the_checkpoint_are_not_kept_twice(tmp_path):
+    small_fit(tmp_path, args=dict(lr=1))
+    rows = log(tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write(json.dumps(dict(step=60, loss=1.0)) + "\n" + '{"step": 70, "lo')           # and one line that a kill cut
+    small_fit(tmp_path, steps=100, args=dict(lr=1))
+    assert [r["step"] for r in log(tmp_path)] == [8, 50, 100] and log(tmp_path)[:1] == rows
+
+
+def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    small_fit(tmp_path, args=dict(lr=1))
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", full)
+        with pytest.raises(UserError, match="step 9 cannot be written .*No space left"):
+            small_fit(tmp_path, steps=12, args=dict(lr=1))
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 8
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
+    net = torch.nn.Linear(2, 1)
+    with pytest.raises(UserError, match="norm (nan|inf) at step 2"):           # the root's slope at 0 is infinite
+        train.fit(net, lambda step, g: (net.weight * (step != 2)).abs().sum().sqrt(), tmp_path, dict(args={}), 4, 1e-3, 1)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_accumulating_two_batches_of_one_is_one_batch_of_two(tmp_path):
+    curated(tmp_path / "data")
+    a = train_video(tmp_path, "a", "--clip-batch", "2")
+    b = train_video(tmp_path, "b", "--clip-batch", "1", "--accumulate", "2")
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4           # Adam makes much of the smallest gradients
+    assert log(tmp_path / "a")[-1]["loss"] == pytest.approx(log(tmp_path / "b")[-1]["loss"], rel=1e-5)
+
+
+def test_two_processes_have_the_loss_of_one_with_twice_the_batch(tmp_path):
+    curated(tmp_path / "data")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    command = [sys.executable, train.__file__, *flags(tmp_path, "--clip-batch", "1", "--out", str(tmp_path / "two"))]
+    two = [subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | dict(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1"))
+        for rank in range(2)]
+    try:
+        one = train_video(tmp_path, "one", "--clip-batch", "2")
+        for process in two:
+            assert process.wait(timeout=300) == 0, process.stderr.read().decode()[-2000:]
+    finally:
+        for process in two:
+            process.kill()
+    assert log(tmp_path / "two")[-1]["loss"] == pytest.approx(log(tmp_path / "one")[-1]["loss"], rel=1e-5)
+    got = load_file(tmp_path / "two" / "model.safetensors")
+    assert max((got[k] - one[k]).abs().max().item() for k in one) < 1e-4
+
+
+def test_a_round_loads_anywhere_and_the_next_one_continues_from_it(tmp_path):
+    curated(tmp_path / "data")
+    weights = train_video(tmp_path, "round0")
+    for source in (tmp_path / "round0", tmp_path / "round0" / "model.safetensors"):
+        ed = VideoEditor.from_pretrained(source, device="cpu")
+        assert ed.default_mode == "video" and same(ed.unet.state_dict(), weights)
+    unet = train.video_model(train.parse_args(flags(tmp_path)), tmp_path / "round0").unet
+    assert same(unet.state_dict(), weights)
+    with pytest.raises(UserError, match="--no-epm: .* was trained with --epm"):
+        train.video_model(train.parse_args(flags(tmp_path, "--no-epm")), tmp_path / "round0")
+
+
+def test_recomputing_activations_leaves_loss_and_weights_as_they_are(tmp_path):
+    curated(tmp_path / "data")
+    a, b = train_video(tmp_path, "a"), train_video(tmp_path, "b", "--checkpointing")
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+
+
+def test_changed_settings_and_changed_data_are_refused_by_name(tmp_path):
+    curated(tmp_path / "data")
+    train_video(tmp_path, "run")
+    with pytest.raises(UserError, match="--trainable temporal .now all."):
+        train_video(tmp_path, "run", "--trainable", "all")
+    curated(tmp_path / "more")
+    with pytest.raises(UserError, match="--train-on.*--max-clips 3 .now 6."):
+        train_video(tmp_path, "run", "--train-on", str(tmp_path / "data"), str(tmp_path / "more"))
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("missing", "holds no manifest.jsonl"), ("short", "12 frames; training needs exactly 16"),
+    ("long", "20 frames; training needs exactly 16"), ("none", "kept none of 6 candidates"),
+    ("channels", "8 latent channels, the model has 4"), ("gone", "latents.safetensors: no such file"),
+    ("half", "latents.safetensors: not a readable weight file"), ("line", "manifest.jsonl, line 2: is not JSON")])
+def test_data_that_does_not_fit_is_refused_in_one_line(tmp_path, kind, message):
+    folder = tmp_path / "data"
+    if kind != "missing":
+        curated(folder, n_frames={"short": 12, "long": 20}.get(kind, 16), kept=kind != "none", channels=8 if kind == "channels" else 4)
+    latents = folder / "clip1" / "latents.safetensors"
+    if kind == "gone":
+        latents.unlink()
+    if kind == "half":
+        latents.write_bytes(latents.read_bytes()[:3000])
+    if kind == "line":
+        lines = (folder / "manifest.jsonl").read_text().splitlines()
+        (folder / "manifest.jsonl").write_text("\n".join([lines[0], lines[1][:20], *lines[2:]]) + "\n")
+    with pytest.raises(UserError, match=message) as e:
+        train.read_clips([folder], 4)
+    assert "\n" not in str(e.value)
+
+
+def test_only_a_last_line_cut_by_a_kill_is_left_out_and_said_so(tmp_path, capsys):
+    folder = curated(tmp_path / "data")
+    text = (folder / "manifest.jsonl").read_text()
+    (folder / "manifest.jsonl").write_text(text[:-20])
+    assert len(train.read_clips([folder], 4)) == 2
+    assert "last 2 lines are cut" in capsys.readouterr().out       # both candidates of the source that is not complete
+
+
+def test_every_clip_comes_once_an_epoch_in_changing_order():
+    epochs = [[train.row_of(k, 7, 0) for k in range(7 * e, 7 * e + 7)] for e in range(3)]
+    assert all(sorted(e) == list(range(7)) for e in epochs) and epochs[0] != epochs[1] != epochs[2]
+
+
+def test_noise_is_drawn_per_frame_or_shared_by_all_of_them_as_asked():
+    eps = torch.stack([train.draw_noise(k, 0, (16, 4, 4, 4), 1.0, 0.5)[2] for k in range(200)])
+    shared = (eps == eps[:, :1]).flatten(1).all(dim=1)
+    assert 70 < shared.sum() < 130
+    assert (eps[~shared].diff(dim=1).abs() > 0).any(dim=(2, 3, 4)).all()
+
+
+def test_a_camera_move_is_the_same_for_source_and_target_and_always_moves():
+    x = torch.rand(1, 1, 3, 24, 32, generator=torch.Generator().manual_seed(0)).expand(2, 16, -1, -1, -1)
+    for number in range(20):
+        source, target = train.camera_move(x, number)
+        assert torch.equal(source, target) and source.shape == x.shape[1:]
+        assert (source[0] - source[-1]).abs().mean() > 1e-3
+        assert x.min() <= source.min() and source.max() <= x.max()
+
+
+def test_camera_moves_add_clips_that_are_made_once(tmp_path):
+    folder = curated(tmp_path / "data", n=1)
+    ed = VideoEditor.from_pretrained(IP2P, device="cpu")
+    clips = train.read_clips([folder], 4)
+    moved = train.moved_copies(ed, clips, 2)
+    made = [load_file(path) for path, *_ in moved]
+    assert len(moved) == 2 and all(z["source"].shape == clips[0][2] and z["source"].dtype == torch.float16 for z in made)
+    assert not torch.equal(made[0]["source"], made[1]["source"])
+    times = [path.stat().st_mtime_ns for path, *_ in moved]
+    assert [path.stat().st_mtime_ns for path, *_ in train.moved_copies(ed, clips, 2)] == times
+
+
+def test_stage_motion_trains_the_modules_alone_and_writes_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MOTION_CLIPS", 2)
+    args = train.parse_args(["--stage", "motion", "--weights", str(IP2P), "--runs", str(tmp_path), "--data", str(tmp_path / "d"),
+                             "--steps", "3", "--clip-batch", "1", "--size", "32", "--motion-clips", "2", "--device", "cpu"])
+    train.stage_motion(args, tmp_path / "motion", tmp_path / "base")
+    run, image = load_file(tmp_path / "motion" / "model.safetensors"), VideoEditor.from_pretrained(IP2P, device="cpu").unet
+    assert all(torch.equal(v, run[k]) for k, v in image.state_dict().items())
+    proj = [v for k, v in run.items() if "motion_modules" in k and k.endswith("proj_out.weight")]
+    assert proj and all(v.abs().max() > 0 for v in proj)
+    adapter = VideoEditor.from_pretrained(IP2P, motion=tmp_path / "base" / "motion_adapter", device="cpu").unet
+    assert same(adapter.state_dict(), run)                         # gamma 1 in both
+
+
+def test_gamma_and_epm_are_logged_for_every_module_and_drawn(tmp_path):
+    curated(tmp_path / "data")
+    weights = train_video(tmp_path, "round0")
+    row = log(tmp_path / "round0")[-1]
+    assert set(row["gamma"]) == {k.removesuffix(".gamma") for k in weights if k.endswith(".gamma")}
+    assert all(-0.5 < own < 0.5 and -10.5 < other < -9.5 for own, other in row["epm"].values())
+    assert len(row["epm"]) == sum(k.endswith("epm.fc2.bias") for k in weights)
+    train.main(["--stage", "plot", "--round", "0", "--runs", str(tmp_path)])
+    picture = Image.open(tmp_path / "round0" / "training.png")
+    assert picture.width > 1000 and len(picture.getcolors(100_000)) > 10
+    with pytest.raises(UserError, match="no log of a video run"):
+        train.plot(tmp_path, tmp_path / "x.png")
+
+
+def test_a_finished_round_is_neither_curated_nor_trained_again(tmp_path):
+    curated(tmp_path / "data")
+    train_video(tmp_path, "round0")
+    before = (tmp_path / "round0" / "state.pt").stat().st_mtime_ns
+    train.refine(train.parse_args(flags(tmp_path, "--round", "0", "--data", str(tmp_path / "d"))))
+    assert (tmp_path / "round0" / "state.pt").stat().st_mtime_ns == before and not (tmp_path / "d").exists()
+
+
+def test_an_exported_video_run_edits_like_the_run(tmp_path):
+    curated(tmp_path / "data")
+    train_video(tmp_path, "round0")
+    train.export(IP2P, tmp_path / "round0", tmp_path / "hub")
+    ed, run = (VideoEditor.from_pretrained(tmp_path / name, device="cpu") for name in ("hub", "round0"))
+    assert ed.default_mode == "video"
+    a, b = ed.unet(*unet_inputs()), run.unet(*unet_inputs())
+    assert (a - b).norm() < 1e-2 * b.norm()                        # float16 files
+    assert not torch.equal(a, ed.unet(*unet_inputs(), mode="image"))
+
+
+def test_success_needs_a_decibel_inside_and_an_unspoilt_outside():
+    nan = math.nan
+    rows = {"object": [(20, 15, 30, 30, 30, 1), (15.5, 15, 30, 30, 30, 1), (20, 15, 30, 20, 30, 1)],
+            "style": [(20, 15, 30, nan, nan, 1)], "background ~": [(9, 15, 30, nan, nan, 1)]}
+    assert train.success(rows)[:, 0].tolist() == [1, 0, 0, 1]
+
+
+def test_a_table_counts_clips_once_and_compares_them_with_the_first_row(tmp_path, capsys):
+    args = train.parse_args(["--stage", "table3", "--seeds", "2", "--steps", "5", "--n", "4", "--runs", str(tmp_path)])
+    for name, flags, *_ in train.table_rows(args):
+        for seed in range(2):
+            folder = tmp_path / "table3" / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
+            folder.mkdir(parents=True)
+            train.write_json(folder / "meta.json", dict(step=5))
+            better = flags["sma"] and flags["epm"]
+            for domain in ("synthetic", "real"):
+                train.write_json(folder / f"eval-{domain}.json", dict(
+                    how=dict(n=4, guidance=[None, None], step=5),
+                    clips=[[float(better or k == seed), 2.0, 0.5] for k in range(4)]))
+    train.tables(args)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "| synthetic |" in line]
+    assert lines[0] == ("| no SMA, no EPM | synthetic | 4 x 2 | 25.0% ± 24.5% | 25.0% to 25.0% | +0.0% ± 0.0% | +2.0 ± 0.0 | "
+                        "0.50 ± 0.00 | +0.00 ± 0.00 |")
+    assert lines[3].startswith("| SMA, EPM | synthetic | 4 x 2 | 100.0% ± 0.0% | 100.0% to 100.0% | +75.0% ± 24.5% |")
+
+
+@pytest.mark.parametrize("flag, value", [("--round", "-1"), ("--clip-batch", "0"), ("--lr-new", "-1")])
+def test_values_of_the_rounds_out_of_range_name_the_flag(flag, value):
+    with pytest.raises(UserError, match=flag):
+        train.parse_args([flag, value])
