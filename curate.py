@@ -3,6 +3,7 @@
     python curate.py images --weights tiny --to data/tiny/images --n 20       edits of images, the best with its trajectory
     python curate.py videos --weights tiny --images data/tiny/images --to data/tiny/round0     clips under that trajectory
     python curate.py real --round 1 --weights runs/tiny/round0 --to data/tiny/round1           real clips, edited
+        with the paper's teachers: videos --animate cogvideox, real --writer llava
     python curate.py look data/tiny/images                                    one HTML page of it
     python curate.py calibrate data/tiny/images                               weights of the filter's total
 
@@ -29,6 +30,7 @@ import struct
 import sys
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -54,6 +56,7 @@ from tokenizers import models
 from tqdm import tqdm
 
 import metrics
+from metrics import write_aside
 from model import (ROOT, UserError, VideoEditor, attention, hub_dir, load_weights, read_json, read_tensors, run,
                    timestep_embedding)
 from sample import IMAGES, probe, read_frames, resize, to_rgb, to_tensor, write_video
@@ -111,13 +114,6 @@ def ident(*parts):
 def code_version():
     files = [ROOT / f"{name}.py" for name in ("model", "sample", "metrics", "curate")]
     return hashlib.sha1(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
-
-
-def write_aside(path, text):
-    """There whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def read_lines(path):
@@ -202,6 +198,23 @@ def write_files(folder, files):
 
 class Unusable(UserError):
     """A source that cannot be read: it gets a line saying so, and the run goes on."""
+    why = "unreadable"
+
+
+class Unwritten(Unusable):
+    """A clip for which the writer found no instruction."""
+    why = "no instruction"
+
+
+def to_do(args, items):
+    """The sources without lines in the manifest so far, at most --limit of them."""
+    done = {row["id"] for row in read_manifest(args.to)} if any(args.to.glob("manifest*.jsonl")) else set()
+    items = [item for item in items if item["id"] not in done]
+    return items if args.limit == -1 else items[:args.limit]
+
+
+def out_of_memory(error):
+    return "out of memory" in str(error) or "allocate memory" in str(error)         # as CUDA and the CPU say it
 
 
 def run_stage(args, config, items, work, per_source, unit):
@@ -222,9 +235,7 @@ def run_stage(args, config, items, work, per_source, unit):
             print(f"{log}: {cut} lines cut by a crash; their source is done again")
             write_aside(log, dump(whole))
     log.touch()
-    done = {row["id"] for row in read_manifest(folder)}
-    todo = [item for item in items if item["id"] not in done]
-    todo = todo if args.limit == -1 else todo[:args.limit]
+    todo = to_do(args, items)
     need, free = len(todo) * per_source, shutil.disk_usage(folder).free
     print(f"{folder}: {len(todo)} of {len(items)} {unit}s to do, {len(items) - len(todo)} done or left for later; "
           f"at most {need / 1e6:.0f} MB on disk ({per_source / 1e3:.0f} KB a {unit}), {free / 1e9:.1f} GB free")
@@ -238,9 +249,9 @@ def run_stage(args, config, items, work, per_source, unit):
         try:
             rows, files = work(item)
         except Unusable as error:
-            rows, files = [{"kept": False, "why": f"unreadable: {error}", "scores": {}}], {}
+            rows, files = [{"kept": False, "why": f"{error.why}: {error}", "scores": {}}], {}
         except RuntimeError as error:
-            if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            if not out_of_memory(error):
                 raise
             raise UserError(f"out of memory at {args.batch} candidates at a time; lower --batch") from None
         first = {k: item[k] for k in ("id", "order", "task", "instruction", "source_caption", "target_caption")}
@@ -270,8 +281,10 @@ def report(folder, unit, finished):
     rows = read_manifest(folder)
     sources = {row["id"] for row in rows}
     kept = {row["id"] for row in rows if row["kept"]}
-    reasons = Counter(part.split(" ")[0].rstrip(":") for row in rows for part in row["why"].split("; ")
-                      if not row["kept"] and " below " in part or part.startswith("unreadable"))
+    # "ssim 0.3 below 0.5; dinov2_sim ..." counts for each score; "unreadable: ..." has none: what is before the colon
+    reasons = Counter(reason for row in rows if not row["kept"] for reason in
+                      ([part.split(" ")[0] for part in row["why"].split("; ") if " below " in part] if row["scores"]
+                       else [row["why"].split(":")[0]]))
     lines = [f"{key} removed {n} of {len(rows)} candidates" for key, n in reasons.most_common()]
     if rows and not kept and finished:
         raise UserError(f"{folder}: none of {len(sources)} {unit}s kept: {', '.join(lines)}; lower a threshold with "
@@ -295,11 +308,12 @@ def draw_candidates(ed, item_id, n, seed, first=None):
 
 
 @torch.no_grad()
-def sample_batch(ed, z_src, instruction, z_T, s_txt, s_src, steps, mode, trajectory=None, keep=None):
+def sample_batch(ed, z_src, instruction, z_T, s_txt, s_src, steps, mode, trajectory=None, keep=None, z_first=None):
     """K edits of one clip in one batch, each with its own noise and guidance.
 
     z_src (1, F, c, h, w); z_T (K, F, c, h, w); s_txt, s_src: K numbers. mode: as `VideoEditor.sample`; "ffg" takes a
-    trajectory: steps + 1 latents (1 or K, 1, c, h, w). keep (a list) receives the latents of every step and the end.
+    trajectory: steps + 1 latents (1 or K, 1, c, h, w), of an edit of the source frame z_first (1, 1, c, h, w), by
+    default the clip's first. keep (a list) receives the latents of every step and the end.
     Returns z0 (K, F, c, h, w), scaled.
     """
     scheduler, z = ed.scheduler_for(steps), z_T
@@ -313,7 +327,7 @@ def sample_batch(ed, z_src, instruction, z_T, s_txt, s_src, steps, mode, traject
         x, y = z, src
         if mode == "ffg":                                           # anchor row: the first frame's edit at this step
             x = torch.cat([trajectory[i].to(z).expand(len(z), -1, -1, -1, -1), z], dim=1)
-            y = torch.cat([src[:, :1], src], dim=1)
+            y = torch.cat([src[:, :1] if z_first is None else z_first.expand_as(src[:, :1]), src], dim=1)
         rows = torch.cat([torch.cat([x, part], dim=2) for part in (y, y, torch.zeros_like(y))]).to(ed.dtype)
         out = ed.unet(rows, torch.full((len(rows),), int(t), device=z.device), ctx, mode).float()
         e_vt, e_v, e_0 = out[:, -z.shape[1]:].chunk(3)
@@ -403,15 +417,23 @@ def open_filter(args, family, weights):
             raise UserError(f"--score-weights {args.score_weights}: needs weights, centre, spread and min_total, as "
                             "curate.py calibrate writes them")
         limits["total"] = fitted["min_total"]
-    for text in args.min or ():
-        name, _, value = text.partition("=")
-        try:
-            limits[name] = float(value)
-        except ValueError:
-            raise UserError(f"--min {text}: needs NAME=VALUE, like clip_sim_dir=0.1 or ssim=-inf") from None
+    limits |= dict.fromkeys(metrics.JUDGED, 0.5) if args.judge else {}          # ours: yes is likelier than no
+    limits |= named_values("--min", args.min, "clip_sim_dir=0.1 or ssim=-inf")
     if metrics.HELD_OUT in limits or metrics.HELD_OUT in fitted["weights"]:
         raise UserError(f"{metrics.HELD_OUT} is kept for judging: a filter by it would flatter its own results")
     return limits, fitted
+
+
+def named_values(flag, texts, like):
+    """["NAME=VALUE", ...] or None -> {name: float}"""
+    found = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise UserError(f"{flag} {text}: needs NAME=VALUE, like {like}") from None
+    return found
 
 
 def open_stage(args, weights, source, **more):
@@ -427,12 +449,32 @@ def open_stage(args, weights, source, **more):
         args.to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--to {args.to}: cannot be made a folder ({error.strerror})") from None
+    scorers |= {"judge": args.judge} if args.judge else {}
     names = {role: str(path).removeprefix(f"{ROOT}/") for role, path in scorers.items()}
+    if args.judge:                                  # metrics.py then does not take it for a held-out judge
+        more["filtered_by"] = {"judge": str(args.judge), "mark": metrics.judge_mark(args.judge)}
     config = dict(stage=args.command, round=0, weights=str(args.weights), stamp=metrics.stamp(ed), source=str(source),
                   seed=args.seed, candidates=args.candidates, size=ed.size, scorers=names, filter=not args.no_filter,
                   thresholds=limits, score_weights=fitted) | more
     return SimpleNamespace(args=args, ed=ed, scorers=scorers, square=square, limits=limits, fitted=fitted,
                            config=config, opened={})                # opened: the scorers' networks, see score_clips
+
+
+@contextmanager
+def out_of_the_way(ed):
+    """The editor waits on the CPU while a teacher has the GPU. UserError where the teacher does not fit."""
+    nets = ed.unet, ed.vae, ed.text_encoder
+    for net in nets:
+        net.to("cpu")
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError("out of memory: CogVideoX needs about 16 GB, LLaVA-OneVision 18 (7B) or 4 (0.5B, --llava); "
+                        "pass --device cpu, or do without the teacher") from None
+    for net in nets:
+        net.to(ed.device)
 
 
 def prepare(rgb, ed):
@@ -489,15 +531,15 @@ def stage_images(args):
 
 # ---- steps 3 and 4: synthetic clips ----------------------------------------------------------------------
 
-def animate(row, image):
-    """Step 3: a source image (H, W, 3) uint8 becomes a clip (F, H, W, 3) that starts with it.
+def animate_by_world(row, image):
+    """Step 3: a source image (H, W, 3) uint8 becomes a clip (F, H, W, 3) that starts with it. row: a line of the
+    images' manifest. Here a drawn scene moves on by itself."""
+    scene, _, t0 = drawn_scene(row["origin"])
+    return quantise(render(scene, N_FRAMES, *image.shape[:2], FPS, t0))
 
-    row: a line of the images' manifest. A drawn scene moves on by itself; any other image gets a camera move. Another
-    image-to-video model goes in here: `stage_videos` takes such a function.
-    """
-    if "scene" in row["origin"]:
-        scene, _, t0 = drawn_scene(row["origin"])
-        return quantise(render(scene, N_FRAMES, *image.shape[:2], FPS, t0))
+
+def animate_by_camera(row, image):
+    """The same for any image, without a network: a slow zoom and pan."""
     return camera_move(image, Random(row["id"]))
 
 
@@ -514,42 +556,126 @@ def camera_move(image, rng):
     return np.stack([image, *(to_rgb(frame) for frame in frames[1:])])
 
 
-def stage_videos(args, animate=animate):
+TEACHER_CLIPS = 3       # PAPER: 48 frames; of CogVideoX's 49 (8 a second) the last is left out: three clips of N_FRAMES
+TEACHER_GROUP = 64      # images that go through one of its networks before the next one is loaded
+
+
+def animate_by_cogvideox(args, items):
+    """The same with the paper's teacher: 48 frames. Makes the clips of all items now, network by network, and keeps
+    their latents in <to>/animated (which may go when the stage is done); the function that it returns, animate(row,
+    image), decodes one. A killed run loses one clip.
+
+    Any aspect: the whole image goes into the teacher's 480x720, with black beside or above it, and only the image's
+    part of the clip is taken, so that its frames still lie under the image's trajectory.
+    """
+    try:
+        cog = CogVideoX.from_pretrained(args.cogvideox, device=args.device, cache=args.to / "animated" / "text")
+    except UserError as error:
+        raise UserError(f"--cogvideox {args.cogvideox}: {error}") from None
+    height, width = (8 * cog.config["transformer"][k] for k in ("sample_height", "sample_width"))
+
+    def file_of(row):
+        made_with = row["origin"]["image"], args.cogvideox, args.cogvideox_steps, args.seed
+        return args.to / "animated" / f"{ident(*made_with)}.safetensors"
+
+    rows = list({file_of(row): row for row in to_do(args, items) if not file_of(row).is_file()}.values())
+    if rows:
+        latents = 2 * 13 * cog.config["transformer"]["out_channels"] * height * width // 64         # bytes, float16
+        states = cog.dtype.itemsize * 226 * cog.config["text_encoder"]["d_model"]
+        print(f"{args.to}/animated: {len(rows)} images to animate; {latents * len(rows) / 1e6:.0f} MB of latents, at "
+              f"most {states * len(rows) / 1e6:.0f} MB of text states")
+    bar = tqdm(total=len(rows), unit="clip", desc="CogVideoX", disable=not rows)
+    for k in range(0, len(rows), TEACHER_GROUP):
+        jobs = []
+        for row in rows[k:k + TEACHER_GROUP]:
+            try:
+                image = to_tensor(read_image(args.images / row["origin"]["image"] / "source.png", row["id"]))
+            except Unusable:
+                continue                                            # its line will say so
+            jobs.append((row, (fit_image(image, height, width, pad=True), row["source_caption"],
+                               Random(f"cogvideox {args.seed} {row['origin']['image']}").getrandbits(31))))
+        for (row, _), z in zip(jobs, cog.latents([job for _, job in jobs], steps=args.cogvideox_steps)):
+            part = file_of(row).with_suffix(f".{os.getpid()}.part")
+            save_file({"z": z.half().cpu()}, part)
+            os.replace(part, file_of(row))
+            bar.update()
+    bar.close()
+
+    @lru_cache(1)                                                   # an image's three clips come one after another
+    def decode(file):
+        return cog.decode(load_file(file)["z"].float())[0, :TEACHER_CLIPS * N_FRAMES]
+
+    def animate(row, image):
+        video = decode(file_of(row))                                # (48, 3, 480, 720)
+        top, left, h, w = inside(*image.shape[:2], height, width)
+        return np.stack([to_rgb(resize(x[:, top:top + h, left:left + w], *image.shape[:2])) for x in video])
+    return animate
+
+
+def stage_videos(args):
     """Round 0's clips: every kept image is animated, and edited under its trajectory with several guidance settings.
 
     Paper, section 3.2, steps 3 and 4 (FFG-V2V). --mode image edits frame by frame without the trajectory, for Table
     2's comparison. A folder in InsV2V's layout is taken as it is: its pairs are scored and filtered, not made.
+    --animate: CogVideoX makes three clips of an image. Only the first starts with it; the edit of the image guides the
+    attention of all three, and each is a source of its own, filtered by itself.
     """
     if not args.images.is_dir():
         raise UserError(f"--images {args.images}: no such directory; run curate.py images first")
     made = bool(list(args.images.glob("manifest*.jsonl")))
     motion = None if args.motion in (None, "none", "None") else args.motion
-    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode=args.mode if made else "pairs", motion=motion)
-    ed = st.ed
+    teacher = (dict(cogvideox=args.cogvideox, cogvideox_steps=args.cogvideox_steps)
+               if args.animate == "cogvideox" else {})
+    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode=args.mode if made else "pairs", motion=motion,
+                    animate=args.animate, **teacher)
+    ed, animate = st.ed, {"world": animate_by_world, "camera": animate_by_camera}.get(args.animate)
     if made:
         rows = [row for row in read_manifest(args.images) if row["kept"]]
         if not rows:
             raise UserError(f"--images {args.images}: its filters kept no image; see curate.py look {args.images}")
-        items = [row | {"origin": row["origin"] | {"image": row["id"]}} for row in rows]
+        undrawn = [row["id"] for row in rows if "scene" not in row["origin"]]
+        if args.animate == "world" and undrawn:
+            raise UserError(f"--animate world: {len(undrawn)} of {len(rows)} images are no drawn scenes, the first "
+                            f"{undrawn[0]}; pass camera or cogvideox")
+        items = mine([row | {"origin": row["origin"] | {"image": row["id"]}} for row in rows])
+        if teacher:                                                 # sharded by image, then cut
+            items = [item | {"id": ident(item["id"], k) if k else item["id"], "order": item["order"] + [k] * (k > 0),
+                             "origin": item["origin"] | {"frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}}
+                     for item in items for k in range(TEACHER_CLIPS)]
+            check_config(args.to, st.config, args.force)            # before hours of work
+            with out_of_the_way(ed):
+                animate = animate_by_cogvideox(args, items)
+    elif args.animate:
+        raise UserError(f"--animate {args.animate}: {args.images} holds no images of curate.py; pass such a data set, "
+                        "or leave --animate out")
     else:
-        items = list(read_insv2v(args.images))
+        items = mine(list(read_insv2v(args.images)))
 
     def edit(item):
-        folder = args.images / item["id"]
+        folder = args.images / item["origin"]["image"]
         try:
             image = np.array(Image.open(folder / "source.png").convert("RGB"))
             path = load_file(folder / "trajectory.safetensors")["trajectory"].float()
         except (OSError, SafetensorError, KeyError) as error:
             raise Unusable(f"{folder}: {error}") from None
-        source = animate(item, image)[:N_FRAMES]
+        drawn = "scene" in item["origin"] and args.animate in (None, "world")
+        whole = (animate or (animate_by_world if drawn else animate_by_camera))(item, image)
+        start = item["origin"]["frames"][0] if teacher else 0
+        source = whole[start:start + N_FRAMES]
         if len(source) < N_FRAMES:
-            raise UserError(f"{item['id']}: animated to {len(source)} frames; a clip needs {N_FRAMES}")
-        z_src = ed.encode(to_video(source))
+            raise UserError(f"{item['id']}: animated to {len(whole)} frames; a clip needs {start + N_FRAMES}")
+        if teacher:                                                 # the others cannot fail in these ways
+            fault = (clip_fault(to_video(whole), to_tensor(image)) or
+                     clip_fault(to_video(source), to_tensor(source[0])))
+            if fault:
+                row = {"kept": False, "why": f"animated clip: {fault}", "scores": {}}
+                return [row], {"source.mp4": to_video(source)}
+        z_src, z_first = ed.encode(to_video(source)), ed.encode(to_video(image[None]))
         path = [z[None, None].to(z_src) for z in path]              # steps + 1 of (1, 1, c, h, w)
         _, s_txt, s_src = draw_candidates(ed, item["id"], args.candidates, f"videos {args.seed}", item["guidance"])
         z_T = [path[0].expand_as(z_src)] * args.candidates          # every frame starts where the first one's edit did
-        z0 = edit_clip(st, z_src, item["instruction"], z_T, s_txt, s_src, len(path) - 1, args.mode, path)
-        truth = true_clip(item["origin"], source) if "scene" in item["origin"] else None
+        z0 = edit_clip(st, z_src, item["instruction"], z_T, s_txt, s_src, len(path) - 1, args.mode, path, z_first)
+        truth = true_clip(item["origin"], source) if drawn else None
         return finish_clip(st, item, source, z_src, z0, [item["seed"]] * args.candidates, s_txt, s_src, truth)
 
     def take(item):                                                 # a pair that others made
@@ -557,7 +683,7 @@ def stage_videos(args, animate=animate):
         z_src, z0 = ed.encode(to_video(source)), ed.encode(to_video(target)) * ed.vae.scaling_factor
         return finish_clip(st, item, source, z_src, z0, [None], [None], [None])
 
-    run_stage(args, st.config, mine(items), edit if made else take, clip_bytes(st), "clip")
+    run_stage(args, st.config, items, edit if made else take, clip_bytes(st), "clip")
 
 
 def true_clip(origin, source):
@@ -569,7 +695,7 @@ def true_clip(origin, source):
     return truth, true_region(source, truth, edit.is_global)
 
 
-def edit_clip(st, z_src, instruction, z_T, s_txt, s_src, steps, mode, trajectory=None):
+def edit_clip(st, z_src, instruction, z_T, s_txt, s_src, steps, mode, trajectory=None, z_first=None):
     """`sample_batch` in parts of --batch candidates: z0 (K, F, c, h, w). "ffg" without a trajectory makes one each."""
     z0 = []
     for k in range(0, len(z_T), st.args.batch):
@@ -579,14 +705,15 @@ def edit_clip(st, z_src, instruction, z_T, s_txt, s_src, steps, mode, trajectory
             path = []
             sample_batch(st.ed, z_src[:, :1], instruction, z[:, :1], s_txt[part], s_src[part], steps, "image",
                          keep=path)
-        z0.append(sample_batch(st.ed, z_src, instruction, z, s_txt[part], s_src[part], steps, mode, path))
+        z0.append(sample_batch(st.ed, z_src, instruction, z, s_txt[part], s_src[part], steps, mode, path,
+                               z_first=z_first))
     return torch.cat(z0)
 
 
 def score_clip(st, source, edits, item):
     """[{score: value}] of edits (F, H, W, 3) uint8: metrics.SCORES, and <score>_gain over the untouched source's."""
     clip = {"edits": {k: x for k, x in enumerate(edits)} | {"source": source}, "source": source,
-            "source_caption": item["source_caption"], "target_caption": item["target_caption"]}
+            **{k: item[k] for k in ("instruction", "source_caption", "target_caption")}}
     [result] = metrics.score_clips([clip], st.scorers, st.args.device, st.square, st.opened)
     untouched = result.pop("source")
     for row in result.values():
@@ -616,22 +743,29 @@ def clip_bytes(st):
 
 # ---- stages II and III: real clips -----------------------------------------------------------------------
 
-def stage_real(args, write=None):
+def stage_real(args):
     """Round N's clips: real videos cut into 16 frames, an instruction for each, edited by the previous round's model.
 
     Paper, sections 3.3 and 4.1: 8 K videos of YouTube-VOS, MOSE, LVOS and MeViS, 16 K clips of 16 frames, 3,402 and
-    5,048 kept. write(frames, item) -> {instruction, source_caption, target_caption, ...} is the writer; by default
-    --instructions, else what CLIP sees, in the words of the shapes world.
+    5,048 kept. --writer: LLaVA-OneVision as in the paper; a file; or tiny, what CLIP sees, in the words of the shapes
+    world. Each is a function write(frames, item) -> {instruction, source_caption, target_caption, ...}.
     """
     if args.round < 1:
         raise UserError(f"--round {args.round}: real clips are for rounds 1 and up; round 0 is curate.py videos")
+    mix = named_values("--task-mix", args.task_mix, "style=1 removal=2")
+    teacher = (dict(llava=args.llava, lora=args.lora and str(args.lora), task_mix=mix)
+               if args.writer == "llava" else {})
     st = open_stage(args, VIDEO_WEIGHTS, args.source, round=args.round, steps=args.steps, per_video=args.per_video,
-                    writer=str(args.instructions or "clip"))
+                    writer="clip" if args.writer == "tiny" else args.writer, **teacher)
     ed, mode = st.ed, st.ed.default_mode
-    if write is None:
-        write = write_from_file(args.instructions) if args.instructions else write_by_clip(st)
     items = (mine(drawn_sources(args.n if args.n != -1 else 20, "real", args.seed)) if args.source == "shapes" else
              cut_videos(args, find_videos(args.source)))
+    if teacher:
+        check_config(args.to, st.config, args.force)                # before hours of work
+        with out_of_the_way(ed):
+            write = write_by_llava(args, items, mix or None)
+    else:
+        write = write_by_clip(st) if args.writer == "tiny" else write_from_file(args.writer)
 
     def work(item):
         source = (item["draw"](N_FRAMES, ed.size) if "draw" in item else
@@ -653,7 +787,7 @@ def write_by_clip(st):
     """A writer: CLIP names what it sees, zero-shot among the shapes world's captions, and an edit of such a scene
     supplies the instruction and both captions."""
     if "clip" not in st.scorers:
-        raise UserError("curate.py real: the writer needs CLIP; pass --clip DIR or --instructions FILE")
+        raise UserError("curate.py real: the writer tiny needs CLIP; pass --clip DIR, or --writer llava or FILE")
     clip = metrics.open_scorer("clip", st.scorers["clip"], st.args.device, torch.float32)
     pairs = [(k, c) for k in KINDS for c in COLOURS]
     grounds = [Background("plain", f"a {c} background", (COLOURS[c],)) for c in COLOURS]
@@ -688,6 +822,55 @@ def write_by_clip(st):
     return write
 
 
+WRITE_GROUP = 4         # clips that the language model sees at once; their answers are kept together
+
+
+def write_by_llava(args, items, mix):
+    """The paper's writer: asks LLaVA-OneVision about all clips that are wanted now, then frees it.
+
+    instructions.jsonl keeps its answers, kept or refused (see metrics.write_instructions), so that a rerun asks only
+    about new clips; earlier answers count for the mix of tasks and for near-duplicates. Under torchrun each rank minds
+    its own. Whole groups are asked, so --limit and a kill change no answer.
+    """
+    rank, world = shard()
+    log = args.to / ("instructions.jsonl" if world == 1 else f"instructions.{rank}.jsonl")
+    if log.is_file() and read_lines(log)[1]:                        # cut by a crash
+        write_aside(log, dump(read_lines(log)[0]))
+    said = {r["id"]: r for path in sorted(args.to.glob("instructions*.jsonl")) for r in read_lines(path)[0]}
+    wanted = {item["id"] for item in to_do(args, items)}
+    last = max((i for i, item in enumerate(items) if item["id"] in wanted), default=-1)
+    new = [item for item in items[:-(-(last + 1) // WRITE_GROUP) * WRITE_GROUP] if item["id"] not in said]
+
+    def frames(item):
+        try:                                                        # drawn at the size of SigLIP's eye
+            return item["draw"](N_FRAMES, 384) if "draw" in item else np.stack(item["load"]())
+        except Unusable:
+            return np.empty((0, 1, 1, 3), np.uint8)                 # refused as too short; its line will say why
+
+    if new:
+        try:
+            net = metrics.LlavaOneVision.from_pretrained(args.llava, device=args.device, lora=args.lora)
+        except UserError as error:
+            raise UserError(f"--llava {args.llava}: {error}") from None
+        bar = tqdm(new, unit="clip", desc="LLaVA")
+        records = metrics.write_instructions(net.generate, ((item["id"], frames(item)) for item in bar), mix,
+                                             list(said.values()), WRITE_GROUP)
+        while group := list(islice(records, WRITE_GROUP)):
+            with open(log, "a", encoding="utf-8") as f:
+                f.write(dump(group))
+            said |= {r["id"]: r for r in group}
+        tasks = Counter(r["task"] for r in said.values() if r["kept"])
+        print(f"LLaVA: {tasks.total()} of {len(said)} clips have an instruction: " +
+              (", ".join(f"{n} {task}" for task, n in tasks.most_common()) or "none") + f"; the others' reasons: {log}")
+
+    def write(frames, item):
+        record = said[item["id"]]
+        if not record["kept"]:
+            raise Unwritten(record["why"])
+        return {k: record[k] for k in metrics.FIELDS}
+    return write
+
+
 def write_from_file(path):
     """A writer from a text file: one instruction a line, or JSON lines with instruction, source_caption and
     target_caption; every clip takes one of them by its id. A bare instruction is its own target caption."""
@@ -696,10 +879,10 @@ def write_from_file(path):
         rows = [json.loads(line) if line.startswith("{") else {"instruction": line} for line in lines]
         rows = [{"source_caption": "", "target_caption": row["instruction"]} | row for row in rows]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--instructions {path}: needs one instruction a line, or JSON lines with instruction, "
-                        f"source_caption, target_caption ({error})") from None
+        raise UserError(f"--writer, --instructions {path}: pass tiny, llava, or a file of one instruction a line, or "
+                        f"of JSON lines with instruction, source_caption, target_caption ({error})") from None
     if not rows:
-        raise UserError(f"--instructions {path}: is empty")
+        raise UserError(f"--writer, --instructions {path}: is empty")
     return lambda frames, item: {k: rows[int(item["id"], 16) % len(rows)][k]
                                  for k in ("instruction", "source_caption", "target_caption")}
 
@@ -2793,24 +2976,36 @@ def check_variant(cfg, tensors, where):
         raise UserError(f"{where}: these are the weights of {found}; pass {COGVIDEOX} or a copy of it")
 
 
-def fit_image(image, height, width):
-    """image (3, H, W) in [-1, 1], or PIL -> (3, height, width): scaled to cover, then cropped around the
-    centre, so any aspect. UserError where it would be enlarged over 4 times or a value is out of range."""
+def inside(h, w, height, width):
+    """Where an image of h x w lies in a frame that shows all of it: (top, left, its height, its width)."""
+    scale = min(height / h, width / w)
+    size = min(height, round(h * scale)), min(width, round(w * scale))
+    return (height - size[0]) // 2, (width - size[1]) // 2, *size
+
+
+def fit_image(image, height, width, pad=False):
+    """image (3, H, W) in [-1, 1], or PIL -> (3, height, width): scaled to cover, then cropped around the centre, so any
+    aspect; pad: all of it, with black around. UserError where it would be enlarged over 4 times or a value is out of
+    range."""
     if not torch.is_tensor(image):
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
     if image.ndim != 3 or image.shape[0] != 3:
         raise UserError(f"image of shape {tuple(image.shape)}: needs (3, H, W)")
     h, w = image.shape[1:]
-    if 4 * h < height or 4 * w < width:
+    if (4 * h < height and 4 * w < width) if pad else (4 * h < height or 4 * w < width):
         raise UserError(f"image of {w}x{h} is too small for a clip of {width}x{height}; needs at least "
                         f"{math.ceil(width / 4)}x{math.ceil(height / 4)}")
     image = image.float()
     if not (image.abs() <= 1.001).all():
         raise UserError(f"image with values from {image.min():.3g} to {image.max():.3g}: needs [-1, 1]")
-    scale = max(height / h, width / w)
-    size = max(height, round(h * scale)), max(width, round(w * scale))
-    if size != (h, w):
+    top, left, *size = inside(h, w, height, width)
+    if not pad:
+        scale = max(height / h, width / w)
+        size = [max(height, round(h * scale)), max(width, round(w * scale))]
+    if size != [h, w]:
         image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    if pad:
+        return F.pad(image, (left, width - size[1] - left, top, height - size[0] - top), value=-1.0)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return image[:, top:top + height, left:left + width]
 
@@ -2947,6 +3142,30 @@ class CogVideoX:
         z = (z / self.config["vae"]["scaling_factor"]).to(self.device, self.dtype)
         return torch.cat([x.float().cpu().clamp(-1, 1) for x in self.network("vae").decode_chunks(z)], 1)
 
+    def latents(self, jobs, n_frames=49, steps=50, guidance=6.0, negative="", sampler="ddim", z_T=None,
+                image_noise=None):
+        """Yield the clean latents (1, f, 16, h, w), on the CPU, of each (image, caption, seed): all captions go
+        through T5, all images through the VAE, then one after another through the transformer, so that each
+        network is loaded once. Arguments and errors as in `animate`; `decode` makes a clip of them."""
+        h, w, c = (self.config["transformer"][k] for k in ("sample_height", "sample_width", "out_channels"))
+        f = (n_frames - 1) // 4 + 1
+        if not 1 <= n_frames <= 4 * f - 3 * (f % 2):
+            raise UserError(f"--frames {n_frames}: the clip would have {max(0, 4 * f - 3 * (f % 2))}; pass "
+                            "49 (as published), a multiple of 8, or one more than that")
+        CogSchedule(self.scheduler, steps)                      # a bad step count shows before minutes of T5
+        jobs = [(fit_image(image, 8 * h, 8 * w), caption, torch.Generator().manual_seed(seed))
+                for image, caption, seed in jobs]
+        unwanted, *ctx = self.text_states([negative, *(caption for _, caption, _ in jobs)])
+        starts = []
+        for image, _, g in jobs:
+            drawn = [torch.randn(1, n, c, h, w, generator=g) for n in (1, f)]
+            z_img = self.encode_image(image, f, drawn[0] if image_noise is None else image_noise)
+            starts.append((drawn[1] if z_T is None else z_T, z_img, g))
+        for (z, z_img, g), states in zip(starts, ctx):
+            for z in self.denoise(z, z_img, torch.stack([unwanted, states]), steps, guidance, sampler, g):
+                pass
+            yield z.cpu()
+
     def animate(self, image, caption, seed=0, n_frames=49, steps=50, guidance=6.0, negative="",
                 sampler="ddim", z_T=None, image_noise=None):
         """Make a clip that starts from an image: video (1, F, 3, 480, 720) float32 in [-1, 1], at 8 fps.
@@ -2957,18 +3176,7 @@ class CogVideoX:
         image_noise (1, 1, 16, h, w) replace the seed's draws. Raises UserError for a bad image or step count,
         and where F is below n_frames.
         """
-        h, w, c = (self.config["transformer"][k] for k in ("sample_height", "sample_width", "out_channels"))
-        f = (n_frames - 1) // 4 + 1
-        if not 1 <= n_frames <= 4 * f - 3 * (f % 2):
-            raise UserError(f"--frames {n_frames}: the clip would have {max(0, 4 * f - 3 * (f % 2))}; pass "
-                            "49 (as published), a multiple of 8, or one more than that")
-        CogSchedule(self.scheduler, steps)                      # a bad step count shows before minutes of T5
-        image, g = fit_image(image, 8 * h, 8 * w), torch.Generator().manual_seed(seed)
-        drawn = [torch.randn(1, n, c, h, w, generator=g) for n in (1, f)]
-        ctx = self.text_states([negative, caption])
-        z_img = self.encode_image(image, f, drawn[0] if image_noise is None else image_noise)
-        for z in self.denoise(drawn[1] if z_T is None else z_T, z_img, ctx, steps, guidance, sampler, g):
-            pass
+        [z] = self.latents([(image, caption, seed)], n_frames, steps, guidance, negative, sampler, z_T, image_noise)
         return self.decode(z)
 
 
@@ -3035,7 +3243,12 @@ def parse(argv=None):
         p.add_argument("--score-weights", type=Path, metavar="FILE", help="weights of the total, from calibrate")
         p.add_argument("--force", action="store_true", help="go on although the settings changed")
         metrics.scorer_flags(p)
+        p.set_defaults(judge=None)                                  # it judges clips, not images
         return p
+
+    def judge_flag(p):
+        p.add_argument("--judge", metavar="DIR", help="a LLaVA-OneVision: filter by its three chances of yes, too, "
+                       "each 0.5 or more; metrics.py then refuses it as a judge of what was trained on them")
 
     p = stage("images", "steps 1-2: many edits of each image, the best with its trajectory", 30, 30)
     p.add_argument("--from", dest="source", default="shapes", help="shapes, or image pairs: parquet, folders, .jsonl")
@@ -3048,6 +3261,11 @@ def parse(argv=None):
     p.add_argument("--motion", help="motion modules: hub id, directory or .ckpt; none for the weights' own")
     p.add_argument("--mode", default="ffg", choices=["ffg", "image"],
                    help="image: frame by frame, without the trajectory")
+    p.add_argument("--animate", choices=["world", "camera", "cogvideox"],
+                   help="how an image becomes a clip; default: world for drawn scenes, camera for others")
+    p.add_argument("--cogvideox", default=COGVIDEOX, metavar="DIR", help="hub id or directory of the teacher")
+    p.add_argument("--cogvideox-steps", type=int, default=50, help="its sampling steps")
+    judge_flag(p)
 
     p = stage("real", "stages II and III: real videos edited by the previous round's model", 4, 4)
     p.add_argument("--round", type=int, required=True, help="1 or 2")
@@ -3055,7 +3273,13 @@ def parse(argv=None):
     p.add_argument("--n", "--sources", type=int, default=-1, help="videos, or drawn scenes (-1: all; of shapes: 20)")
     p.add_argument("--steps", type=int, default=20, help="sampling steps")
     p.add_argument("--per-video", type=int, default=2, help="clips of a video, at most")
-    p.add_argument("--instructions", type=Path, metavar="FILE", help="text or JSON lines instead of CLIP's words")
+    p.add_argument("--writer", "--instructions", default="tiny", metavar="tiny|llava|FILE",
+                   help="who writes instructions: tiny CLIP, LLaVA-OneVision, or text or JSON lines")
+    p.add_argument("--llava", default=metrics.LLAVA, metavar="DIR", help="hub id or directory of the writer")
+    p.add_argument("--lora", type=Path, metavar="FILE", help="what train.py --stage writer made of it")
+    p.add_argument("--task-mix", nargs="+", metavar="TASK=WEIGHT", help="how often LLaVA is asked for which task; "
+                   f"default: {', '.join(metrics.WRITER_TASKS)} equally")
+    judge_flag(p)
 
     p = command("calibrate", "fit the total's weights to ratings or, in the shapes world, to the truth")
     p.add_argument("manifest", type=Path, help="data set or manifest.jsonl")
@@ -3085,7 +3309,7 @@ def parse(argv=None):
     if getattr(args, "device", "cpu").split(":")[0] not in usable:
         raise UserError(f"--device {args.device}: not on this machine; pass {' or '.join(usable)}")
     for name, low, unset in (("candidates", 1, None), ("batch", 1, None), ("steps", 1, None), ("limit", 1, -1),
-                             ("n", 1, -1), ("per_video", 1, None)):
+                             ("n", 1, -1), ("per_video", 1, None), ("cogvideox_steps", 1, None)):
         value = getattr(args, name, low)
         if value < low and value != unset:
             flag, other = name.replace("_", "-"), ", or -1 for all" if unset else ""

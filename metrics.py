@@ -12,7 +12,7 @@ Contents
     networks     CLIP (PickScore is one, too), DINOv2, ViCLIP
     scores       clip_frame, clip_text, pick_score, viclip_out, viclip_dir, image_scores;
                  on pixels ssim, psnr, flicker, preservation
-    one clip     SCORES, HELD_OUT, align, score_clips, main_clip
+    one clip     SCORES, JUDGED (--judge), HELD_OUT, align, score_clips, main_clip
     benchmarks   read_tgve, read_tgve_plus, edit_benchmark, score_benchmark, table, main_tgve
     shapes world world_items, agreement, sweep, main_shapes
     user study   main_study, main_votes
@@ -681,6 +681,11 @@ SCORES = {              # printed name, what is better, decimals, what it says, 
     "viclip_dir": ("ViCLIP_dir", "up", 3, "held out; change of clip against captions'; untouched has 0",
                    "source source-caption target-caption viclip"),
 }
+JUDGED = {                                              # as SCORES; only with --judge, see judge_edit
+    "judge_follows": ("judge: follows", "up", 2, "chance of yes: it follows the instruction", "source instruction"),
+    "judge_preserves": ("judge: keeps", "up", 2, "chance of yes: all else is unchanged", "source instruction"),
+    "judge_clean": ("judge: clean", "up", 2, "chance of yes: no artefacts, no flicker", "source instruction"),
+}
 # The judge that curation never filters by. Both models have it, and doing nothing does not win it; but its
 # network also gives ViCLIP_out, so it is not fully independent of the filter.
 HELD_OUT = "viclip_dir"
@@ -752,10 +757,10 @@ def score_clips(clips, scorers, device="cpu", square=480, kept=None):
     keys that the inputs allow.
 
     clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them),
-    `source_caption`, `target_caption`, `mask` (F, H, W) of the true edit, and `truth`, that edit. scorers:
-    {"clip", "pick", "viclip"} -> hub id or directory. square: TGVE's script stretches every frame to 480x480
-    before the networks' own preprocessing; 0 leaves frames as they are. One network is in memory at a time;
-    `kept`, a dict, keeps them for the next call (a large GPU).
+    `source_caption`, `target_caption`, `instruction`, `mask` (F, H, W) of the true edit, and `truth`, that
+    edit. scorers: {"clip", "pick", "viclip", "judge"} -> hub id or directory. square: TGVE's script stretches
+    every frame to 480x480 before the networks' own preprocessing; 0 leaves frames as they are. One network is
+    in memory at a time; `kept`, a dict, keeps them for the next call (a large GPU).
     """
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     crops = [{} for _ in clips]                                         # CLIP and PickScore share them
@@ -783,13 +788,16 @@ def score_clips(clips, scorers, device="cpu", square=480, kept=None):
 
 def open_scorer(role, path, device, dtype):
     try:
-        return (ViCLIP if role == "viclip" else CLIP).from_pretrained(path, device=device, dtype=dtype)
+        network = {"viclip": ViCLIP, "judge": LlavaOneVision}.get(role, CLIP)
+        return network.from_pretrained(path, device=device, dtype=dtype)
     except UserError as error:
         raise UserError(f"--{role} {path}: {error}; or leave its scores out with --{role} none") from None
 
 
 def clip_bytes(net, clip, crops, square):
     """{edit's name, None for the source: uint8 as `net` sees it}, computed once for networks of one size."""
+    if isinstance(net, LlavaOneVision):                                 # chooses frames and scales itself
+        return clip["edits"]
     videos = clip["edits"] | ({None: clip["source"]} if clip.get("source") is not None else {})
     viclip = isinstance(net, ViCLIP)
     size = ("viclip", net.image_size) if viclip else (net.preprocess.resize, net.preprocess.crop)
@@ -804,6 +812,12 @@ def clip_bytes(net, clip, crops, square):
 def network_scores(net, role, clip, videos):
     """{edit's name: scores} that one network gives to one clip; videos as from `clip_bytes`."""
     target, before = clip.get("target_caption"), clip.get("source_caption")
+    if role == "judge":
+        if clip.get("source") is None or not clip.get("instruction"):
+            return {}
+        said = {name: judge_edit(net, clip["source"], x, clip["instruction"], min(8, len(x)))
+                for name, x in videos.items()}
+        return {name: {key: p[key.removeprefix("judge_")] for key in JUDGED} for name, p in said.items()}
     unique = {id(u8): u8 for u8 in videos.values()}
     if role == "viclip":
         if not target:
@@ -837,8 +851,9 @@ def network_scores(net, role, clip, videos):
 
 def why_missing(key, clip, scorers):
     """Why a clip has no such score, in the words of the command line."""
-    given = {flag for flag in SCORES["viclip_dir"][4].split() if len(clip.get(flag.replace("-", "_"), ()))}
-    lacks = [f"--{flag}" for flag in SCORES[key][4].split() if flag not in given | set(scorers)]
+    flags = ("source", "instruction", "source-caption", "target-caption")
+    given = {flag for flag in flags if len(clip.get(flag.replace("-", "_"), ()))}
+    lacks = [f"--{flag}" for flag in (SCORES | JUDGED)[key][4].split() if flag not in given | set(scorers)]
     if lacks:
         return "needs " + " and ".join(lacks)
     return {"clip_frame": "needs two frames", "clip_frame_gain": "needs two frames",
@@ -848,7 +863,7 @@ def why_missing(key, clip, scorers):
 
 
 def print_scores(row, clip, scorers):
-    for key, (name, better, digits, meaning, _) in SCORES.items():
+    for key, (name, better, digits, meaning, _) in (SCORES | (JUDGED if "judge" in scorers else {})).items():
         value = row.get(key, math.nan)
         shown = f"{value:.{digits}f}" if math.isfinite(value) else "-"
         note = meaning if math.isfinite(value) else f"left out: {why_missing(key, clip, scorers)}"
@@ -896,23 +911,65 @@ def scorer_flags(parser):
     parser.add_argument("--device", default=best, help="cuda, mps or cpu")
 
 
+def judge_flags(parser):
+    parser.add_argument("--judge", metavar="DIR",
+                        help=f"three scores more, by a LLaVA-OneVision: directory or hub id like {LLAVA}")
+
+
+def judge_mark(source):
+    """Eight digits that tell one LLaVA from another, wherever it lies: of its weight files' sizes and beginnings."""
+    try:
+        folder, crc = hub_dir(source, LLAVA_FILES), 0
+    except UserError as error:
+        raise UserError(f"--judge {source}: {error}") from None
+    for path in sorted(folder.glob("model*.safetensors")):
+        with open(path, "rb") as f:
+            crc = zlib.crc32(f.read(1 << 20), zlib.crc32(str(path.stat().st_size).encode(), crc))
+    return f"{crc:08x}"
+
+
+def check_judge(judge, weights, told):
+    """UserError if `judge` filtered clips that `weights`, or a run before it, was trained on, unless told.
+
+    A run's meta.json names its data sets and the run it started from; a data set's dataset.json says under
+    `filtered_by` which judge, if any, chose its clips. A note is printed where a data set is gone.
+    """
+    mark, run_folder = judge_mark(judge), Path(weights)
+    run_folder = run_folder.parent if run_folder.suffix == ".safetensors" else run_folder
+    while (run_folder / "meta.json").is_file():
+        args = read_json(run_folder / "meta.json").get("args", {})
+        for folder in args.get("train_on", ()):
+            path = ROOT / folder / "dataset.json"                       # an absolute path stays what it is
+            if not path.is_file():
+                print(f"{folder}: gone, so nobody knows whether --judge {judge} chose what {run_folder} learnt from")
+            elif (read_json(path).get("filtered_by") or {}).get("mark") == mark:
+                if not told:
+                    raise UserError(f"--judge {judge}: it chose the clips of {folder} that {run_folder} was trained "
+                                    "on, so it would praise its own choice; pass another, or --same-judge to report "
+                                    "it nevertheless")
+                print(f"judge: {judge} also chose the clips of {folder}; its scores flatter this model")
+        run_folder = ROOT / args.get("weights", "")
+
+
 def main_clip(argv):
     parser = command("", "Scores of one edited clip; `tgve|shapes|study|votes --help` for the rest.")
     parser.add_argument("edited", help="video file or folder of frames")
     parser.add_argument("--source", help="the clip it was made from")
-    parser.add_argument("--instruction", default="", help="printed above the scores")
+    parser.add_argument("--instruction", default="", help="what was asked for; --judge needs it")
     parser.add_argument("--source-caption", default="", help="what the source shows")
     parser.add_argument("--target-caption", default="", help="what the edit should show")
     scorer_flags(parser)
+    judge_flags(parser)
     args = parser.parse_args(argv)
     edited, fps = load_frames(args.edited)
     notes = []
-    clip = {"source_caption": args.source_caption.strip(), "target_caption": args.target_caption.strip()}
+    clip = {key: getattr(args, key).strip() for key in ("instruction", "source_caption", "target_caption")}
     if args.source:
         source, source_fps = load_frames(args.source)
         clip["source"], edited, notes = align(source, edited, source_fps, fps)
     clip["edits"] = {"edit": edited}
     scorers, square = choose_scorers(args)
+    scorers |= {"judge": args.judge} if args.judge else {}
     [row] = score_clips([clip], scorers, args.device, square)
     what = f", {args.instruction!r}" if args.instruction else ""
     print(*notes, f"{args.edited}: {len(edited)} frames{what}", sep="\n")
@@ -1143,7 +1200,7 @@ def table_head(name, columns):
 
 
 def column_name(key):
-    name, better = (SCORES | TRUTH)[key][:2]
+    name, better = (SCORES | TRUTH | JUDGED)[key][:2]
     return name + (" (held out)" if key == HELD_OUT else "") + {"up": " ↑", "down": " ↓"}.get(better, "")
 
 
@@ -1152,7 +1209,7 @@ def table_row(name, rows, columns, intervals=False, sign=""):
     cells = []
     for key in columns:
         x = np.array([r[key] for r in rows if math.isfinite(r.get(key, math.nan))])
-        cell = mean_cell(x, (SCORES | TRUTH)[key][2], intervals, sign)
+        cell = mean_cell(x, (SCORES | TRUTH | JUDGED)[key][2], intervals, sign)
         cells.append(cell + (f" (n={len(x)})" if 0 < len(x) < len(rows) else ""))
     return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
 
@@ -1194,6 +1251,9 @@ def editor_flags(parser):
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--no-image-control", action="store_true", help="leave out the frame-by-frame editor")
     parser.add_argument("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
+    judge_flags(parser)
+    parser.add_argument("--same-judge", action="store_true",
+                        help="report --judge although it chose what the model was trained on")
 
 
 def open_editor(args):
@@ -1202,6 +1262,8 @@ def open_editor(args):
         raise UserError(f"--steps {args.steps}: must lie between 1 and 1000")
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
+    if args.judge:
+        check_judge(args.judge, source, args.same_judge)
     ed = VideoEditor.from_pretrained(source, device=args.device)
     cfg = [d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance)]
     mark = stamp(ed)
@@ -1240,6 +1302,8 @@ def main_tgve(argv):
     items = read_tgve_plus(args.dir) if args.plus else read_tgve(args.dir, args.prompts)
     items = items if args.limit == -1 else items[:args.limit]
     scorers, square = choose_scorers(args)
+    scorers |= {"judge": args.judge} if args.judge else {}
+    columns = (*COLUMNS[:-1], *JUDGED, HELD_OUT) if args.judge else COLUMNS
     if args.outputs:
         if not args.outputs.is_dir():
             raise UserError(f"--outputs {args.outputs}: no such directory")
@@ -1257,7 +1321,7 @@ def main_tgve(argv):
                                                                   options | {"mode": mode}))
         del ed                                      # its memory is the scorers' now
     finish(items, folders, scorers, square, args.device, out, title, read_source,
-           lambda done: table(items, done, folders, title, COLUMNS, PAPER[name]))
+           lambda done: table(items, done, folders, title, columns, PAPER[name]))
 
 
 def read_source(item):
@@ -1267,7 +1331,7 @@ def read_source(item):
 def write_aside(path, text):
     """A text file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")           # two processes may write the same
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
@@ -1276,7 +1340,8 @@ def write_aside(path, text):
 # The same protocol in the shapes world, where the true edit is known
 # ------------------------------------------------------------------------------------------------------------
 
-WORLD_COLUMNS = (*COLUMNS[:-1], "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success", HELD_OUT)
+WORLD_COLUMNS = (*COLUMNS[:-1], "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success", *JUDGED,
+                 HELD_OUT)
 
 
 def world_items(n, which, domains):
@@ -1439,6 +1504,7 @@ def main_shapes(argv):
         if value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
     scorers, square = choose_scorers(args)
+    scorers |= {"judge": args.judge} if args.judge else {}
     ed, cfg, size, title, label = open_editor(args)
     if size % ed.multiple:
         raise UserError(f"--size {size}: drawn clips need a multiple of {ed.multiple}")
@@ -1595,6 +1661,9 @@ def main_votes(argv):
 # The teacher that looks at video and says something: LLaVA-OneVision (Li et al. 2024), with Qwen2 0.5B or 7B.
 # It writes instructions for real clips (stages II and III of the paper) and judges edits. In order: pictures
 # in, networks, the model and its prompt, the writer, LoRA to fine-tune the writer, the judge.
+
+LLAVA = "llava-hf/llava-onevision-qwen2-7b-ov-hf"       # 16.1 GB, Apache 2.0; the 0.5B sister has 1.8 GB
+LLAVA_FILES = ["*.json", "merges.txt", "*.safetensors"]
 
 # ------------------------------------------------------------------------------------------------------------
 # pictures in
@@ -1840,7 +1909,7 @@ class LlavaOneVision(nn.Module):
         features = cfg.get("vision_feature_layer", -1), cfg.get("vision_feature_select_strategy", "full")
         if features != (-1, "full"):
             raise UserError(f"config.json: features {features} are not LLaVA-OneVision's (-1, 'full'); give "
-                            "llava-hf/llava-onevision-qwen2-0.5b-ov-hf or -7b-ov-hf")
+                            f"{LLAVA} or a copy of it")
         self.cfg, self.size = cfg, vision["image_size"]
         self.grid = self.size // vision["patch_size"]                   # patches per side: 27
         self.vision_tower = nn.ModuleDict({"vision_model": SigLIP(vision)})
@@ -1856,9 +1925,16 @@ class LlavaOneVision(nn.Module):
         """source: llava-hf/llava-onevision-qwen2-0.5b-ov-hf (2 GB), -7b-ov-hf (16 GB), or such a directory.
 
         lora: a file of `save_lora`, merged in. Default: CUDA in bf16 where there is one, else CPU in float32.
+        Raises UserError for another model, a missing shard, a wrong index.
         """
-        folder = Path(hub_dir(source, ["*.json", "merges.txt", "*.safetensors"]))
-        cfg, (tensors, file) = read_json(folder / "config.json"), find_tensors(folder)
+        folder = Path(hub_dir(source, LLAVA_FILES))
+        cfg, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
+        kind = cfg.get("model_type", "llava_onevision")
+        if kind != "llava_onevision" or not {"text_config", "vision_config"} <= cfg.keys():
+            raise UserError(f"{folder}/config.json: not LLaVA-OneVision's ({kind}); give {LLAVA} or a copy of it")
+        if index.is_file() and not isinstance(read_json(index).get("weight_map"), dict):
+            raise UserError(f"{index}: wrong index, no weight_map from tensors to files; download it again")
+        tensors, file = find_tensors(folder)
         words, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
         if words in tensors:                                       # the file knows its padded vocabulary best
             cfg["text_config"]["vocab_size"] = len(tensors[words])

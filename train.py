@@ -6,6 +6,7 @@
     python train.py --stage image       the InstructPix2Pix-style image editor, on (source, instruction, target)
     python train.py --stage motion      motion modules on unedited clips: what AnimateDiff's weights are for `sd15`
     python train.py --stage video       one round of the video editor, on triples that lie in data/<model>/round<N>
+    python train.py --stage writer      LoRA for the language model that writes instructions, on image pairs (--pairs-from)
     python train.py --stage eval        held-out table of a trained or embedded editor (also printed after training)
     python train.py --stage plot        gamma and EPM bias over a round's training as a PNG
     python train.py --stage table3      the ablation tables of the README: table2, table3, table4
@@ -22,10 +23,12 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -42,7 +45,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import curate
-from metrics import CLIP, ViCLIP, psnr
+from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer, psnr,
+                     save_lora, writer_loss)
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, load_motion, noise_levels, read_json, read_tensors, run)
 
@@ -911,16 +915,71 @@ def refine(args):
         weights = image if n == 0 else args.runs / f"round{n - 1}"
         if n == 0:
             images = args.data / "images"
-            curate_stage(args, "images", weights, images, "--from", args.images_from, "--n", args.images)
-            curate_stage(args, "videos", weights, to, "--images", images, "--motion", motion)
+            curate_stage(args, "images", weights, images, "--from", args.images_from, "--n", args.images,
+                         *shlex.split(args.curate_images))
+            curate_stage(args, "videos", weights, to, "--images", images, "--motion", motion,
+                         *shlex.split(args.curate_videos))
         else:
-            curate_stage(args, "real", weights, to, "--round", n, "--from", args.real_from, "--n", args.real_clips)
+            curate_stage(args, "real", weights, to, "--round", n, "--from", args.real_from, "--n", args.real_clips,
+                         *shlex.split(args.curate_real))
         stage_video(args, out, weights, round_folders(args, n))
 
 
 def round_folders(args, n):
     """What round n trains on: its own triples (the paper's Stage III with a dagger), with --mix the earlier ones too."""
     return args.train_on or [args.data / f"round{k}" for k in range(0 if args.mix else n, n + 1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage writer: LLaVA-OneVision learns to write instructions like those of image-editing data
+# ---------------------------------------------------------------------------------------------------------------
+
+WRITER_STEPS, WRITER_LR = 2000, 1e-4                               # ours; the paper names neither
+
+
+def writer_pairs(folder, most):
+    """[(pair of curate.read_pairs, answer)] of the pairs whose texts the writer's own check accepts; says how many."""
+    pairs, refused = [], 0
+    for pair in islice(curate.read_pairs(folder), most):
+        task = pair["task"] if pair["task"] in WRITER_TASKS else guess_task(pair["instruction"])
+        answer, _ = parse_answer(json.dumps({**{k: pair[k] for k in FIELDS}, "task": task}), task)
+        pairs += [(pair, answer)] if answer else []
+        refused += answer is None
+    print(f"{folder}: {len(pairs)} image pairs; left out: {refused} without an instruction and two different captions")
+    if not pairs:
+        raise UserError(f"--pairs-from {folder}: none of {refused} pairs has an instruction and two different captions of "
+                        "2 to 60 words")
+    return pairs
+
+
+def stage_writer(args, out):
+    """LoRA on every matrix of the decoder: source image -> task, instruction, both captions (section 3.3).
+
+    PAPER: says only that the model was fine-tuned on image-editing data. Here an image is shown as a clip of one frame:
+    the form in which the writer then meets real clips, at 197 tokens instead of up to 7,290. fit() sees the trained
+    matrices alone, so that its checkpoints are small. Writes <out>/writer.safetensors for `curate.py real --lora`.
+    """
+    if args.pairs_from is None:
+        raise UserError("--stage writer needs --pairs-from: a folder or file of image pairs, as curate.py images --from")
+    pairs = writer_pairs(args.pairs_from, args.pairs)
+    net = LlavaOneVision.from_pretrained(args.llava, device=args.device)
+    torch.manual_seed(args.seed)
+    # "." may not stand in a parameter's name
+    lora = torch.nn.ParameterDict({name.replace(".", "/"): p for name, p in add_lora(net, args.rank).items()})
+    batch = args.batch or 4
+
+    def loss_fn(number, generator):
+        chosen = [pairs[row_of(k, len(pairs), args.seed)] for k in range(number * batch, (number + 1) * batch)]
+        return writer_loss(net, [pair["load"]()[0][None] for pair, _ in chosen], [answer for _, answer in chosen])
+
+    steps, lr = args.steps or WRITER_STEPS, args.lr or WRITER_LR
+    meta = dict(stage="writer", args=dict(llava=portable(args.llava), pairs_from=portable(args.pairs_from), n=len(pairs),
+                                          steps=steps, lr=lr, batch=batch * processes()[1], rank=args.rank, seed=args.seed))
+    fit(lora, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device,
+        resume_any=args.force, save_minutes=args.save_minutes, shared=True, unit="pairs")
+    if processes()[0] == 0:
+        save_lora(net, out / "writer.safetensors")
+        print(f"{out / 'writer.safetensors'}: pass it as --lora to curate.py real --writer llava --llava {args.llava}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1152,7 +1211,7 @@ def export(base, run, target):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--stage", default="all", choices=["all", *STEPS, "eval", "plot", *TABLES, "export"],
+    p.add_argument("--stage", default="all", choices=["all", *STEPS, "writer", "eval", "plot", *TABLES, "export"],
                    help="what to train or do")
     p.add_argument("--round", type=int, help="bring the model up to this refinement round, curation included; with --stage "
                    "video, eval, plot, export: which round")
@@ -1164,8 +1223,8 @@ def parse_args(argv=None):
     # training
     p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}")
     p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others, video see VIDEO")
-    p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 32")
-    p.add_argument("--pairs", type=int, default=120000, help="pairs of the world set")
+    p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 32; writer: 4")
+    p.add_argument("--pairs", type=int, default=120000, help="pairs of the world set; writer: at most")
     p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")
     p.add_argument("--size", type=int, default=64, help="short side of the editor's frames in pixels, a multiple of 32")
     p.add_argument("--seed", type=int, default=0, help="initialisation; also of eval's scenes")
@@ -1189,14 +1248,22 @@ def parse_args(argv=None):
     p.add_argument("--train-on", type=Path, nargs="+", help="video: curated directories; default the round's own")
     p.add_argument("--max-clips", type=int, default=-1, help="video: train on the first so many clips; -1 all")
     p.add_argument("--mix", action="store_true", help="video: the earlier rounds' triples as well")
-    p.add_argument("--out", type=Path, help="video: where the run goes; default runs/<model>/round<N>")
+    p.add_argument("--out", type=Path, help="video, writer: where the run goes; default runs/<model>/round<N>, "
+                   "writer")
     p.add_argument("--seeds", type=int, default=3, help="tables: training seeds of every row")
+    # writer
+    p.add_argument("--pairs-from", type=Path, help="writer: image pairs, as `curate.py images --from`; the first --pairs of them")
+    p.add_argument("--llava", default=LLAVA, help="writer: hub id or directory of the language model")
+    p.add_argument("--rank", type=int, default=16, help="writer: of LoRA's matrices")
     # curation for --round
     p.add_argument("--motion", help="motion adapter; default sd15: AnimateDiff's, tiny: stage motion's")
     p.add_argument("--images-from", default="shapes", help="round 0: source images, as `curate.py images --from`")
     p.add_argument("--images", type=int, default=400, help="round 0: how many of them")
     p.add_argument("--real-from", default="shapes", help="rounds 1, 2: real clips, as `curate.py real --from`")
     p.add_argument("--real-clips", type=int, default=400, help="rounds 1, 2: how many of them")
+    for stage in ("images", "videos", "real"):
+        p.add_argument(f"--curate-{stage}", default="", metavar="FLAGS", help=f"more flags for `curate.py {stage}`, quoted "
+                       "and after =, like --curate-real=\"--writer llava\"")
     # evaluation
     p.add_argument("--weights", help="what to evaluate or to start from, as VideoEditor.from_pretrained; default the run, else tiny")
     p.add_argument("--n", type=int, default=24, help="eval: edits per task")
@@ -1214,7 +1281,7 @@ def parse_args(argv=None):
             setattr(args, name, default)
     args.data, args.runs = args.data or ROOT / "data" / args.model, args.runs or ROOT / "runs" / args.model
     for name, low in (("steps", 1), ("batch", 1), ("pairs", 1), ("clips_drawn", 1), ("n", 1), ("frames", 1), ("round", 0),
-                      ("clip_batch", 1), ("accumulate", 1), ("motion_clips", 1), ("camera_moves", 0), ("seeds", 1), ("images", 1),
+                      ("clip_batch", 1), ("accumulate", 1), ("motion_clips", 1), ("camera_moves", 0), ("seeds", 1), ("images", 1), ("rank", 1),
                       ("real_clips", 1), ("lr", 0), ("lr_new", 0), ("same_noise", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs {low} or more")
@@ -1286,6 +1353,8 @@ def main(argv=None):
         n = args.round or 0
         weights = args.runs / f"round{n - 1}" if n and not args.weights else starting_point(args)[0]
         stage_video(args, args.out or args.runs / f"round{n}", weights, round_folders(args, n))
+    if args.stage == "writer":
+        stage_writer(args, args.out or args.runs / "writer")
     if args.stage in TABLES:
         tables(args)
     if args.stage == "plot" and first:

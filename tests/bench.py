@@ -3,6 +3,7 @@
     python tests/bench.py                      tiny and full-size random weights (sd15), at sizes for the device
     python tests/bench.py --model tiny --runs 5
     python tests/bench.py --long               tiny on a 2,000-frame clip: is memory flat?
+    python tests/bench.py --training           a training step of stage video, candidates of curation
     python tests/bench.py --detail             what carrying an edit up to the source's resolution gains
 
 Where diffusers or transformers is installed, its modules are timed on the same weights in the same run, in turns.
@@ -360,6 +361,58 @@ def transformers_clip(net, config, clip):
     return work
 
 
+# ---- --training: one step of stage video, one candidate of curation ----------------------------------------------
+
+def bench_training(model, size, n_frames, runs, steps, device):
+    """Forward and backward of one clip as stage video has it (motion, gamma and EPM trained, no optimizer step), and
+    curation's candidates: sampling and decoding, of one image in a batch, of one clip with FFG-V2V."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_hub_folder(model, folder)
+        ed = VideoEditor.from_pretrained(folder, motion=folder / "motion", device=device)
+    h, c = size // ed.multiple, ed.vae.config["latent_channels"]
+    print(f"\n**{model}, {n_frames} frames of {size}x{size}: training and curation**\n\n"
+          "| what | s | min | CPU s | peak GB | compared with | s | min | CPU s | peak GB | ratio | CPU ratio |\n|"
+          + "---|" * 12, flush=True)
+    z_src, z_T = torch.randn(1, n_frames, c, h, h).to(device), torch.randn(4, n_frames, c, h, h).to(device)
+    scales = [ed.guidance[0]] * 4, [ed.guidance[1]] * 4
+
+    def images():
+        z0 = curate.sample_batch(ed, z_src[:, :1], "make it snow", z_T[:, :1], *scales, steps, "image")
+        ed.decode(z0.transpose(0, 1))
+
+    def clip():
+        path = []
+        curate.sample_batch(ed, z_src[:, :1], "make it snow", z_T[:1, :1], [1.0], [1.0], steps, "image", keep=path)
+        ed.decode(curate.sample_batch(ed, z_src, "make it snow", z_T[:1], *([x[0]] for x in scales), steps, "ffg", path))
+    row(f"image candidate, {steps} steps, 4 in a batch", *timed([images], 1, device), per=4)
+    row(f"clip candidate, {steps} steps, FFG", *timed([clip], 1, device, warm=False))
+
+    unet = ed.unet
+    unet.add_epm()
+    unet.to(device)
+    for name, p in unet.named_parameters():
+        p.requires_grad_(train.is_new(name) or "motion_modules" in name)
+    sample = (z_src[0], z_src[0], ed.encode_text(["make it snow"])[0].float(), torch.tensor(500, device=device),
+              z_T[0], torch.ones(1, 1, 1, 1))
+    sites = [(m, m.epm) for m in unet.modules() if hasattr(m, "epm")]
+
+    def step(epm):
+        def call():
+            for m, layer in sites:
+                m._modules.update(epm=layer) if epm else m._modules.pop("epm", None)
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                train.clip_loss(unet, [sample], ed.scheduler, device).backward()
+            unet.zero_grad(set_to_none=True)
+        return call
+    if model == "tiny" or device == "cuda":                        # full-size activations do not fit a CPU's memory
+        row("training step, a clip, EPM", *timed([step(True)], runs, device))
+        row("training step, a clip, no EPM", *timed([step(False)], runs, device))
+    train.recompute(unet)
+    row("training step, a clip, EPM, checkpointing", *timed([step(True)], runs, device, warm=model == "tiny"))
+    row("training step, a clip, no EPM, checkpointing", *timed([step(False)], runs, device, warm=model == "tiny"))
+
+
 # ---- --long and --detail --------------------------------------------------------------------------------------
 
 def bench_long(device, size, steps, lengths=(200, 2000)):
@@ -432,6 +485,7 @@ def main():
     p.add_argument("--runs", type=int, default=3, help="timed calls of each, after one to warm up")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     p.add_argument("--long", action="store_true", help="instead: tiny on a 2,000-frame clip")
+    p.add_argument("--training", action="store_true", help="instead: a training step, and candidates of curation")
     p.add_argument("--detail", action="store_true", help="instead: edits carried to the source's resolution")
     p.add_argument("--n", type=int, default=24, help="--detail: scenes per kind of edit")
     p.add_argument("--seed", type=int, default=0, help="--detail: which scenes")
@@ -451,8 +505,13 @@ def main():
     for model in ("tiny", "sd15") if args.model == "both" else (args.model,):
         size = args.size or (64 if model == "tiny" else 512 if gpu else 128)
         steps = args.steps or (20 if model == "tiny" or gpu else 2)
+        if args.training:
+            bench_training(model, size, args.frames, args.runs, steps, args.device)
+            continue
         bench_model(model, size, args.frames, args.runs, steps, args.device)
         bench_scores(model, args.runs, args.device)
+    if args.training:
+        return
     print("""
 Peak GB counts the weights too (ours and diffusers' share them). CPU s adds up all threads. EPM with gradients or on a
 GPU appends 16 columns to queries and keys, padded to a multiple of 8: an unpadded width would lose CUDA's fused

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from curate import (CogSchedule, CogTransformer, CogVAE, CogVideoX, T5Encoder, clip_fault, dynamic_guidance,
-                       fit_image, rope_3d)
+                       fit_image, inside, rope_3d)
 from model import UserError
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -187,6 +187,13 @@ def test_a_seed_repeats_and_another_differs(cog):
         assert torch.equal(make(3, sampler), make(3, sampler)) and not torch.equal(make(3, sampler), make(4, sampler))
 
 
+def test_several_images_give_the_clips_that_each_gives_alone(cog):
+    jobs = [(torch.zeros(3, 32, 48), "a fox", 3), (torch.ones(3, 40, 40), "a dog", 4)]
+    both = [cog.decode(z) for z in cog.latents(jobs, n_frames=9, steps=2)]
+    for video, job in zip(both, jobs, strict=True):
+        torch.testing.assert_close(video, cog.animate(*job, n_frames=9, steps=2), atol=1e-5, rtol=0)
+
+
 def test_bfloat16_stays_near_float32(cog, tmp_path):
     half = CogVideoX.from_pretrained(MINI, device="cpu", dtype="bfloat16", cache=tmp_path)
     make = lambda c: c.animate(torch.zeros(3, 32, 48), "a fox", n_frames=9, steps=2, guidance=1.0)
@@ -199,6 +206,16 @@ def test_any_aspect_is_cropped_around_the_centre():
     assert got.shape == (3, 32, 48) and abs(got.mean()) < 1e-3 and got.max() < 0.7
     assert fit_image(Image.new("RGB", (20, 200), "white"), 32, 48).min() > 0.999
     assert torch.equal(fit_image(ramp, 40, 90), ramp)
+
+
+@pytest.mark.parametrize("h, w", [(40, 40), (20, 200), (200, 21), (31, 48)])
+def test_a_padded_image_is_whole_and_lies_where_inside_says(h, w):
+    image = torch.linspace(0, 1, w).expand(3, h, w)
+    got, (top, left, high, wide) = fit_image(image, 32, 48, pad=True), inside(h, w, 32, 48)
+    assert got.shape == (3, 32, 48) and abs(high / wide - h / w) < 0.2 * h / w and (high == 32 or wide == 48)
+    within = got[:, top:top + high, left:left + wide]
+    assert (within > -0.1).all() and (got == -1).sum() == 3 * (32 * 48 - high * wide)
+    assert within[:, :, 0].max() < 0.2 and within[:, :, -1].min() > 0.8            # both sides are there
 
 
 def test_clip_fault_names_black_static_and_unlike_clips():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import curate as C
 import metrics
@@ -508,6 +508,136 @@ def test_a_camera_move_starts_with_the_image_and_stays_inside_it():
     assert video.min() >= 48 and video.max() <= 202 and np.abs(video[-1].astype(int) - image).max() > 5
 
 
+def test_the_anchor_of_a_later_clip_is_the_images_edit_not_its_own_first_frames(editor):
+    torch.manual_seed(1)
+    z, z_T, path = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 2, 4, 4, 4), list(torch.randn(3, 1, 1, 4, 4, 4))
+    how = editor, z[:, 1:], "make it snow", z_T, [7.5], [1.5], 2, "ffg", path
+    own, image = C.sample_batch(*how), C.sample_batch(*how, z_first=z[:, :1])
+    assert torch.equal(own, C.sample_batch(*how, z_first=z[:, 1:2])) and (own - image).abs().max() > 1e-3
+
+
+def test_the_world_animates_drawn_scenes_only_and_the_camera_anything(hub, made, tmp_path):
+    videos(hub, made, tmp_path / "x", "--candidates", "1", "--limit", "1", "--no-filter", "--animate", "camera")
+    [row] = C.read_manifest(tmp_path / "x")
+    image = np.array(Image.open(made / row["id"] / "source.png"))
+    moved = read_video(tmp_path / "x" / row["id"] / "source.mp4")[0][0]
+    want = C.to_video(C.camera_move(image, C.Random(row["id"])))[0]
+    assert (moved - want).abs().mean() < .05 and "truth" not in row       # the scene's true edit is not this clip's
+    shutil.copytree(made, tmp_path / "images")
+    lines = (tmp_path / "images" / "manifest.jsonl").read_text().replace('"scene"', '"picture"')
+    (tmp_path / "images" / "manifest.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="--animate world: 3 of 3 images are no drawn scenes"):
+        videos(hub, tmp_path / "images", tmp_path / "y", "--animate", "world")
+
+
+# the teachers, end to end on miniatures of random weights: nonsense pixels, right plumbing
+
+COG, LLAVA = GOLDENS / "CogVideoX-5b-I2V", GOLDENS / "llava-onevision-qwen2-0.5b-ov-hf"
+
+
+def animated(hub, made, to, limit):
+    videos(hub, made, to, "--candidates", "1", "--no-filter", "--animate", "cogvideox", "--cogvideox", str(COG),
+           "--cogvideox-steps", "1", "--limit", str(limit))
+
+
+@pytest.fixture(scope="session")
+def taught(hub, made, tmp_path_factory):
+    to = tmp_path_factory.mktemp("data") / "taught"
+    animated(hub, made, to, 3)
+    return to
+
+
+def test_clips_of_the_teacher_that_do_not_start_with_the_image_are_dropped_and_say_so(taught):
+    rows = C.read_manifest(taught)
+    assert [row["why"] for row in rows] == ["animated clip: first frame unlike the image"] * 3      # nonsense pixels
+    assert not list(taught.glob("*/latents.safetensors")) and (taught / rows[0]["id"] / "source.mp4").is_file()
+    assert len(list((taught / "animated" / "text").iterdir())) == 2         # T5's states: the caption's and those of ""
+
+
+def test_cogvideox_makes_three_clips_of_an_image_that_are_edited_one_by_one(hub, made, taught, editor, tmp_path):
+    for name, folder in (("images", made), ("x/animated", taught / "animated")):
+        shutil.copytree(folder, tmp_path / name)
+    cog = C.CogVideoX.from_pretrained(COG, device="cpu", cache=tmp_path / "x" / "animated" / "text")
+    [path] = (tmp_path / "x" / "animated").glob("*.safetensors")
+    frames = np.stack([C.to_rgb(x) for x in cog.decode(load_file(path)["z"].float())[0, :, :, :, 8:40]])
+    image = tmp_path / "images" / C.read_manifest(taught)[0]["id"] / "source.png"
+    Image.fromarray(frames[0]).save(image)                          # 32x32, which stood in the middle of 32x48
+    animated(hub, tmp_path / "images", tmp_path / "x", 3)
+    rows = C.read_manifest(tmp_path / "x")
+    assert [row["origin"]["frames"] for row in rows] == [[0, 16], [16, 32], [32, 48]]
+    assert all(row["kept"] for row in rows)
+    assert {row["origin"]["image"] for row in rows} == {rows[0]["id"]} and len({row["id"] for row in rows}) == 3
+    for row in rows:
+        z = load_file(tmp_path / "x" / row["id"] / "latents.safetensors")
+        start, end = row["origin"]["frames"]
+        want = editor.encode(C.to_video(frames[start:end]))[0]
+        torch.testing.assert_close(z["source"].float(), want, atol=2e-2, rtol=2e-2)
+        assert z["target"].shape == (16, 4, 4, 4) and z["target"].isfinite().all()
+
+
+def test_a_killed_teacher_stage_makes_no_clip_twice_and_ends_the_same(hub, made, taught, tmp_path):
+    shutil.copytree(taught, tmp_path / "x")
+    whole = (taught / "manifest.jsonl").read_bytes()
+    (tmp_path / "x" / "manifest.jsonl").write_bytes(whole[:whole.index(b"\n") + 20])
+    [latents] = (tmp_path / "x" / "animated").glob("*.safetensors")
+    before = latents.stat().st_mtime_ns
+    animated(hub, made, tmp_path / "x", 2)
+    assert (tmp_path / "x" / "manifest.jsonl").read_bytes() == whole and latents.stat().st_mtime_ns == before
+
+
+def test_a_static_clip_of_the_teacher_does_not_count_and_says_so(hub, made, taught, tmp_path):
+    shutil.copytree(taught / "animated", tmp_path / "x" / "animated")
+    [path] = (tmp_path / "x" / "animated").glob("*.safetensors")
+    save_file({"z": torch.zeros_like(load_file(path)["z"])}, path)          # decodes to frames all alike
+    animated(hub, made, tmp_path / "x", 3)
+    rows = C.read_manifest(tmp_path / "x")
+    assert [row["why"] for row in rows] == ["animated clip: static"] * 3 and not any(row["kept"] for row in rows)
+    assert (tmp_path / "x" / rows[0]["id"] / "source.mp4").is_file()
+
+
+def write_real(hub, folder, *more):
+    C.main(["real", "--round", "1", "--weights", str(hub), "--from", str(folder / "in"), "--to", str(folder / "x"),
+            "--candidates", "1", "--steps", "1", "--no-filter", "--writer", "llava", "--llava", str(LLAVA), *more])
+
+
+def test_llavas_answers_are_kept_in_groups_used_as_they_are_and_asked_for_once(hub, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in" / "a.mp4", C.to_video(np.stack(moving(34, 1))), 8)
+    write_real(hub, tmp_path, "--limit", "1")
+    log = tmp_path / "x" / "instructions.jsonl"
+    group = log.read_bytes()
+    with pytest.raises(UserError, match="none of 2 clips kept: no instruction removed 2 of 2"):      # nonsense
+        write_real(hub, tmp_path)
+    assert log.read_bytes() == group                                # --limit asks about a whole group
+    said = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = C.read_manifest(tmp_path / "x")
+    assert [r["id"] for r in said] == [row["id"] for row in rows] and len({r["task"] for r in said}) == 2
+    assert all(r["tries"] == 3 and row["why"] == f"no instruction: {r['why']}" for r, row in zip(said, rows))
+    # a model that answers sense leaves such lines, and the next run takes them without asking again
+    sense = {"kept": True, "why": "", "task": "background", "instruction": "make it snow", "source_caption": "a wall",
+             "target_caption": "a wall in the snow"}
+    log.write_text("".join(json.dumps(r | sense) + "\n" for r in said))
+    (tmp_path / "x" / "manifest.jsonl").unlink()
+    write_real(hub, tmp_path)
+    rows = C.read_manifest(tmp_path / "x")
+    assert all(row["kept"] and row["instruction"] == "make it snow" and row["task"] == "background" for row in rows)
+    assert load_file(tmp_path / "x" / rows[0]["id"] / "latents.safetensors")["target"].shape == (16, 4, 4, 6)
+    assert log.read_text().count("make it snow") == 2
+    with pytest.raises(UserError, match="task_mix"):
+        write_real(hub, tmp_path, "--task-mix", "style=1")
+
+
+def test_a_judge_filters_by_what_it_says_and_is_written_down(hub, made, tmp_path):
+    videos(hub, made, tmp_path / "x", "--candidates", "1", "--mode", "image", "--limit", "1", *OPEN,
+           "--judge", str(LLAVA), "--min", "judge_clean=1.1", "--min", "judge_follows=-inf",
+           "--min", "judge_preserves=-inf")
+    [row] = C.read_manifest(tmp_path / "x")
+    assert not row["kept"] and row["why"] == f"judge_clean {row['scores']['judge_clean']:.3g} below 1.1"
+    assert all(0 < row["scores"][key] < 1 for key in metrics.JUDGED)
+    config = json.loads((tmp_path / "x" / "dataset.json").read_text())
+    assert config["filtered_by"] == {"judge": str(LLAVA), "mark": metrics.judge_mark(LLAVA)}
+
+
 def test_insv2vs_clips_are_scored_and_kept_as_they_are(hub, tmp_path):
     folder = tmp_path / "0001" / "image"
     folder.mkdir(parents=True)
@@ -635,17 +765,30 @@ def test_parquet_without_the_expected_columns_or_cut_short_is_refused(tmp_path):
     (["real", "--weights", "HUB", "--to", "T/x", "--round", "0"], "--round 0"),
     (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--from", "T/empty"], "no videos in it"),
     (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--instructions", "T/none"], "--instructions .*none"),
+    (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--writer", "llava", "--llava", "T/empty"],
+     "--llava .*empty.*config.json"),
+    (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--writer", "llava", "--llava", "LLAVA", "--task-mix",
+      "style"], "--task-mix style: needs NAME=VALUE"),
+    (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--writer", "llava", "--llava", "LLAVA", "--n", "1",
+      "--task-mix", "styling=1"], "task mix .*styling"),
+    (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--judge", "T/none"], "--judge .*none"),
+    (["videos", "--weights", "HUB", "--to", "T/x", "--images", "MADE", "--animate", "cogvideox", "--cogvideox",
+      "T/empty"], "--cogvideox .*empty.*missing"),
+    (["videos", "--weights", "HUB", "--to", "T/x", "--images", "MADE", "--cogvideox-steps", "0"],
+     "--cogvideox-steps 0"),
+    (["videos", "--weights", "HUB", "--to", "T/x", "--images", "T/empty", "--animate", "camera"], "--animate camera"),
     (["calibrate", "T/empty"], "holds no manifest.jsonl"),
     (["look", "T/none"], "holds no manifest.jsonl"),
     (["look", "T/file"], "is no manifest of curate.py"),
     (["images", "--weights", "HUB", "--to", "T/file"], "--to .*cannot be made a folder"),
     (["images", "--weights", "HUB", "--to", "T/x", "--device", "abacus"], "--device abacus: not on this machine"),
 ])
-def test_bad_input_is_one_line_that_names_it(hub, tmp_path, command, match):
+def test_bad_input_is_one_line_that_names_it(hub, made, tmp_path, command, match):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("{}\n")
     with pytest.raises(UserError, match=match) as error:
-        C.main([x.replace("HUB", str(hub)).replace("T/", f"{tmp_path}/") for x in command])
+        C.main([x.replace("HUB", str(hub)).replace("MADE", str(made)).replace("LLAVA", str(LLAVA))
+                .replace("T/", f"{tmp_path}/") for x in command])
     assert "\n" not in str(error.value)
 
 

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import metrics
 from metrics import (FIELDS, WRITER_TASKS, LlavaOneVision, add_lora, cut_tiles, even_frames, guess_task, judge_edit,
                    merge_lora, near_duplicate, nucleus, parse_answer, read_chat_template, read_tokenizer,
                    save_lora, words_of, write_instructions, writer_loss)
 from model import UserError
+from sample import write_video
 
 GOLDENS = MANIFESTS = Path(__file__).parent / "goldens"
 HUB = GOLDENS / "llava-onevision-qwen2-0.5b-ov-hf"
@@ -144,6 +146,24 @@ def test_shards_with_an_untied_head_load_and_a_missing_one_is_named(net, tmp_pat
     assert torch.allclose(untied.prefill([row])[0], net.prefill([row])[0].flip(1), atol=1e-4)
     (folder / "model-1.safetensors").unlink()
     with pytest.raises(UserError, match="model-1.safetensors"):
+        LlavaOneVision.from_pretrained(folder, device="cpu")
+
+
+def test_another_model_and_a_wrong_index_are_named_in_one_line(tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for path in HUB.iterdir():
+        if path.is_file() and path.name not in ("config.json", "expected.safetensors"):
+            (folder / path.name).symlink_to(path)
+    config = json.loads((HUB / "config.json").read_text())
+    for cfg in (config | {"model_type": "llava"}, {"hidden_size": 8}):
+        (folder / "config.json").write_text(json.dumps(cfg))
+        with pytest.raises(UserError, match="config.json: not LLaVA-OneVision's") as error:
+            LlavaOneVision.from_pretrained(folder, device="cpu")
+        assert "\n" not in str(error.value)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="wrong index"):
         LlavaOneVision.from_pretrained(folder, device="cpu")
 
 
@@ -344,3 +364,61 @@ def test_the_judge_gives_probabilities_that_depend_on_clips_and_instruction(net)
     question = "Does the second clip follow the first?"
     assert net.probability_of_yes((a, -a), [question, "And is it clean?"], 3)[0] == pytest.approx(
         net.probability_of_yes((a, -a), question, 3), abs=1e-5)
+
+
+def test_scores_by_the_judge_are_those_of_the_clips_it_is_shown(net):
+    a = visual("video")
+    b = a[:, ::-1].copy()
+    clip = {"edits": {"turned": b, "as it was": a}, "source": a, "instruction": "turn it upside down"}
+    [row] = metrics.score_clips([clip], {"judge": HUB})
+    for name, x in clip["edits"].items():
+        want = judge_edit(net, a, x, clip["instruction"], len(a))
+        want = [want[k] for k in ("follows", "preserves", "clean")]
+        assert [row[name][key] for key in metrics.JUDGED] == pytest.approx(want)
+    [row] = metrics.score_clips([clip | {"instruction": ""}], {"judge": HUB})
+    assert "judge_clean" not in row["turned"]
+
+
+def test_the_judge_has_its_lines_for_one_clip_and_its_columns_in_a_table(tmp_path, capsys):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, torch.rand(1, 4, 3, 32, 32) * 2 - 1, 8)
+    none = ["--clip", "none", "--pick", "none", "--viclip", "none", "--device", "cpu", "--scorers", "published"]
+    metrics.main_clip([str(tmp_path / "a.mp4"), "--source", str(tmp_path / "b.mp4"), "--instruction", "snow", *none,
+                       "--judge", str(HUB)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("judge: ")]
+    assert [line.split()[1] for line in lines] == ["follows", "keeps", "clean"]
+    assert not any("left out" in line for line in lines)
+    metrics.main_clip([str(tmp_path / "a.mp4"), *none, "--judge", str(HUB)])
+    assert "left out: needs --source and --instruction" in capsys.readouterr().out
+    metrics.main_shapes(["--weights", str(GOLDENS / "instruct-pix2pix"), "--n", "1", "--frames", "2", "--size", "16",
+                         "--steps", "1", "--no-image-control", "--out", str(tmp_path / "out"), *none,
+                         "--judge", str(HUB)])
+    head = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| "))
+    assert "judge: follows ↑ | judge: keeps ↑ | judge: clean ↑" in head
+
+
+def test_a_judge_that_chose_the_training_clips_is_refused_unless_told(tmp_path, capsys):
+    for name, chosen_by in (("round1", {"judge": "x", "mark": metrics.judge_mark(HUB)}), ("round2", None)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "dataset.json").write_text(json.dumps({"filtered_by": chosen_by}))
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    for name, weights in (("round2", str(tmp_path / "runs" / "round1")), ("round1", "sd15")):
+        args = {"train_on": [str(tmp_path / "data" / name)], "weights": weights}
+        (tmp_path / "runs" / name / "meta.json").write_text(json.dumps({"args": args}))
+    run = tmp_path / "runs" / "round2"
+    with pytest.raises(UserError, match="it chose the clips of .*round1.*--same-judge"):       # a round earlier
+        metrics.check_judge(HUB, run, told=False)
+    metrics.check_judge(HUB, run, told=True)
+    assert "flatter" in capsys.readouterr().out
+    shutil.copytree(HUB, tmp_path / "other", ignore=shutil.ignore_patterns("expected*"))       # the same, elsewhere
+    with pytest.raises(UserError, match="--same-judge"):
+        metrics.check_judge(tmp_path / "other", run, told=False)
+    weights = load_file(HUB / "model.safetensors")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    save_file({k: v * 1.01 for k, v in weights.items()}, tmp_path / "other" / "model.safetensors")
+    metrics.check_judge(tmp_path / "other", run, told=False)                                   # another judge may
+    shutil.rmtree(tmp_path / "data" / "round1")
+    metrics.check_judge(HUB, run, told=False)
+    assert "gone, so nobody knows" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such directory"):
+        metrics.check_judge(tmp_path / "none", run, told=False)

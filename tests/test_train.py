@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import curate
 import train
+from metrics import LlavaOneVision, writer_loss
 from model import UserError, VideoEditor
 
 
@@ -114,6 +115,7 @@ def test_stage_image_without_its_networks_says_which_stage_to_run(tmp_path, monk
 # ---------------------------------------------------------------------------------------------------------------
 
 GOLDENS = Path(__file__).parent / "goldens"
+LLAVA = GOLDENS / "llava-onevision-qwen2-0.5b-ov-hf"
 IP2P, ADAPTER = GOLDENS / "instruct-pix2pix", GOLDENS / "animatediff-motion-adapter-v1-5-3"
 
 
@@ -397,6 +399,68 @@ def test_an_exported_video_run_edits_like_the_run(tmp_path):
     a, b = ed.unet(*unet_inputs()), run.unet(*unet_inputs())
     assert (a - b).norm() < 1e-2 * b.norm()                        # float16 files
     assert not torch.equal(a, ed.unet(*unet_inputs(), mode="image"))
+
+
+def pairs(folder, n=3):
+    """A small folder of image-editing triples, and one line that no writer should learn."""
+    folder.mkdir()
+    lines = [dict(source=f"{i}.png", instruction=f"make it {place}", source_caption=f"view {i} of a wall",
+                  target_caption=f"view {i} of a wall in {place}") for i, place in enumerate(("snow", "winter", "rain")[:n])]
+    for i in range(n):
+        Image.fromarray(np.full((20, 30, 3), 60 * i, np.uint8)).save(folder / f"{i}.png")
+    lines.append(lines[0] | {"target_caption": lines[0]["source_caption"]})
+    (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def train_writer(tmp_path, name, *more):
+    train.main(["--stage", "writer", "--pairs-from", str(tmp_path / "pairs"), "--llava", str(LLAVA), "--steps", "12",
+                "--batch", "3", "--rank", "4", "--lr", "3e-2", "--device", "cpu", "--save-minutes", "0", "--runs", str(tmp_path),
+                "--out", str(tmp_path / name), *more])
+
+
+def test_fine_tuning_the_writer_lowers_its_loss_and_its_file_is_read_back(tmp_path, capsys):
+    pairs(tmp_path / "pairs")
+    train_writer(tmp_path, "writer")
+    assert "3 image pairs; left out: 1 " in capsys.readouterr().out
+    tuned = LlavaOneVision.from_pretrained(LLAVA, device="cpu", lora=tmp_path / "writer" / "writer.safetensors")
+    todo = train.writer_pairs(tmp_path / "pairs", 10)
+    shown, answers = [pair["load"]()[0][None] for pair, _ in todo], [answer for _, answer in todo]
+    with torch.no_grad():
+        before = writer_loss(LlavaOneVision.from_pretrained(LLAVA, device="cpu"), shown, answers)
+        after = writer_loss(tuned, shown, answers)
+    assert after < before - 0.3, (before, after)
+    assert answers[0]["task"] == "background" and (tmp_path / "writer" / "state.pt").stat().st_size < 1e6
+    with pytest.raises(UserError, match="--rank 4 .now 8."):
+        train_writer(tmp_path, "writer", "--rank", "8")
+
+
+def test_a_writer_killed_in_mid_training_ends_with_the_same_matrices(tmp_path, monkeypatch):
+    pairs(tmp_path / "pairs")
+    train_writer(tmp_path, "whole")
+    real, asked = train.writer_loss, []
+
+    def loss(*args):
+        asked.append(1)
+        if len(asked) == 7:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, "writer_loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        train_writer(tmp_path, "cut")
+    train_writer(tmp_path, "cut")
+    assert len(asked) == 13                                        # six steps, the kill, and the six that were left
+    assert same(load_file(tmp_path / "whole" / "writer.safetensors"), load_file(tmp_path / "cut" / "writer.safetensors"))
+
+
+def test_a_writer_without_usable_pairs_says_so(tmp_path):
+    with pytest.raises(UserError, match="--stage writer needs --pairs-from"):
+        train.main(["--stage", "writer", "--device", "cpu", "--runs", str(tmp_path)])
+    pairs(tmp_path / "pairs", 1)
+    lines = (tmp_path / "pairs" / "list.jsonl").read_text().splitlines()
+    (tmp_path / "pairs" / "list.jsonl").write_text(lines[-1] + "\n")
+    with pytest.raises(UserError, match="--pairs-from .*none of 1 pairs"):
+        train_writer(tmp_path, "writer")
 
 
 def test_success_needs_a_decibel_inside_and_an_unspoilt_outside():
