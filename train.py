@@ -479,7 +479,7 @@ TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=16, out_channel
                  layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=96, sample_size=16,
                  down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], mid_block_type="UNetMidBlock2DCrossAttn",
                  up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], norm_eps=1e-5, act_fn="silu", use_linear_projection=False)
-TINY_GUIDANCE = [1.5, 1.0]                                         # text, source
+TINY_GUIDANCE = [1.5, 1.5]                                         # text, source
 TINY_SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                       num_train_timesteps=1000, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
                       steps_offset=1, timestep_spacing="leading")
