@@ -103,7 +103,10 @@ def find_tensors(folder):
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise UserError(f"{index}: has no weight_map; it should say which file holds which tensor")
+            shards = sorted(set(shards.values()))
             return {k: v for s in shards for k, v in read_tensors(folder / s).items()}, index.name
         for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
             if (folder / (stem + suffix)).is_file():

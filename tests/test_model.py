@@ -238,6 +238,12 @@ def test_shards_and_pickles_load_like_one_safetensors_file(image_editor, tmp_pat
         assert apart(load(tmp_path / kind).unet(z, t, ctx), want) < 1e-5
 
 
+def test_an_index_that_names_no_files_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="index.json: has no weight_map"):
+        model.find_tensors(tmp_path)
+
+
 def test_a_trained_run_brings_its_own_motion_gamma_and_epm(video_editor, tmp_path):
     state = {k: v + 0.1 if "gamma" in k or "epm" in k else v for k, v in video_editor.unet.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
