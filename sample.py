@@ -512,7 +512,7 @@ def choose_model(model, weights, device, root=Path(__file__).parent):
     """(source for VideoEditor.from_pretrained, why): what --weights or --model say, else the newest trained run that
     the device can carry, else sd15 on a GPU, else tiny."""
     if weights:
-        if not Path(weights).exists():
+        if weights not in ("tiny", "sd15") and not Path(weights).exists():
             raise UserError(f"--weights {weights}: no such file or directory; "
                             "pass a directory in hub layout, a trained run or its model.safetensors")
         return weights, "as --weights says"

@@ -383,3 +383,4 @@ def test_auto_takes_the_newest_trained_run_that_fits_else_tiny(tmp_path):
         (tmp_path / "runs" / run / "model.safetensors").write_bytes(b"")
     assert choose_model("auto", None, "cpu", tmp_path)[0] == str(tmp_path / "runs" / "tiny" / "image")
     assert choose_model("sd15", None, "cpu", tmp_path)[0] == "sd15"
+    assert choose_model("auto", "tiny", "cpu", tmp_path)[0] == "tiny"
