@@ -56,7 +56,7 @@ from tokenizers import models
 from tqdm import tqdm
 
 import metrics
-from metrics import write_aside
+from metrics import to_video, write_aside
 from model import (ROOT, UserError, VideoEditor, attention, hub_dir, load_weights, read_json, read_tensors, run,
                    timestep_embedding)
 from sample import IMAGES, probe, read_frames, resize, to_rgb, to_tensor, write_video
@@ -342,12 +342,7 @@ def sample_batch(ed, z_src, instruction, z_T, s_txt, s_src, steps, mode, traject
 def totals(rows, fitted):
     """Weighted total of every candidate: (K,). fitted: {"weights"} and, from `calibrate`, "centre" and "spread" to
     normalise the scores by; without them, they are normalised over the candidates of one source (as the paper says)."""
-    keys = [k for k in fitted["weights"] if all(row["scores"].get(k) is not None for row in rows)]
-    x = np.array([[row["scores"][k] for k in keys] for row in rows], float).reshape(len(rows), -1)
-    w = np.array([fitted["weights"][k] for k in keys], float)
-    centre, spread = ((np.array([fitted[name][k] for k in keys]) for name in ("centre", "spread"))
-                      if "centre" in fitted else (x.mean(0), x.std(0)))
-    return ((x - centre) / np.maximum(spread, 1e-6)) @ w / max(w.sum(), 1e-9)
+    return metrics.total_score([row["scores"] for row in rows], fitted["weights"], fitted.get("centre"), fitted.get("spread"))
 
 
 def choose(rows, limits, fitted, keep_all=False):
@@ -385,11 +380,6 @@ def judge(ed, rows, z_src, source, edits, truth):
     for k, row in enumerate(rows):
         row["truth"] = {"gain": round(result[k]["truth_gain"], 3), "outside": round(result[k]["psnr_outside"], 3),
                         "success": result[k]["success"]}            # dB inside the true region, dB outside, 0 or 1
-
-
-def to_video(frames):
-    """(F, H, W, 3) uint8 -> video (1, F, 3, H, W) in [-1, 1]."""
-    return torch.stack([to_tensor(x) for x in frames])[None]
 
 
 def open_scorers(args):
@@ -3238,7 +3228,7 @@ def parse(argv=None):
         p.add_argument("--batch", type=int, default=batch, help="candidates at a time; lower it where memory is short")
         p.add_argument("--limit", type=int, default=-1, help="new sources in this run (-1: all); run again to go on")
         p.add_argument("--seed", type=int, default=0, help="of guidance, noise, drawn scenes, instructions")
-        p.add_argument("--no-filter", "--keep-all", action="store_true", help="keep every source's first candidate")
+        p.add_argument("--no-filter", action="store_true", help="keep every source's first candidate")
         p.add_argument("--min", action="append", metavar="NAME=VALUE", help="another threshold; -inf: none")
         p.add_argument("--score-weights", type=Path, metavar="FILE", help="weights of the total, from calibrate")
         p.add_argument("--force", action="store_true", help="go on although the settings changed")

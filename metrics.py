@@ -1371,22 +1371,27 @@ def world_clip(item, n_frames, size):
     import curate
     scene = curate.draw_scene(item["number"], item["domain"], "held")
     edit = curate.propose_edit(scene, item["number"], item["task"], "held")
-    source, truth = (np.rint(curate.render(s, n_frames, size, size) * 255).astype(np.uint8)
-                     for s in (scene, edit.target))
-    return source, truth, np.abs(source.astype(int) - truth).max(-1) > (-1 if edit.is_global else 10)
+    source, truth = (curate.quantise(curate.render(s, n_frames, size, size)) for s in (scene, edit.target))
+    return source, truth, curate.true_region(source, truth, edit.is_global)
+
+
+def to_video(frames):
+    """(F, H, W, 3) uint8 -> video (1, F, 3, H, W) in [-1, 1]."""
+    return torch.stack([to_tensor(x) for x in frames])[None]
 
 
 def through_autoencoder(ed, frames):
-    video = torch.stack([to_tensor(rgb) for rgb in frames])[None]
-    return [to_rgb(frame) for frame in ed.decode(ed.encode(video) * ed.vae.scaling_factor)[0].float()]
+    return [to_rgb(frame) for frame in ed.decode(ed.encode(to_video(frames)) * ed.vae.scaling_factor)[0].float()]
 
 
-def total_score(rows, weights=WEIGHTS):
-    """The filter's total: (N,) weighted mean of the scores of N candidates, each standardised over them."""
-    keys = [key for key in weights if all(key in row for row in rows)]
-    x = np.array([[row[key] for key in keys] for row in rows])          # (N, K)
-    w = np.array([weights[key] for key in keys])
-    return ((x - x.mean(0)) / (x.std(0) + 1e-9)) @ (w / w.sum())
+def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
+    """The filter's total of N candidates: (N,) weighted mean of the scores that all of them have, less `centre` and
+    divided by `spread` ({score: value}, from `curate.py calibrate`); without those, by their own mean and deviation."""
+    keys = [key for key in weights if all(row.get(key) is not None for row in rows)]
+    x = np.array([[row[key] for key in keys] for row in rows], float).reshape(len(rows), -1)       # (N, K)
+    w = np.array([weights[key] for key in keys], float)
+    centre, spread = (x.mean(0), x.std(0)) if centre is None else (np.array([d[k] for k in keys]) for d in (centre, spread))
+    return ((x - centre) / np.maximum(spread, 1e-6)) @ w / max(w.sum(), 1e-9)
 
 
 def agreement(items, done, candidates):

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import curate
 from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer, psnr,
-                     save_lora, writer_loss)
+                     save_lora, writer_loss, write_aside)
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, load_motion, noise_levels, read_json, read_tensors, run)
 
@@ -114,9 +114,7 @@ def world_set(folder, n_pairs, size, draw=draw_shard, per_file=SHARD):
 # ---------------------------------------------------------------------------------------------------------------
 
 def write_json(path, data):
-    """Write aside, then rename: a reader never sees half a file."""
-    Path(f"{path}.tmp").write_text(json.dumps(data, indent=1))
-    os.replace(f"{path}.tmp", path)
+    write_aside(Path(path), json.dumps(data, indent=1))
 
 
 def save_tensors(path, tensors, dtype=None):
