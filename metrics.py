@@ -2186,6 +2186,12 @@ def near_duplicate(instruction, accepted, similar=0.8):
     return next((text for w, text in accepted.items() if len(words & w) > similar * len(words | w)), None)
 
 
+def check_mix(mix):
+    """UserError unless {task: weight} names known tasks and wants one of them."""
+    if set(mix) - set(WRITER_TASKS) or min(mix.values()) < 0 or max(mix.values()) <= 0:
+        raise UserError(f"task mix {mix}: give weights of 0 or more, not all 0, to {', '.join(WRITER_TASKS)}")
+
+
 def write_instructions(say, clips, mix=None, done=(), batch=4, tries=3, frames=8, temperature=0.7,
                        similar=0.8):
     """Clips, an iterable of (id, clip), -> one record per clip, in order: {id, kept, why, tries, task} and,
@@ -2197,8 +2203,7 @@ def write_instructions(say, clips, mix=None, done=(), batch=4, tries=3, frames=8
     come from ids.
     """
     mix = mix or dict.fromkeys(WRITER_TASKS, 1.0)
-    if set(mix) - set(WRITER_TASKS) or min(mix.values()) < 0 or max(mix.values()) <= 0:
-        raise UserError(f"task mix {mix}: give weights of 0 or more, not all 0, to {', '.join(WRITER_TASKS)}")
+    check_mix(mix)
     kept = [r for r in done if r["kept"]]
     count = Counter(r["task"] for r in kept)
     accepted = {words_of(r["instruction"]): r["instruction"] for r in kept}

@@ -55,8 +55,8 @@ from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextE
 # The world set: pairs of frames drawn once, shared by all stages
 # ---------------------------------------------------------------------------------------------------------------
 
-STEPS = {"vae": 2500, "clip": 1000, "viclip": 1500, "image": 12000, "motion": 2000,
-         "video": 1500}                                            # optimizer steps of each stage
+STEPS = {"vae": 2500, "clip": 1000, "viclip": 1500, "image": 12000, "motion": 600,
+         "video": 300}                                             # optimizer steps of each stage
 SHARD = 500                                                        # pairs in a file
 # how often each task is drawn: the local ones are harder to learn than the global ones, so they come more often
 TASK_MIX = {"style": 1, "object": 2.4, "background": 1.3, "multiple": 1.2, "removal": 2, "addition": 1.6,
@@ -710,8 +710,11 @@ def recompute(unet):
 # Defaults that differ: `tiny` is trained from nothing and its empty instruction returns the source (see stage_image);
 # IP2P's is an average of all edits, which its guidance scales count on. 1e-5 is InsV2V's learning rate; the rest of
 # sd15's is our guess until someone has the GPU hours.
-VIDEO = {"tiny": dict(lr=2e-4, lr_new=1e-3, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=5.0, no_text="source"),
+VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-3, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=5.0, no_text="source"),
          "sd15": dict(lr=1e-5, lr_new=1e-3, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0, no_text="edit")}
+# Flags for curate.py in the rounds. tiny: what two CPU cores make in an hour; ten sampling steps edit as well as twenty.
+CURATE = {"tiny": dict(images="--candidates 6 --steps 10", videos="--candidates 3", real="--candidates 3 --steps 10"),
+          "sd15": dict(images="", videos="", real="")}
 
 
 def read_clips(folders, channels, most=-1):
@@ -893,7 +896,11 @@ def starting_point(args):
 
 def curate_stage(args, stage, weights, to, *more):
     """curate.py's command `stage`; under torchrun every process does its share, then waits for the others."""
-    curate.main([stage, "--weights", str(weights), "--to", str(to), "--device", args.device, *map(str, more)])
+    flags = [*map(str, more), *shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}"))]
+    try:
+        curate.main([stage, "--weights", str(weights), "--to", str(to), "--device", args.device, *flags])
+    except UserError as error:                                     # named as the user of this script knows it
+        raise UserError(str(error).replace("--from ", "--real-from " if stage == "real" else "--images-from ")) from None
     if dist.is_initialized():
         dist.barrier()
 
@@ -913,13 +920,10 @@ def refine(args):
         weights = image if n == 0 else args.runs / f"round{n - 1}"
         if n == 0:
             images = args.data / "images"
-            curate_stage(args, "images", weights, images, "--from", args.images_from, "--n", args.images,
-                         *shlex.split(args.curate_images))
-            curate_stage(args, "videos", weights, to, "--images", images, "--motion", motion,
-                         *shlex.split(args.curate_videos))
+            curate_stage(args, "images", weights, images, "--from", args.images_from, "--n", args.images)
+            curate_stage(args, "videos", weights, to, "--images", images, "--motion", motion)
         else:
-            curate_stage(args, "real", weights, to, "--round", n, "--from", args.real_from, "--n", args.real_clips,
-                         *shlex.split(args.curate_real))
+            curate_stage(args, "real", weights, to, "--round", n, "--from", args.real_from, "--n", args.real_clips)
         stage_video(args, out, weights, round_folders(args, n))
 
 
@@ -959,7 +963,10 @@ def stage_writer(args, out):
     """
     if args.pairs_from is None:
         raise UserError("--stage writer needs --pairs-from: a folder or file of image pairs, as curate.py images --from")
-    pairs = writer_pairs(args.pairs_from, args.pairs)
+    try:
+        pairs = writer_pairs(args.pairs_from, args.pairs)
+    except UserError as error:                                     # curate.py's word for it is --from
+        raise UserError(str(error).replace("--from ", "--pairs-from ")) from None
     net = LlavaOneVision.from_pretrained(args.llava, device=args.device)
     torch.manual_seed(args.seed)
     # "." may not stand in a parameter's name
@@ -1103,10 +1110,11 @@ def tables(args):
                 stage_video(argparse.Namespace(**vars(args) | flags | {"seed": seed}), out, weights, folders)
             for domain in results if processes()[0] == 0 else ():
                 done, guidance = out / f"eval-{domain}.json", (args.text_cfg, args.source_cfg)
-                how = dict(n=args.n, guidance=list(guidance), step=read_json(out / "meta.json")["step"])
+                how = dict(n=args.n, guidance=list(guidance), sampling_steps=args.sampling_steps,
+                           step=read_json(out / "meta.json")["step"])
                 if not done.is_file() or read_json(done)["how"] != how:
                     ed = VideoEditor.from_pretrained(out, device=args.device)
-                    rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, n_frames=FRAMES, mode="video")
+                    rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, args.sampling_steps, FRAMES, "video")
                     write_json(done, dict(how=how, clips=success(rows).tolist()))
                 results[domain].append(np.array(read_json(done)["clips"], dtype=float))
         for domain, seeds in results.items():
@@ -1256,16 +1264,17 @@ def parse_args(argv=None):
     # curation for --round
     p.add_argument("--motion", help="motion adapter; default sd15: AnimateDiff's, tiny: stage motion's")
     p.add_argument("--images-from", default="shapes", help="round 0: source images, as `curate.py images --from`")
-    p.add_argument("--images", type=int, default=400, help="round 0: how many of them")
+    p.add_argument("--images", type=int, default=200, help="round 0: how many of them")
     p.add_argument("--real-from", default="shapes", help="rounds 1, 2: real clips, as `curate.py real --from`")
-    p.add_argument("--real-clips", type=int, default=400, help="rounds 1, 2: how many of them")
+    p.add_argument("--real-clips", type=int, default=100, help="rounds 1, 2: how many of them")
     for stage in ("images", "videos", "real"):
         p.add_argument(f"--curate-{stage}", default="", metavar="FLAGS", help=f"more flags for `curate.py {stage}`, quoted "
-                       "and after =, like --curate-real=\"--writer llava\"")
+                       f"and after =, like --curate-real=\"--writer llava\"; tiny's own: {CURATE['tiny'][stage]}")
     # evaluation
     p.add_argument("--weights", help="what to evaluate or to start from, as VideoEditor.from_pretrained; default the run, else tiny")
     p.add_argument("--n", type=int, default=24, help="eval: edits per task")
     p.add_argument("--frames", type=int, default=1, help="eval: frames a clip; 1 edits single frames")
+    p.add_argument("--sampling-steps", type=int, default=20, help="eval, tables: of every edit")
     p.add_argument("--mode", default="auto", choices=["auto", "image", "ffg", "video"], help="eval: how clips are edited")
     p.add_argument("--ffg-keys", default="beside", choices=["beside", "instead"], help="eval: a frame's own keys in FFG-V2V")
     p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="eval: which scenes")
@@ -1279,7 +1288,7 @@ def parse_args(argv=None):
             setattr(args, name, default)
     args.data, args.runs = args.data or ROOT / "data" / args.model, args.runs or ROOT / "runs" / args.model
     for name, low in (("steps", 1), ("batch", 1), ("pairs", 1), ("clips_drawn", 1), ("n", 1), ("frames", 1), ("round", 0),
-                      ("clip_batch", 1), ("accumulate", 1), ("motion_clips", 1), ("camera_moves", 0), ("seeds", 1), ("images", 1), ("rank", 1),
+                      ("clip_batch", 1), ("accumulate", 1), ("motion_clips", 1), ("sampling_steps", 1), ("camera_moves", 0), ("seeds", 1), ("images", 1), ("rank", 1),
                       ("real_clips", 1), ("lr", 0), ("lr_new", 0), ("same_noise", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs {low} or more")
@@ -1290,9 +1299,16 @@ def parse_args(argv=None):
     return args
 
 
+# of what a stage puts into runs/<model>/base, the file that it writes last
+LAST_FILE = {"vae": "vae/config.json", "clip": "tokenizer/merges.txt", "viclip": "viclip/merges.txt",
+             "motion": "motion_adapter/config.json"}
+
+
 def wanted(stage, args):
-    """True where a stage was asked for by name, or is part of "all" and has not run all its steps."""
-    return args.stage == stage or args.stage == "all" and not finished(args.runs / stage, args.steps or STEPS[stage])
+    """True where a stage was asked for by name, or is part of "all" and lacks steps or its networks in runs/<model>/base
+    (a run cut between the two writes them when it is called again; its training is not repeated)."""
+    last = args.runs / "base" / LAST_FILE.get(stage, "")
+    return args.stage == stage or args.stage == "all" and not (last.exists() and finished(args.runs / stage, args.steps or STEPS[stage]))
 
 
 def networks(args):
@@ -1363,9 +1379,10 @@ def main(argv=None):
         ed = VideoEditor.from_pretrained(found if up_to_round else args.weights or found, device=args.device)
         ed.unet.ffg_keys = args.ffg_keys
         n_frames, mode = (FRAMES, "video") if up_to_round else (args.frames, args.mode)
-        evaluate(ed, args.n, args.seed, ed.size, args.domain, args.text_cfg, args.source_cfg, n_frames=n_frames, mode=mode)
+        how = args.text_cfg, args.source_cfg, args.sampling_steps
+        evaluate(ed, args.n, args.seed, ed.size, args.domain, *how, n_frames, mode)
         if args.clips:
-            evaluate_clips(ed, args.clips, ed.size, 8, args.text_cfg, args.source_cfg)
+            evaluate_clips(ed, args.clips, ed.size, 8, *how)
     if (args.stage == "export" or args.stage == "all" and args.round is None) and first:
         export(args.runs / "base", run_of_round, args.to)
     if dist.is_initialized():

@@ -366,8 +366,16 @@ def test_the_total_does_not_change_with_a_scores_scale_and_leaves_out_what_is_mi
     np.testing.assert_allclose(C.totals(rows, fitted), [0, 2, 1])
 
 
+def test_consensus_is_the_likeness_to_the_other_candidates_in_dB():
+    z = torch.zeros(3, 1, 2, 4, 4)
+    z[2] = 1                                                        # squared differences: 0 and 1, 0 and 1, 1 and 1
+    np.testing.assert_allclose(C.consensus(z)["consensus"], [3.01, 3.01, 0], atol=.01)
+    assert C.consensus(z[:1]) == {}
+
+
 def test_the_held_out_score_cannot_filter(hub, tmp_path):
-    assert all(metrics.HELD_OUT not in names for names in (C.IMAGE_WEIGHTS, C.VIDEO_WEIGHTS, *C.THRESHOLDS.values()))
+    assert all(metrics.HELD_OUT not in names for table in (C.IMAGE_WEIGHTS, C.VIDEO_WEIGHTS, C.THRESHOLDS)
+               for names in table.values())
     with pytest.raises(UserError, match="viclip_dir"):
         images(hub, tmp_path / "x", "--min", "viclip_dir=0.1")
 

@@ -480,7 +480,7 @@ def test_a_table_counts_clips_once_and_compares_them_with_the_first_row(tmp_path
             better = flags["sma"] and flags["epm"]
             for domain in ("synthetic", "real"):
                 train.write_json(folder / f"eval-{domain}.json", dict(
-                    how=dict(n=4, guidance=[None, None], step=5),
+                    how=dict(n=4, guidance=[None, None], sampling_steps=20, step=5),
                     clips=[[float(better or k == seed), 2.0, 0.5] for k in range(4)]))
     train.tables(args)
     lines = [line for line in capsys.readouterr().out.splitlines() if "| synthetic |" in line]
