@@ -4,6 +4,7 @@
     python tests/bench.py --model tiny --runs 5
     python tests/bench.py --long               tiny on a 2,000-frame clip: is memory flat?
     python tests/bench.py --training           a training step of stage video, candidates of curation
+    python tests/bench.py --teachers           CogVideoX and LLaVA-OneVision: full size on a GPU, else miniatures
     python tests/bench.py --detail             what carrying an edit up to the source's resolution gains
 
 Where diffusers or transformers is installed, its modules are timed on the same weights in the same run, in turns.
@@ -413,6 +414,96 @@ def bench_training(model, size, n_frames, runs, steps, device):
     row("training step, a clip, no EPM, checkpointing", *timed([step(False)], runs, device, warm=model == "tiny"))
 
 
+# ---- --teachers: CogVideoX and LLaVA-OneVision ---------------------------------------------------------------------
+
+# Without a GPU: the published layers, fewer and narrower; clips of 17 frames of 128x192, frames of 84x84
+MINI_COG = dict(num_attention_heads=8, num_layers=4, text_embed_dim=128, sample_width=24, sample_height=16, sample_frames=17)
+MINI_COG_VAE = dict(block_out_channels=[32, 64, 64, 128], norm_num_groups=8)
+MINI_QWEN = dict(hidden_size=448, intermediate_size=2432, num_attention_heads=7, num_key_value_heads=1,
+                 num_hidden_layers=12, vocab_size=20000)
+MINI_SIGLIP = dict(hidden_size=288, image_size=84, intermediate_size=1076, num_attention_heads=4, num_hidden_layers=6)
+NEW_TOKENS = 128
+
+
+def random_teacher(cls, config, device, dtype):
+    with torch.device("meta"):
+        net = cls(config)
+    randomise(net)
+    return net.to(device, dtype).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def bench_teachers(runs, device):
+    """A denoising step and a decoded frame of CogVideoX, a new token of LLaVA-OneVision, with random weights: of full
+    size on a GPU, miniatures without one; diffusers and transformers on the same weights where they are installed."""
+    gpu, dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
+    published = {name: read_json(ROOT / "tests" / "goldens" / f"{file}.json")["config"] for name, file in (
+        ("cog", "cogvideox_5b_i2v_transformer"), ("vae", "cogvideox_vae"), ("llava", "llava_onevision_qwen2_7b"))}
+    cog, vae, llava = published.values()
+    if not gpu:
+        cog, vae = cog | MINI_COG, vae | MINI_COG_VAE
+        llava = llava | dict(text_config=llava["text_config"] | MINI_QWEN, vision_config=llava["vision_config"] | MINI_SIGLIP)
+    frames, h, w = cog["sample_frames"], cog["sample_height"], cog["sample_width"]
+    print(f"\n**teachers, {'full size' if gpu else 'miniatures'}: CogVideoX {frames} frames of {8 * h}x{8 * w}; LLaVA-OneVision, "
+          f"a clip of 8 frames, {NEW_TOKENS} new tokens**\n\n| what | s | min | CPU s | peak GB | compared with | s | min | "
+          "CPU s | peak GB | ratio | CPU ratio |\n|" + "---|" * 12, flush=True)
+
+    net = random_teacher(curate.CogTransformer, cog, device, dtype)
+    f = (frames - 1) // cog["temporal_compression_ratio"] + 1
+    z, ctx = torch.randn(2, f, cog["in_channels"], h, w), torch.randn(2, cog["max_text_seq_length"], cog["text_embed_dim"])
+    z, ctx, t = z.to(device, dtype), ctx.to(device, dtype), torch.tensor([500, 500], device=device)
+    work = [lambda: net(z, ctx, t)]
+    if DIFFUSERS:
+        from diffusers import CogVideoXTransformer3DModel
+        twin = same_weights(CogVideoXTransformer3DModel, cog, net)
+        rope = [x.to(device) for x in curate.rope_3d(f, h // 2, w // 2, cog["attention_head_dim"])]
+        work.append(lambda: twin(z, ctx, t, image_rotary_emb=rope).sample)
+    compare_teachers("CogVideoX, a denoising step, both guidance branches", work, runs, device)
+
+    net = random_teacher(curate.CogVAE, vae, device, dtype)
+    z0 = torch.randn(1, f, vae["latent_channels"], h, w).to(device, dtype)
+    work = [lambda: torch.cat(list(net.decode_chunks(z0)), dim=1)]
+    if DIFFUSERS:
+        from diffusers import AutoencoderKLCogVideoX
+        twin_vae = same_weights(AutoencoderKLCogVideoX, vae, net)
+        work.append(lambda: twin_vae.decode(z0.transpose(1, 2)).sample.transpose(1, 2))
+    compare_teachers("CogVideoX, a decoded frame", work, runs, device, frames)
+
+    net = random_teacher(metrics.LlavaOneVision, llava, device, dtype)
+    net.end_ids = []                                               # never stops: all tokens count
+    clip = np.random.default_rng(0).integers(0, 256, (8, net.size, net.size, 3), dtype=np.uint8)
+    compare_teachers("LLaVA-OneVision, a frame of the clip seen", [lambda: net.look(clip)], runs, device, 8)
+    rows = [net.language_model.model.embed_tokens(torch.randint(0, 1000, (1500,), device=device))]
+    work = [lambda: net.generate_ids(rows, NEW_TOKENS)]
+    if TRANSFORMERS:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+        theirs = same_weights(Qwen2ForCausalLM, Qwen2Config(**llava["text_config"]), net.language_model)
+        work.append(lambda: theirs.generate(inputs_embeds=rows[0][None], max_new_tokens=NEW_TOKENS, do_sample=False,
+                                            min_new_tokens=NEW_TOKENS, pad_token_id=0)[0].tolist())
+    compare_teachers("LLaVA-OneVision, a new token after 1,500, cached", work, runs, device, NEW_TOKENS)
+
+
+def same_weights(cls, config, ours):
+    """diffusers' or transformers' network around our weights, shared, not copied."""
+    place = next(ours.parameters())
+    torch.set_default_dtype(place.dtype)
+    with torch.device(place.device):                               # not meta: its tables of angles are computed here
+        net = cls(**{k: v for k, v in config.items() if not k.startswith("_")}) if isinstance(config, dict) else cls(config)
+    torch.set_default_dtype(torch.float32)
+    net.load_state_dict(ours.state_dict(), assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def compare_teachers(what, work, runs, device, per=1):
+    results, apart = timed(work, runs, device), ""
+    if len(work) > 1:
+        ours, theirs = (f() for f in work)
+        apart = (f"same tokens: {'yes' if ours[0] == theirs else 'no'}" if isinstance(theirs, list) else
+                 f"values within {(ours.float() - theirs.float()).abs().max():.0e}")
+    row(what, results[0], apart and f"{'transformers' if isinstance(theirs, list) else 'diffusers'}, {apart}",
+        results[1] if apart else None, per)
+
+
 # ---- --long and --detail --------------------------------------------------------------------------------------
 
 def bench_long(device, size, steps, lengths=(200, 2000)):
@@ -486,6 +577,7 @@ def main():
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     p.add_argument("--long", action="store_true", help="instead: tiny on a 2,000-frame clip")
     p.add_argument("--training", action="store_true", help="instead: a training step, and candidates of curation")
+    p.add_argument("--teachers", action="store_true", help="instead: CogVideoX and LLaVA-OneVision")
     p.add_argument("--detail", action="store_true", help="instead: edits carried to the source's resolution")
     p.add_argument("--n", type=int, default=24, help="--detail: scenes per kind of edit")
     p.add_argument("--seed", type=int, default=0, help="--detail: which scenes")
@@ -500,6 +592,8 @@ def main():
           + ("" if DIFFUSERS else "; diffusers is not installed: nothing to compare with"))
     if args.long:
         return bench_long(args.device, args.size or 64, args.steps or 2)
+    if args.teachers:
+        return bench_teachers(args.runs, args.device)
     if args.detail:
         return bench_detail(args.device, args.n, args.seed, args.domain, args.size or 64, args.steps or 20)
     for model in ("tiny", "sd15") if args.model == "both" else (args.model,):
