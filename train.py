@@ -761,12 +761,9 @@ def camera_move(x, number):
     zoom = rng.uniform(1, 1.25) if rng.random() < 0.2 else 1.0
     pan = rng.uniform(0, 0.2) if zoom == 1.0 or rng.random() < 0.7 else 0.0                # never neither of them
     angle, s = rng.uniform(0, 2 * math.pi), torch.linspace(0, 1, x.shape[1])
-    scale, shift = (1 - pan) / zoom ** s, pan * (2 * s - 1)                                # of half a frame
-    theta = torch.zeros(len(s), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = scale
-    theta[:, 0, 2], theta[:, 1, 2] = shift * math.cos(angle), shift * math.sin(angle)
-    grid = F.affine_grid(theta, (len(s), *x.shape[2:]), align_corners=False).repeat(2, 1, 1, 1).to(x)
-    return F.grid_sample(x.flatten(0, 1), grid, padding_mode="border", align_corners=False).unflatten(0, x.shape[:2])
+    width, shift = (1 - pan) / zoom ** s, pan * (2 * s - 1)                                # of half a frame
+    window = (v.repeat(2) for v in (width, shift * math.cos(angle), shift * math.sin(angle)))
+    return curate.through_window(x.flatten(0, 1), *window).unflatten(0, x.shape[:2])
 
 
 def moved_copies(ed, clips, copies):
@@ -1264,9 +1261,9 @@ def parse_args(argv=None):
     # curation for --round
     p.add_argument("--motion", help="motion adapter; default sd15: AnimateDiff's, tiny: stage motion's")
     p.add_argument("--images-from", default="shapes", help="round 0: source images, as `curate.py images --from`")
-    p.add_argument("--images", type=int, default=200, help="round 0: how many of them")
+    p.add_argument("--images", type=int, default=160, help="round 0: how many of them")
     p.add_argument("--real-from", default="shapes", help="rounds 1, 2: real clips, as `curate.py real --from`")
-    p.add_argument("--real-clips", type=int, default=100, help="rounds 1, 2: how many of them")
+    p.add_argument("--real-clips", type=int, default=80, help="rounds 1, 2: how many of them")
     for stage in ("images", "videos", "real"):
         p.add_argument(f"--curate-{stage}", default="", metavar="FLAGS", help=f"more flags for `curate.py {stage}`, quoted "
                        f"and after =, like --curate-real=\"--writer llava\"; tiny's own: {CURATE['tiny'][stage]}")

@@ -366,11 +366,13 @@ def test_the_total_does_not_change_with_a_scores_scale_and_leaves_out_what_is_mi
     np.testing.assert_allclose(C.totals(rows, fitted), [0, 2, 1])
 
 
-def test_consensus_is_the_likeness_to_the_other_candidates_in_dB():
-    z = torch.zeros(3, 1, 2, 4, 4)
-    z[2] = 1                                                        # squared differences: 0 and 1, 0 and 1, 1 and 1
-    np.testing.assert_allclose(C.consensus(z)["consensus"], [3.01, 3.01, 0], atol=.01)
-    assert C.consensus(z[:1]) == {}
+def test_candidates_agree_where_their_changes_point_the_same_way():
+    z_src, z = torch.randn(1, 1, 2, 4, 4), torch.zeros(3, 1, 2, 4, 4)
+    z[:2, :, 0], z[2, :, 1] = 1, 1                                  # two paint the first channel, one the second
+    found = C.agreement(z_src + z, z_src)
+    np.testing.assert_allclose(found["consensus"], [.5 ** .5, .5 ** .5, 0], atol=1e-6)
+    np.testing.assert_allclose(found["certainty"], [3.01, 3.01, 0], atol=.01)      # squared: 0 and 1, 0 and 1, 1 and 1
+    assert C.agreement(z[:1], z_src) == {}
 
 
 def test_the_held_out_score_cannot_filter(hub, tmp_path):
@@ -511,7 +513,7 @@ def test_per_frame_editing_without_a_filter_keeps_the_first_candidate(hub, made,
 def test_a_camera_move_starts_with_the_image_and_stays_inside_it():
     image = picture(3)
     image[:] = np.linspace(50, 200, image.shape[1], dtype=np.uint8)[None, :, None]
-    video = C.camera_move(image, C.Random(1))
+    video = C.animate_by_camera({"id": "x"}, image)
     assert video.shape == (16, *image.shape) and np.array_equal(video[0], image)
     assert video.min() >= 48 and video.max() <= 202 and np.abs(video[-1].astype(int) - image).max() > 5
 
@@ -529,7 +531,7 @@ def test_the_world_animates_drawn_scenes_only_and_the_camera_anything(hub, made,
     [row] = C.read_manifest(tmp_path / "x")
     image = np.array(Image.open(made / row["id"] / "source.png"))
     moved = read_video(tmp_path / "x" / row["id"] / "source.mp4")[0][0]
-    want = C.to_video(C.camera_move(image, C.Random(row["id"])))[0]
+    want = C.to_video(C.animate_by_camera(row, image))[0]
     assert (moved - want).abs().mean() < .05 and "truth" not in row       # the scene's true edit is not this clip's
     shutil.copytree(made, tmp_path / "images")
     lines = (tmp_path / "images" / "manifest.jsonl").read_text().replace('"scene"', '"picture"')
