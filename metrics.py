@@ -1167,18 +1167,24 @@ def score_benchmark(items, folders, scorers, square, device, log, head, read, ch
 CODED = ("autoencoded source", "autoencoded truth")                     # what a perfect editor loses
 
 
-def add_success(result):
-    """Into {row: scores} of one clip: success as SUCCESS says it, where the truth is known.
+def succeeds(gain, outside, coded):
+    """Success as SUCCESS says it: 1.0 or 0.0. gain: dB nearer to the truth inside the true region than the source is;
+    outside: PSNR to the source, NaN where there is no outside; coded: [(gain, outside)] of what a perfect editor loses,
+    source and truth through the autoencoder, the source first.
 
     Without the margin, doing nothing would often succeed: the autoencoder's blur alone brings clips closer.
     """
-    coded = [result[row] for row in CODED if row in result]
-    gain = max([0, *(scores["truth_gain"] for scores in coded[:1] if "truth_gain" in scores)])
-    kept = min((scores["psnr_outside"] for scores in coded), default=math.nan)
+    floor = max([0, *(g for g, _ in coded[:1] if not math.isnan(g))])
+    spoiled = outside < min((o for _, o in coded), default=math.nan) - 1
+    return float(gain >= floor + 1 and not spoiled)
+
+
+def add_success(result):
+    """Into {row: scores} of one clip: success, where the truth is known."""
+    coded = [(result[row].get("truth_gain", math.nan), result[row]["psnr_outside"]) for row in CODED if row in result]
     for scores in result.values():
-        if "truth_gain" in scores:                  # with nothing outside, NaN, the inside decides
-            spoiled = scores["psnr_outside"] < kept - 1
-            scores["success"] = float(scores["truth_gain"] >= gain + 1 and not spoiled)
+        if "truth_gain" in scores:
+            scores["success"] = succeeds(scores["truth_gain"], scores["psnr_outside"], coded)
 
 
 def interval(values):

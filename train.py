@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import curate
 from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer, psnr,
-                     save_lora, writer_loss, write_aside)
+                     save_lora, succeeds, writer_loss, write_aside)
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, load_motion, noise_levels, read_json, read_tensors, run)
 
@@ -1003,8 +1003,9 @@ def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=No
     inside: where truth and source differ by more than 4 % (the whole frame for global edits). "bound" is the
     autoencoded truth, "closer" the share of edits nearer to the truth than the untouched source is. outside: the edit
     and the autoencoded source against the source. Edits whose truth is random (snow, hidden backgrounds) have rows of
-    their own, marked ~. flicker (clips only): frame-to-frame change of the edit's error, relative to the truth's own
-    change; lower is better. Returns the rows; prints a Markdown table. PSNR in dB, higher is better.
+    their own, marked ~. success: metrics.SUCCESS. flicker (clips only): frame-to-frame change of the edit's error,
+    relative to the truth's own change; lower is better. PSNR in dB, higher is better. Prints a Markdown table; returns
+    {task: [(inside edit, source, bound, outside edit, coded, success, flicker, closer)]}.
     """
     rows = {}
     for task in curate.TASKS:
@@ -1025,17 +1026,22 @@ def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=No
             inside = np.abs(truth - source).max(axis=-1) > 0.04 if not edit.is_global else np.ones(source.shape[:3], bool)
             if not inside.any():
                 continue
-            row = (psnr(edited, truth, inside), psnr(source, truth, inside), psnr(coded["truth"], truth, inside),
-                   *(math.nan if inside.all() else psnr(x, source, ~inside) for x in (edited, coded["source"])),
-                   np.abs(np.diff(edited - truth, axis=0)).mean() / (np.abs(np.diff(truth, axis=0)).mean() + 1e-3) if n_frames > 1 else np.nan)
+            near = [psnr(x, truth, inside) for x in (edited, source, coded["truth"], coded["source"])]
+            kept = [math.nan if inside.all() else psnr(x, source, ~inside) for x in (edited, coded["source"], coded["truth"])]
+            success = succeeds(near[0] - near[1], kept[0], [(near[3] - near[1], kept[1]), (near[2] - near[1], kept[2])])
+            flicker = math.nan
+            if n_frames > 1:
+                wobble, motion = (np.abs(np.diff(x, axis=0)).mean() for x in (edited - truth, truth))
+                flicker = wobble / (motion + 1e-3)
+            row = (*near[:3], *kept[:2], success, flicker, near[0] > near[1])
             rows.setdefault(task + ("" if edit.deterministic else " ~"), []).append(row)
     print(f"held-out {domain} scenes, {size} px, {n_frames} frame(s), {steps} steps, seed {seed}; PSNR in dB")
-    print("| task | n | inside: edit | source | bound | closer | outside: edit | coded | flicker |\n|" + "---|" * 9)
+    print("| task | n | inside: edit | source | bound | closer | outside: edit | coded | success | flicker |\n|" + "---|" * 10)
     for task, values in rows.items():
-        v = np.array(values)
-        out = [f"{np.nanmean(v[:, k]):.{1 + (k == 5)}f}" if np.isfinite(v[:, k]).any() else "-" for k in range(6)]
-        closer = (v[:, 0] > v[:, 1]).mean()
-        print(f"| {task} | {len(v)} | {out[0]} | {out[1]} | {out[2]} | {closer:.0%} | {out[3]} | {out[4]} | {out[5]} |", flush=True)
+        means = [np.nanmean(x) if np.isfinite(x).any() else math.nan for x in np.array(values, dtype=float).T]
+        cells = (f"{means[k]:{how}}" for k, how in ((0, ".1f"), (1, ".1f"), (2, ".1f"), (7, ".0%"), (3, ".1f"), (4, ".1f"),
+                                                    (5, ".0%"), (6, ".2f")))
+        print(f"| {task} | {len(values)} | " + " | ".join("-" if "nan" in x else x for x in cells) + " |", flush=True)
     return rows
 
 
@@ -1060,19 +1066,16 @@ TABLES = ("table2", "table3", "table4")
 
 
 def success(rows):
-    """(clips, 3) of evaluate's rows whose truth is known: success, gain in dB inside, flicker.
-
-    Success: inside, at least 1 dB closer to the truth than the source is; outside, at most 1 dB further from the
-    source than the autoencoder's own error.
-    """
+    """(clips, 3) of evaluate's rows whose truth is known: success, gain in dB inside, flicker."""
     v = np.array([row for task, values in rows.items() if not task.endswith("~") for row in values])
-    spoiled = v[:, 3] < v[:, 4] - 1                                # nothing outside: NaN, not spoiled
-    return np.stack([(v[:, 0] >= v[:, 1] + 1) & ~spoiled, v[:, 0] - v[:, 1], v[:, 5]], axis=1)
+    return np.stack([v[:, 5], v[:, 0] - v[:, 1], v[:, 6]], axis=1)
 
 
 def table_rows(args):
-    """[(name, training flags, weights to start from, folders)] of a table; equal steps and clips in every row."""
+    """[(name, training flags, weights to start from, folders, the cycle's own run or None)] of a table; equal steps and
+    clips in every row. The own run is what seed 0 of the row would train again."""
     data, (image, motion) = args.data, starting_point(args)
+    rounds = [args.runs / f"round{k}" for k in range(3)]
     if args.stage == "table2":                                     # other data from the same images, for the same model
         rows = [("trajectory-guided, filtered", "round0", None),
                 ("trajectory-guided, unfiltered", "round0-unfiltered", ["--no-filter"]),
@@ -1081,14 +1084,14 @@ def table_rows(args):
             if how:
                 curate_stage(args, "videos", image, data / folder, "--images", data / "images", "--motion", motion, *how)
         least = min(sum(row["kept"] for row in curate.read_manifest(data / folder)) for _, folder, _ in rows)
-        return [(name, dict(max_clips=least), image, [data / folder]) for name, folder, _ in rows]
+        return [(name, dict(max_clips=least), image, [data / folder], None) for name, folder, _ in rows]
     if args.stage == "table3":
         return [(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", dict(sma=sma, epm=epm), image,
-                 [data / "round0"]) for sma in (False, True) for epm in (False, True)]
-    before = [args.runs / f"round{k}" for k in range(2)]           # table4: every round from the one before
-    return [("round 0", {}, image, [data / "round0"]), ("round 1", {}, before[0], [data / "round1"]),
-            ("round 2, with earlier data", {}, before[1], [data / f"round{k}" for k in range(3)]),
-            ("round 2, real only", {}, before[1], [data / "round2"])]
+                 [data / "round0"], rounds[0] if sma and epm else None) for sma in (False, True) for epm in (False, True)]
+    return [("round 0", {}, image, [data / "round0"], rounds[0]),  # table4: every round from the one before
+            ("round 1", {}, rounds[0], [data / "round1"], rounds[1]),
+            ("round 2, with earlier data", {}, rounds[1], [data / f"round{k}" for k in range(3)], None),
+            ("round 2, real only", {}, rounds[1], [data / "round2"], rounds[2])]
 
 
 def tables(args):
@@ -1096,35 +1099,39 @@ def tables(args):
 
     Runs lie in runs/<model>/<table>/<row>-<seed>; what is trained or measured already is not done again. Every seed
     edits the same clips, so intervals are over clips, each the mean of its seeds; differences to the first row are
-    taken clip by clip; the spread of the seeds' means stands beside them.
+    taken clip by clip; the spread of the seeds' means stands beside them. Under torchrun the domains are shared.
     """
-    lines, first = [], {}
-    for name, flags, weights, folders in table_rows(args):
+    lines, first, (rank, world), steps = [], {}, processes(), args.steps or STEPS["video"]
+    for name, flags, weights, folders, own in table_rows(args):
         results = {"synthetic": [], "real": []}
         for seed in range(args.seeds):
             out = args.runs / args.stage / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-            if not finished(out, args.steps or STEPS["video"]):
+            if seed == 0 and own and finished(own, steps) and read_json(own / "meta.json")["args"]["steps"] == steps:
+                out = own
+            if not finished(out, steps):
                 stage_video(argparse.Namespace(**vars(args) | flags | {"seed": seed}), out, weights, folders)
-            for domain in results if processes()[0] == 0 else ():
-                done, guidance = out / f"eval-{domain}.json", (args.text_cfg, args.source_cfg)
+            files, guidance = {domain: out / f"eval-{domain}.json" for domain in results}, (args.text_cfg, args.source_cfg)
+            for k, (domain, done) in enumerate(files.items()):
                 how = dict(n=args.n, guidance=list(guidance), sampling_steps=args.sampling_steps,
                            step=read_json(out / "meta.json")["step"])
-                if not done.is_file() or read_json(done)["how"] != how:
+                if k % world == rank and not (done.is_file() and read_json(done)["how"] == how):
                     ed = VideoEditor.from_pretrained(out, device=args.device)
                     rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, args.sampling_steps, FRAMES, "video")
                     write_json(done, dict(how=how, clips=success(rows).tolist()))
+            if dist.is_initialized():
+                dist.barrier()
+            for domain, done in files.items():
                 results[domain].append(np.array(read_json(done)["clips"], dtype=float))
         for domain, seeds in results.items():
-            if seeds:
-                v = np.mean(seeds, axis=0)                         # (clips, 3)
-                gain = v - first.setdefault(domain, v)
-                half, half_gain = (1.96 * x.std(axis=0) / math.sqrt(len(x)) for x in (v, gain))
-                means = [x[:, 0].mean() for x in seeds]
-                lines.append(f"| {name} | {domain} | {len(v)} x {len(seeds)} | {v[:, 0].mean():.1%} ± {half[0]:.1%} | "
-                             f"{min(means):.1%} to {max(means):.1%} | {gain[:, 0].mean():+.1%} ± {half_gain[0]:.1%} | "
-                             f"{v[:, 1].mean():+.1f} ± {half[1]:.1f} | {v[:, 2].mean():.2f} ± {half[2]:.2f} | "
-                             f"{gain[:, 2].mean():+.2f} ± {half_gain[2]:.2f} |")
-    if lines:
+            v = np.mean(seeds, axis=0)                             # (clips, 3)
+            gain = v - first.setdefault(domain, v)
+            half, half_gain = (1.96 * x.std(axis=0) / math.sqrt(len(x)) for x in (v, gain))
+            means = [x[:, 0].mean() for x in seeds]
+            lines.append(f"| {name} | {domain} | {len(v)} x {len(seeds)} | {v[:, 0].mean():.1%} ± {half[0]:.1%} | "
+                         f"{min(means):.1%} to {max(means):.1%} | {gain[:, 0].mean():+.1%} ± {half_gain[0]:.1%} | "
+                         f"{v[:, 1].mean():+.1f} ± {half[1]:.1f} | {v[:, 2].mean():.2f} ± {half[2]:.2f} | "
+                         f"{gain[:, 2].mean():+.2f} ± {half_gain[2]:.2f} |")
+    if rank == 0:
         head = ("row", "domain", "clips x seeds", "success", "seeds' means", "to first row", "gain inside, dB", "flicker",
                 "to first row")
         print(f"{args.stage}: held-out clips of {FRAMES} frames; ± is half a 95 % interval over clips\n"

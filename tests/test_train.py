@@ -463,11 +463,10 @@ def test_a_writer_without_usable_pairs_says_so(tmp_path):
         train_writer(tmp_path, "writer")
 
 
-def test_success_needs_a_decibel_inside_and_an_unspoilt_outside():
-    nan = math.nan
-    rows = {"object": [(20, 15, 30, 30, 30, 1), (15.5, 15, 30, 30, 30, 1), (20, 15, 30, 20, 30, 1)],
-            "style": [(20, 15, 30, nan, nan, 1)], "background ~": [(9, 15, 30, nan, nan, 1)]}
-    assert train.success(rows)[:, 0].tolist() == [1, 0, 0, 1]
+def test_a_tables_success_counts_clips_with_a_known_truth():
+    row = (20, 15, 30, 30, 30, 1, .5, True)
+    clips = train.success({"object": [row, (16, 15, 30, 20, 30, 0, .7, True)], "background ~": [row]})
+    assert clips.tolist() == [[1, 5, .5], [0, 1, .7]]
 
 
 def test_a_table_counts_clips_once_and_compares_them_with_the_first_row(tmp_path, capsys):
