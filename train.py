@@ -164,7 +164,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     AdamW, linear warm-up, cosine to 5 %, gradient norm clipped at 1, EMA. `accumulate` micro-batches make a step, on
     each of the processes where `shared`; a micro-batch's number counts them all and seeds everything random in it, so
     a resumed run's next loss equals the uninterrupted one's, and P processes do what one does that accumulates P.
-    lr_new: learning rate of the new parameters, which also have no weight decay. probe() -> more fields for the log.
+    lr_new: learning rate of EPM, and a tenth of gamma's, which have no weight decay. probe() -> more fields for the log.
     Only what requires gradients is trained and averaged. Writes into `out` model.safetensors (EMA), state.pt, meta.json
     and log.jsonl. Raises UserError for a NaN, with the step, and for a run begun with another configuration.
     """
@@ -172,10 +172,12 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     out.mkdir(parents=True, exist_ok=True)
     net.to(device).train()
     trained = {k: p for k, p in net.named_parameters() if p.requires_grad}
-    new = [p for k, p in trained.items() if lr_new and is_new(k)]
-    groups = [dict(params=[p for k, p in trained.items() if not (lr_new and is_new(k))], lr=lr),
-              dict(params=new, lr=lr_new, weight_decay=0.0)]
-    groups = [group for group in groups if group["params"]]
+    # gamma is one number a module: it needs more than the rate at which EPM's matrices stay calm (at 3e-3 the bias of
+    # some sites ran off to +-80 within 100 steps)
+    rates = {k: (lr, 0.01) if not lr_new or not is_new(k) else (10 * lr_new if k.endswith(".gamma") else lr_new, 0.0)
+             for k in trained}
+    groups = [dict(params=[p for k, p in trained.items() if rates[k] == pair], lr=pair[0], weight_decay=pair[1])
+              for pair in sorted(set(rates.values()), key=lambda pair: pair[::-1], reverse=True)]     # the log's rate first
     peaks = [group["lr"] for group in groups]
     opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     params = list(trained.values())
@@ -254,6 +256,8 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
             last_save = time.time()
     if start >= steps:                                             # cut between the last step and its files
         save(start)
+    if world > 1:
+        dist.barrier()                                             # whoever goes on reads the files of the first
     net.load_state_dict(average)
     return net.eval()
 
@@ -710,10 +714,10 @@ def recompute(unet):
 # Defaults that differ: `tiny` is trained from nothing and its empty instruction returns the source (see stage_image);
 # IP2P's is an average of all edits, which its guidance scales count on. 1e-5 is InsV2V's learning rate; the rest of
 # sd15's is our guess until someone has the GPU hours.
-VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-3, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=5.0, no_text="source"),
-         "sd15": dict(lr=1e-5, lr_new=1e-3, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0, no_text="edit")}
+VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-4, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=5.0, no_text="source"),
+         "sd15": dict(lr=1e-5, lr_new=1e-4, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0, no_text="edit")}
 # Flags for curate.py in the rounds. tiny: what two CPU cores make in an hour; ten sampling steps edit as well as twenty.
-CURATE = {"tiny": dict(images="--candidates 6 --steps 10", videos="--candidates 3", real="--candidates 3 --steps 10"),
+CURATE = {"tiny": dict(images="--candidates 6 --steps 10", videos="--candidates 3", real="--candidates 2 --steps 10"),
           "sd15": dict(images="", videos="", real="")}
 
 
@@ -1247,7 +1251,7 @@ def parse_args(argv=None):
     p.add_argument("--save-minutes", type=float, default=5, help="minutes between checkpoints")
     p.add_argument("--same-noise", type=float, help="share of clips whose frames have one noise; default 0.5 motion, 0 video")
     p.add_argument("--motion-clips", type=int, default=2000, help="motion: unedited clips to draw")
-    p.add_argument("--lr-new", type=float, help="video: peak learning rate of gamma and EPM")
+    p.add_argument("--lr-new", type=float, help="video: peak learning rate of EPM; gamma's is ten times that")
     p.add_argument("--trainable", default="temporal", choices=["temporal", "all"], help="video: motion modules, or the whole "
                    "U-Net; gamma and EPM always")
     p.add_argument("--sma", action=argparse.BooleanOptionalAction, default=True, help="video: trained gamma from 0; else fixed at 1")
@@ -1270,7 +1274,7 @@ def parse_args(argv=None):
     p.add_argument("--images-from", default="shapes", help="round 0: source images, as `curate.py images --from`")
     p.add_argument("--images", type=int, default=160, help="round 0: how many of them")
     p.add_argument("--real-from", default="shapes", help="rounds 1, 2: real clips, as `curate.py real --from`")
-    p.add_argument("--real-clips", type=int, default=80, help="rounds 1, 2: how many of them")
+    p.add_argument("--real-clips", type=int, default=60, help="rounds 1, 2: how many of them")
     for stage in ("images", "videos", "real"):
         p.add_argument(f"--curate-{stage}", default="", metavar="FLAGS", help=f"more flags for `curate.py {stage}`, quoted "
                        f"and after =, like --curate-real=\"--writer llava\"; tiny's own: {CURATE['tiny'][stage]}")

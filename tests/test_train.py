@@ -335,12 +335,12 @@ def test_noise_is_drawn_per_frame_or_shared_by_all_of_them_as_asked():
 
 
 def test_a_camera_move_is_the_same_for_source_and_target_and_always_moves():
-    x = torch.rand(1, 1, 3, 24, 32, generator=torch.Generator().manual_seed(0)).expand(2, 16, -1, -1, -1)
+    x = 2 * torch.rand(1, 1, 3, 24, 32, generator=torch.Generator().manual_seed(0)).expand(2, 16, -1, -1, -1) - 1
     for number in range(20):
         source, target = train.camera_move(x, number)
         assert torch.equal(source, target) and source.shape == x.shape[1:]
         assert (source[0] - source[-1]).abs().mean() > 1e-3
-        assert x.min() <= source.min() and source.max() <= x.max()
+        assert source.abs().max() <= 1                             # bicubic overshoots, but not out of range
 
 
 def test_camera_moves_add_clips_that_are_made_once(tmp_path):
