@@ -1077,7 +1077,7 @@ def success(rows):
 
 def table_rows(args):
     """[(name, training flags, weights to start from, folders, the cycle's own run or None)] of a table; equal steps and
-    clips in every row. The own run is what seed 0 of the row would train again."""
+    clips in every row. The own run is what seed 0 of the row would train again; no flags: `weights`, by FFG-V2V."""
     data, (image, motion) = args.data, starting_point(args)
     rounds = [args.runs / f"round{k}" for k in range(3)]
     if args.stage == "table2":                                     # other data from the same images, for the same model
@@ -1092,7 +1092,8 @@ def table_rows(args):
     if args.stage == "table3":
         return [(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", dict(sma=sma, epm=epm), image,
                  [data / "round0"], rounds[0] if sma and epm else None) for sma in (False, True) for epm in (False, True)]
-    return [("round 0", {}, image, [data / "round0"], rounds[0]),  # table4: every round from the one before
+    return [("image editor, FFG-V2V", None, image, None, None),    # table4: every round from the one before
+            ("round 0", {}, image, [data / "round0"], rounds[0]),
             ("round 1", {}, rounds[0], [data / "round1"], rounds[1]),
             ("round 2, with earlier data", {}, rounds[1], [data / f"round{k}" for k in range(3)], None),
             ("round 2, real only", {}, rounds[1], [data / "round2"], rounds[2])]
@@ -1108,19 +1109,21 @@ def tables(args):
     lines, first, (rank, world), steps = [], {}, processes(), args.steps or STEPS["video"]
     for name, flags, weights, folders, own in table_rows(args):
         results = {"synthetic": [], "real": []}
-        for seed in range(args.seeds):
+        for seed in range(args.seeds if flags is not None else 1):
             out = args.runs / args.stage / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
             if seed == 0 and own and finished(own, steps) and read_json(own / "meta.json")["args"]["steps"] == steps:
                 out = own
-            if not finished(out, steps):
+            if flags is not None and not finished(out, steps):
                 stage_video(argparse.Namespace(**vars(args) | flags | {"seed": seed}), out, weights, folders)
             files, guidance = {domain: out / f"eval-{domain}.json" for domain in results}, (args.text_cfg, args.source_cfg)
             for k, (domain, done) in enumerate(files.items()):
+                trained, mode = (weights, "ffg") if flags is None else (out, "video")
                 how = dict(n=args.n, guidance=list(guidance), sampling_steps=args.sampling_steps,
-                           step=read_json(out / "meta.json")["step"])
+                           step=read_json(Path(trained) / "meta.json")["step"])
                 if k % world == rank and not (done.is_file() and read_json(done)["how"] == how):
-                    ed = VideoEditor.from_pretrained(out, device=args.device)
-                    rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, args.sampling_steps, FRAMES, "video")
+                    ed = VideoEditor.from_pretrained(trained, device=args.device)
+                    rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, args.sampling_steps, FRAMES, mode)
+                    out.mkdir(parents=True, exist_ok=True)
                     write_json(done, dict(how=how, clips=success(rows).tolist()))
             if dist.is_initialized():
                 dist.barrier()
