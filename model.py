@@ -461,18 +461,18 @@ class EPM(nn.Module):
     """Editing-guided propagation (paper 3.3.2, eqs. 6-8): which frame should listen to which.
 
     x (N, C, h, w) -> bias (B, F, F) for attention from frame i (row) to frame j (column): two 3x3 convs, global
-    average pool to c channels a frame, frames joined, two-layer MLP. Starts at 0 on the diagonal and -10 elsewhere,
+    average pool to c channels a frame, frames joined, two-layer MLP. Starts at 0 on the diagonal and `start` elsewhere,
     last weight 0, so that each frame at first attends to itself. Fixed to `frames` frames: shorter clips are padded
     by repeating the last frame's features and read the top left corner of the matrix.
     """
-    def __init__(self, channels, frames=16, c=32, hidden=128):
+    def __init__(self, channels, frames=16, c=32, hidden=128, start=-10.0):
         super().__init__()
         self.frames = frames
         self.conv1, self.conv2 = nn.Conv2d(channels, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
         self.fc1, self.fc2 = nn.Linear(frames * c, hidden), nn.Linear(hidden, frames * frames)
         nn.init.zeros_(self.fc2.weight)
-        with torch.no_grad():                                      # PAPER: the start values given in 3.3.2
-            self.fc2.bias.copy_((-10 * (1 - torch.eye(frames))).flatten())
+        with torch.no_grad():                                      # PAPER: 0 and -10 are the start values given in 3.3.2
+            self.fc2.bias.copy_((start * (1 - torch.eye(frames))).flatten())
 
     def forward(self, x, n_frames):
         if n_frames > self.frames:
@@ -730,15 +730,16 @@ class UNet(nn.Module):
             if isinstance(m, MotionModule):
                 m.gamma = nn.Parameter(torch.full((), float(gamma), device="cpu"))
 
-    def add_epm(self, sites="all", frames=16):
-        """Insert fresh EPM at every spatial self-attention site, or (sites="inner") at all but the top level's."""
+    def add_epm(self, sites="all", frames=16, start=-10.0):
+        """Insert fresh EPM at every spatial self-attention site, or (sites="inner") at all but the top level's. start: its
+        bias between frames before training."""
         self.epm_config = {"sites": sites, "frames": frames}
         top = self.config["block_out_channels"][0]
         for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
             for site in getattr(block, "attentions", []):
                 width = site.norm.num_channels
                 if sites == "all" or width > top:
-                    site.transformer_blocks[0].attn1.epm = EPM(width, frames)
+                    site.transformer_blocks[0].attn1.epm = EPM(width, frames, start=start)
 
     def forward(self, z, t, ctx, mode="video"):
         shape, n_frames = z.shape[:2], z.shape[1]

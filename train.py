@@ -185,7 +185,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     start = 0
     if (out / "state.pt").is_file():
         state = torch.load(out / "state.pt", map_location=device, weights_only=True)
-        changed = [k for k in meta["args"] if state["args"].get(k) != meta["args"][k]]
+        changed = [k for k in meta["args"] if k in state["args"] and state["args"][k] != meta["args"][k]]
         if changed and not resume_any:
             names = [f"--{k.replace('_', '-')} {state['args'].get(k)} (now {meta['args'][k]})" for k in changed]
             raise UserError(f"{out}: begun with {', '.join(names)}; "
@@ -814,7 +814,7 @@ def video_model(args, weights):
     if "sma" not in meta.get("args", {}):                          # not a round: the image editor, or published weights
         ed.unet.set_gamma(0.0 if args.sma else 1.0)
         if args.epm:
-            ed.unet.add_epm(args.epm_sites, FRAMES)
+            ed.unet.add_epm(args.epm_sites, FRAMES, args.epm_start)
     for name, p in ed.unet.named_parameters():
         p.requires_grad_(is_new(name) or "motion_modules" in name or args.trainable == "all")
         if name.endswith(".gamma") and not args.sma:
@@ -879,8 +879,8 @@ def stage_video(args, out, weights, folders):
     meta = dict(stage=out.name, base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config, args=dict(
         weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
         lr_new=lr_new, clip_batch=batch * args.accumulate * processes()[1], trainable=args.trainable, sma=args.sma,
-        epm=args.epm, epm_sites=args.epm_sites, camera_moves=args.camera_moves, same_noise=same_noise,
-        t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, seed=args.seed))
+        epm=args.epm, epm_sites=args.epm_sites, epm_start=args.epm_start, camera_moves=args.camera_moves,
+        same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, seed=args.seed))
     if args.epm:
         meta["epm"] = ed.unet.epm_config
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device,
@@ -1260,6 +1260,7 @@ def parse_args(argv=None):
     p.add_argument("--sma", action=argparse.BooleanOptionalAction, default=True, help="video: trained gamma from 0; else fixed at 1")
     p.add_argument("--epm", action=argparse.BooleanOptionalAction, default=True, help="video: editing-guided propagation")
     p.add_argument("--epm-sites", default="all", choices=["all", "inner"], help="video: EPM at which self-attention sites")
+    p.add_argument("--epm-start", type=float, default=-10.0, help="video: EPM's bias between frames before training")
     p.add_argument("--camera-moves", type=int, default=0, help="video: copies of every clip under a random pan or zoom")
     p.add_argument("--no-text", choices=["source", "edit"], help="video: target of a dropped instruction; default tiny source, sd15 edit")
     p.add_argument("--train-on", type=Path, nargs="+", help="video: curated directories; default the round's own")
