@@ -899,6 +899,7 @@ class VideoEditor:
                 self.unet.add_motion(trained["motion"], norm_over_frames=norm_over_frames)
             if "epm" in trained:
                 self.unet.add_epm(**trained["epm"])
+            self.same_noise = trained.get("same_noise", False)     # a video editor trained on one noise for all frames
             self.vae = VAE(read_json(root / "vae" / "config.json"))
             self.text_encoder = TextEncoder(read_json(root / "text_encoder" / "config.json"))
         tensors, file = find_tensors(root / "text_encoder")
@@ -969,11 +970,13 @@ class VideoEditor:
         """Starting noise (1, F, c, h, w) of frames first, first+1, ...: the same for a frame whatever its window.
 
         Frame-by-frame modes give every frame the same noise: without temporal layers nothing else ties frames together.
+        A video editor gets what it was trained on.
         """
         def draw(index):
             g = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2 ** 63)
             return torch.randn(1, 1, self.vae.config["latent_channels"], h, w, generator=g)
-        frames = [draw(first + i if mode == "video" else 0) for i in range(n_frames)]
+        apart = mode == "video" and not self.same_noise
+        frames = [draw(first + i if apart else 0) for i in range(n_frames)]
         return torch.cat(frames, dim=1).to(self.device)
 
     def scheduler_for(self, steps, sampler="ddim"):

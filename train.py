@@ -610,8 +610,9 @@ def draw_noise(number, seed, shape, t_bias, same_noise):
     """What is random about training sample `number`: u in [0, 1) to choose the dropouts, time step t, eps of `shape`.
 
     From a generator of the sample's own, so that a batch is the same however micro-batches and processes share it.
-    PAPER: silent on noise over frames; drawn for every frame, as in InsV2V and AnimateDiff. In a share `same_noise` of
-    the clips all frames have one noise, which is how frame-by-frame sampling starts.
+    PAPER: silent on noise over frames. In a share `same_noise` of the clips all frames have one noise, in the rest each
+    its own, as in InsV2V and AnimateDiff. A video editor samples from what most of its clips had: after the short rounds
+    of `tiny`, noise of each frame's own came out as flicker, 4 to 7 times the truth's motion.
     """
     g = torch.Generator().manual_seed((seed + 1) * 1_000_003_000 + number)
     u, v, same = torch.rand(3, generator=g).tolist()
@@ -714,8 +715,10 @@ def recompute(unet):
 # Defaults that differ: `tiny` is trained from nothing and its empty instruction returns the source (see stage_image);
 # IP2P's is an average of all edits, which its guidance scales count on. 1e-5 is InsV2V's learning rate; the rest of
 # sd15's is our guess until someone has the GPU hours.
-VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-4, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=5.0, no_text="source"),
-         "sd15": dict(lr=1e-5, lr_new=1e-4, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0, no_text="edit")}
+VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=5.0,
+                      no_text="source"),
+         "sd15": dict(lr=1e-5, lr_new=1e-4, same_noise=0.0, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0,
+                      no_text="edit")}
 # Flags for curate.py in the rounds. tiny: what two CPU cores make in an hour; ten sampling steps edit as well as twenty.
 CURATE = {"tiny": dict(images="--candidates 6 --steps 10", videos="--candidates 3", real="--candidates 2 --steps 10"),
           "sd15": dict(images="", videos="", real="")}
@@ -857,7 +860,8 @@ def stage_video(args, out, weights, folders):
     texts = {t: i for i, t in enumerate(dict.fromkeys(["", *(instruction for _, instruction, _ in clips)]))}
     with torch.no_grad():
         states = torch.cat([ed.encode_text([t]).half().cpu() for t in texts])              # (texts, 77, D), once
-    batch, same_noise, scale = args.clip_batch, args.same_noise or 0.0, ed.vae.scaling_factor
+    defaults, batch, scale = VIDEO[args.model], args.clip_batch, ed.vae.scaling_factor
+    same_noise = defaults["same_noise"] if args.same_noise is None else args.same_noise
 
     def loss_fn(number, generator):
         samples = []
@@ -874,9 +878,9 @@ def stage_video(args, out, weights, folders):
                             t, eps, weight / weight.mean(dim=(2, 3), keepdim=True)))
         return clip_loss(ed.unet, samples, ed.scheduler, args.device)
 
-    defaults = VIDEO[args.model]
     steps, lr, lr_new = args.steps or STEPS["video"], args.lr or defaults["lr"], args.lr_new or defaults["lr_new"]
-    meta = dict(stage=out.name, base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config, args=dict(
+    meta = dict(stage=out.name, base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config)
+    meta |= dict(same_noise=same_noise > 0.5, args=dict(
         weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
         lr_new=lr_new, clip_batch=batch * args.accumulate * processes()[1], trainable=args.trainable, sma=args.sma,
         epm=args.epm, epm_sites=args.epm_sites, epm_start=args.epm_start, camera_moves=args.camera_moves,
@@ -1207,7 +1211,7 @@ def write_network(folder, config, tensors, name="model.safetensors", dtype=None)
 def export(base, run, target):
     """Networks of `base` and the U-Net of the trained `run` -> a directory in hub layout, float16: what `--model tiny` loads.
 
-    A video run's motion modules, gamma and EPM go into the one U-Net file; unet/config.json says so under "motion" and "epm".
+    A video run's motion modules, gamma and EPM go into the one U-Net file; unet/config.json says so under "motion", "epm", "same_noise".
     """
     import shutil
     run_meta = read_json(run / "meta.json")
@@ -1220,7 +1224,7 @@ def export(base, run, target):
             save_tensors(to, load_file(path), torch.float16)
         elif path.is_file():
             shutil.copyfile(path, to)
-    write_network(target / "unet", run_meta["unet"] | {k: run_meta[k] for k in ("motion", "epm") if k in run_meta},
+    write_network(target / "unet", run_meta["unet"] | {k: run_meta[k] for k in ("motion", "epm", "same_noise") if k in run_meta},
                   load_file(run / "model.safetensors"), "diffusion_pytorch_model.safetensors", torch.float16)
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     print(f"{target}: {size / 1e6:.1f} MB")
@@ -1252,7 +1256,7 @@ def parse_args(argv=None):
     p.add_argument("--accumulate", type=int, help="micro-batches a step")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: slower, less memory")
     p.add_argument("--save-minutes", type=float, default=5, help="minutes between checkpoints")
-    p.add_argument("--same-noise", type=float, help="share of clips whose frames have one noise; default 0.5 motion, 0 video")
+    p.add_argument("--same-noise", type=float, help="share of clips whose frames have one noise; default 0.5 motion, see VIDEO for video")
     p.add_argument("--motion-clips", type=int, default=2000, help="motion: unedited clips to draw")
     p.add_argument("--lr-new", type=float, help="video: peak learning rate of EPM; gamma's is ten times that")
     p.add_argument("--trainable", default="temporal", choices=["temporal", "all"], help="video: motion modules, or the whole "
@@ -1296,7 +1300,7 @@ def parse_args(argv=None):
     p.add_argument("--to", type=Path, default=ROOT / "assets" / "tiny", help="export: target directory")
     args = p.parse_args(argv)
     for name, default in VIDEO[args.model].items():
-        if name not in ("lr", "lr_new") and getattr(args, name) is None:
+        if name not in ("lr", "lr_new", "same_noise") and getattr(args, name) is None:
             setattr(args, name, default)
     args.data, args.runs = args.data or ROOT / "data" / args.model, args.runs or ROOT / "runs" / args.model
     for name, low in (("steps", 1), ("batch", 1), ("pairs", 1), ("clips_drawn", 1), ("n", 1), ("frames", 1), ("round", 0),

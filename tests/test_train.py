@@ -399,6 +399,11 @@ def test_an_exported_video_run_edits_like_the_run(tmp_path):
     a, b = ed.unet(*unet_inputs()), run.unet(*unet_inputs())
     assert (a - b).norm() < 1e-2 * b.norm()                        # float16 files
     assert not torch.equal(a, ed.unet(*unet_inputs(), mode="image"))
+    for editor in (ed, run):                                       # tiny's default: trained on one noise for all frames
+        z = editor.noise(3, 4, 4, seed=1, mode="video")
+        assert torch.equal(z[:, 0], z[:, 2])
+        editor.same_noise = False
+        assert not torch.equal(z[:, 2], editor.noise(3, 4, 4, seed=1, mode="video")[:, 2])
 
 
 def pairs(folder, n=3):
