@@ -2195,7 +2195,7 @@ def near_duplicate(instruction, accepted, similar=0.8):
 def check_mix(mix):
     """UserError unless {task: weight} names known tasks and wants one of them."""
     if set(mix) - set(WRITER_TASKS) or min(mix.values()) < 0 or max(mix.values()) <= 0:
-        raise UserError(f"task mix {mix}: give weights of 0 or more, not all 0, to {', '.join(WRITER_TASKS)}")
+        raise UserError(f"--task-mix {mix}: give weights of 0 or more, not all 0, to {', '.join(WRITER_TASKS)}")
 
 
 def write_instructions(say, clips, mix=None, done=(), batch=4, tries=3, frames=8, temperature=0.7,

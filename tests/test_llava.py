@@ -279,7 +279,7 @@ def test_a_short_clip_is_dropped_and_the_rest_goes_on():
 
 
 def test_an_unknown_task_in_the_mix_is_refused():
-    with pytest.raises(UserError, match="task mix"):
+    with pytest.raises(UserError, match="task.mix"):
         next(write_instructions(speaker(answer), clips(1), dict(styling=1)))
 
 
