@@ -780,7 +780,7 @@ def test_parquet_without_the_expected_columns_or_cut_short_is_refused(tmp_path):
     (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--writer", "llava", "--llava", "LLAVA", "--task-mix",
       "style"], "--task-mix style: needs NAME=VALUE"),
     (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--writer", "llava", "--llava", "LLAVA", "--n", "1",
-      "--task-mix", "styling=1"], "task mix .*styling"),
+      "--task-mix", "styling=1"], "--task-mix .*styling"),
     (["real", "--weights", "HUB", "--to", "T/x", "--round", "1", "--judge", "T/none"], "--judge .*none"),
     (["videos", "--weights", "HUB", "--to", "T/x", "--images", "MADE", "--animate", "cogvideox", "--cogvideox",
       "T/empty"], "--cogvideox .*empty.*missing"),
