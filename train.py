@@ -26,6 +26,7 @@ import os
 import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -172,8 +173,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     out.mkdir(parents=True, exist_ok=True)
     net.to(device).train()
     trained = {k: p for k, p in net.named_parameters() if p.requires_grad}
-    # gamma is one number a module: it needs more than the rate at which EPM's matrices stay calm (at 3e-3 the bias of
-    # some sites ran off to +-80 within 100 steps)
+    # gamma is one number a module: it needs more than the rate at which EPM's matrices stay calm
     rates = {k: (lr, 0.01) if not lr_new or not is_new(k) else (10 * lr_new if k.endswith(".gamma") else lr_new, 0.0)
              for k in trained}
     groups = [dict(params=[p for k, p in trained.items() if rates[k] == pair], lr=pair[0], weight_decay=pair[1])
@@ -611,8 +611,8 @@ def draw_noise(number, seed, shape, t_bias, same_noise):
 
     From a generator of the sample's own, so that a batch is the same however micro-batches and processes share it.
     PAPER: silent on noise over frames. In a share `same_noise` of the clips all frames have one noise, in the rest each
-    its own, as in InsV2V and AnimateDiff. A video editor samples from what most of its clips had: after the short rounds
-    of `tiny`, noise of each frame's own came out as flicker, 4 to 7 times the truth's motion.
+    its own, as in InsV2V and AnimateDiff. A video editor samples from what most of its clips had: `tiny`'s short rounds
+    did not learn to bring noise of each frame's own together (README, State).
     """
     g = torch.Generator().manual_seed((seed + 1) * 1_000_003_000 + number)
     u, v, same = torch.rand(3, generator=g).tolist()
@@ -899,13 +899,20 @@ def starting_point(args):
     return args.weights or args.runs / "image", args.motion or args.runs / "base" / "motion_adapter"
 
 
+@contextmanager
+def said_as(flag):
+    """Errors of curate.py's --from name the flag of this script that it came from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--from ", f"{flag} ")) from None
+
+
 def curate_stage(args, stage, weights, to, *more):
     """curate.py's command `stage`; under torchrun every process does its share, then waits for the others."""
     flags = [*map(str, more), *shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}"))]
-    try:
+    with said_as("--real-from" if stage == "real" else "--images-from"):
         curate.main([stage, "--weights", str(weights), "--to", str(to), "--device", args.device, *flags])
-    except UserError as error:                                     # named as the user of this script knows it
-        raise UserError(str(error).replace("--from ", "--real-from " if stage == "real" else "--images-from ")) from None
     if dist.is_initialized():
         dist.barrier()
 
@@ -968,10 +975,8 @@ def stage_writer(args, out):
     """
     if args.pairs_from is None:
         raise UserError("--stage writer needs --pairs-from: a folder or file of image pairs, as curate.py images --from")
-    try:
+    with said_as("--pairs-from"):
         pairs = writer_pairs(args.pairs_from, args.pairs)
-    except UserError as error:                                     # curate.py's word for it is --from
-        raise UserError(str(error).replace("--from ", "--pairs-from ")) from None
     net = LlavaOneVision.from_pretrained(args.llava, device=args.device)
     torch.manual_seed(args.seed)
     # "." may not stand in a parameter's name
@@ -1122,8 +1127,9 @@ def tables(args):
             files, guidance = {domain: out / f"eval-{domain}.json" for domain in results}, (args.text_cfg, args.source_cfg)
             for k, (domain, done) in enumerate(files.items()):
                 trained, mode = (weights, "ffg") if flags is None else (out, "video")
+                meta = Path(trained) / "meta.json"                 # published weights have none
                 how = dict(n=args.n, guidance=list(guidance), sampling_steps=args.sampling_steps,
-                           step=read_json(Path(trained) / "meta.json")["step"])
+                           step=read_json(meta)["step"] if meta.is_file() else None)
                 if k % world == rank and not (done.is_file() and read_json(done)["how"] == how):
                     ed = VideoEditor.from_pretrained(trained, device=args.device)
                     rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, args.sampling_steps, FRAMES, mode)
@@ -1211,7 +1217,8 @@ def write_network(folder, config, tensors, name="model.safetensors", dtype=None)
 def export(base, run, target):
     """Networks of `base` and the U-Net of the trained `run` -> a directory in hub layout, float16: what `--model tiny` loads.
 
-    A video run's motion modules, gamma and EPM go into the one U-Net file; unet/config.json says so under "motion", "epm", "same_noise".
+    A video run's motion modules, gamma and EPM go into the one U-Net file; unet/config.json says so under "motion", "epm"
+    and "same_noise".
     """
     import shutil
     run_meta = read_json(run / "meta.json")
@@ -1224,7 +1231,8 @@ def export(base, run, target):
             save_tensors(to, load_file(path), torch.float16)
         elif path.is_file():
             shutil.copyfile(path, to)
-    write_network(target / "unet", run_meta["unet"] | {k: run_meta[k] for k in ("motion", "epm", "same_noise") if k in run_meta},
+    trained_with = {k: run_meta[k] for k in ("motion", "epm", "same_noise") if k in run_meta}
+    write_network(target / "unet", run_meta["unet"] | trained_with,
                   load_file(run / "model.safetensors"), "diffusion_pytorch_model.safetensors", torch.float16)
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     print(f"{target}: {size / 1e6:.1f} MB")
@@ -1256,7 +1264,8 @@ def parse_args(argv=None):
     p.add_argument("--accumulate", type=int, help="micro-batches a step")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: slower, less memory")
     p.add_argument("--save-minutes", type=float, default=5, help="minutes between checkpoints")
-    p.add_argument("--same-noise", type=float, help="share of clips whose frames have one noise; default 0.5 motion, see VIDEO for video")
+    p.add_argument("--same-noise", type=float, help="share of clips whose frames have one noise; default motion 0.5, "
+                   "video 1 (tiny) or 0 (sd15)")
     p.add_argument("--motion-clips", type=int, default=2000, help="motion: unedited clips to draw")
     p.add_argument("--lr-new", type=float, help="video: peak learning rate of EPM; gamma's is ten times that")
     p.add_argument("--trainable", default="temporal", choices=["temporal", "all"], help="video: motion modules, or the whole "
@@ -1304,8 +1313,8 @@ def parse_args(argv=None):
             setattr(args, name, default)
     args.data, args.runs = args.data or ROOT / "data" / args.model, args.runs or ROOT / "runs" / args.model
     for name, low in (("steps", 1), ("batch", 1), ("pairs", 1), ("clips_drawn", 1), ("n", 1), ("frames", 1), ("round", 0),
-                      ("clip_batch", 1), ("accumulate", 1), ("motion_clips", 1), ("sampling_steps", 1), ("camera_moves", 0), ("seeds", 1), ("images", 1), ("rank", 1),
-                      ("real_clips", 1), ("lr", 0), ("lr_new", 0), ("same_noise", 0)):
+                      ("clip_batch", 1), ("accumulate", 1), ("motion_clips", 1), ("sampling_steps", 1), ("camera_moves", 0),
+                      ("seeds", 1), ("images", 1), ("rank", 1), ("real_clips", 1), ("lr", 0), ("lr_new", 0), ("same_noise", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs {low} or more")
     if args.model != "tiny" and args.stage in ("vae", "clip", "viclip", "image", "motion"):
@@ -1324,7 +1333,8 @@ def wanted(stage, args):
     """True where a stage was asked for by name, or is part of "all" and lacks steps or its networks in runs/<model>/base
     (a run cut between the two writes them when it is called again; its training is not repeated)."""
     last = args.runs / "base" / LAST_FILE.get(stage, "")
-    return args.stage == stage or args.stage == "all" and not (last.exists() and finished(args.runs / stage, args.steps or STEPS[stage]))
+    done = last.exists() and finished(args.runs / stage, args.steps or STEPS[stage])
+    return args.stage == stage or args.stage == "all" and not done
 
 
 def networks(args):

@@ -437,9 +437,8 @@ def bench_teachers(runs, device):
     """A denoising step and a decoded frame of CogVideoX, a new token of LLaVA-OneVision, with random weights: of full
     size on a GPU, miniatures without one; diffusers and transformers on the same weights where they are installed."""
     gpu, dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
-    published = {name: read_json(ROOT / "tests" / "goldens" / f"{file}.json")["config"] for name, file in (
-        ("cog", "cogvideox_5b_i2v_transformer"), ("vae", "cogvideox_vae"), ("llava", "llava_onevision_qwen2_7b"))}
-    cog, vae, llava = published.values()
+    cog, vae, llava = (read_json(ROOT / "tests" / "goldens" / f"{file}.json")["config"] for file in (
+        "cogvideox_5b_i2v_transformer", "cogvideox_vae", "llava_onevision_qwen2_7b"))
     if not gpu:
         cog, vae = cog | MINI_COG, vae | MINI_COG_VAE
         llava = llava | dict(text_config=llava["text_config"] | MINI_QWEN, vision_config=llava["vision_config"] | MINI_SIGLIP)
