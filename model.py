@@ -158,8 +158,26 @@ ACTIVATIONS = {
 def attention(q, k, v, heads, mask=None, causal=False, scale=None):
     """softmax(q k^T * scale) v per head, fused. q (N, Lq, C), k and v (N, Lk, C) -> (N, Lq, C); scale 1/sqrt(C/heads)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))           # (N, heads, L, C/heads)
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    x = fused_attention(q, k, v, mask, causal, scale)
     return x.transpose(1, 2).flatten(2)
+
+
+def fused_attention(q, k, v, mask=None, causal=False, scale=None):
+    """PyTorch's fused attention, (N, heads, L, d); on a CPU in float32, where its bfloat16 kernel is many times slower."""
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype != torch.float32:
+        q, k, v, mask = (x if x is None or x.dtype == torch.bool else x.float() for x in (q, k, v, mask))
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+class GroupNorm(nn.GroupNorm):
+    """On a CPU in float32, whose bfloat16 kernel is three times slower."""
+    def forward(self, x):
+        if x.device.type != "cpu" or x.dtype == torch.float32:
+            return super().forward(x)
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
 def embedding(n, width):
@@ -342,8 +360,8 @@ class ResnetBlock(nn.Module):
     """GroupNorm-SiLU-conv twice plus a residual; `temb` (N, T) is added between the two. x (N, C, h, w)."""
     def __init__(self, c_in, c_out, groups, eps, temb=None):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(groups, c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(groups, c_out, eps), nn.Conv2d(c_out, c_out, 3, padding=1)
         if temb:
             self.time_emb_proj = nn.Linear(temb, c_out)
         if c_in != c_out:
@@ -376,7 +394,7 @@ class VAEAttention(nn.Module):
     """Single-head self-attention over all positions, in the middle of the encoder and decoder. x (N, C, h, w)."""
     def __init__(self, channels, groups):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.group_norm = GroupNorm(groups, channels, 1e-6)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
@@ -414,7 +432,7 @@ class VAEHalf(nn.Module):
         self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
         self.add_module("up_blocks" if how == "up" else "down_blocks", levels)
         self.mid_block = vae_mid(widths[0] if how == "up" else widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], 1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], 1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
 
     def mid(self, x):
@@ -505,7 +523,7 @@ def epm_attention(q, k, v, heads, bias):
     k = torch.cat([k, column[:, None].expand(-1, heads, -1, -1)], dim=-1)
     width = -(-(d + n_frames) // 8) * 8
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    x = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(d))[..., :d]
+    x = fused_attention(q, k, v, scale=1 / math.sqrt(d))[..., :d]
     return x.transpose(1, 2).flatten(2)
 
 
@@ -579,7 +597,7 @@ class Transformer(nn.Module):
     """A transformer block on the positions of a feature map. x (N, C, h, w), ctx (B, 77, D) -> x."""
     def __init__(self, channels, heads, ctx_width, groups, linear):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.norm = GroupNorm(groups, channels, 1e-6)
         self.linear = linear                                       # SD 1.5: 1x1 convs; SD 2: linear layers
         self.proj_in, self.proj_out = (nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
                                        for _ in range(2))
@@ -619,7 +637,7 @@ class MotionModule(nn.Module):
     def __init__(self, channels, heads, groups, max_frames, over_frames):
         super().__init__()
         self.max_frames, self.over_frames = max_frames, over_frames
-        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.norm = GroupNorm(groups, channels, 1e-6)
         self.proj_in, self.proj_out = nn.Linear(channels, channels), nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([MotionBlock(channels, heads)])
         self.gamma = nn.Parameter(torch.zeros(()))
@@ -708,7 +726,7 @@ class UNet(nn.Module):
             self.up_blocks.append(Block(c_ins, width, temb, groups, eps,
                                         attend[last - i] if "CrossAttn" in kind else None, "up" if i < last else None))
             c = width
-        self.conv_norm_out = nn.GroupNorm(groups, c, eps)
+        self.conv_norm_out = GroupNorm(groups, c, eps)
         self.conv_out = nn.Conv2d(c, cfg["out_channels"], 3, padding=1)
 
     def add_motion(self, cfg=None, gamma=0.0, norm_over_frames=False):

@@ -159,19 +159,24 @@ def is_new(name):
 
 
 def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, save_minutes=5, device="cpu",
-        resume_any=False, lr_new=None, accumulate=1, shared=False, probe=None, unit="images"):
+        resume_any=False, lr_new=None, accumulate=1, shared=False, probe=None, unit="images", bf16=None):
     """Train `net` with loss_fn(number, generator) -> loss until `steps`; resumes from `out` where a run was cut.
 
     AdamW, linear warm-up, cosine to 5 %, gradient norm clipped at 1, EMA. `accumulate` micro-batches make a step, on
     each of the processes where `shared`; a micro-batch's number counts them all and seeds everything random in it, so
     a resumed run's next loss equals the uninterrupted one's, and P processes do what one does that accumulates P.
     lr_new: learning rate of EPM, and a tenth of gamma's, which have no weight decay. probe() -> more fields for the log.
+    bf16: networks run in bfloat16, weights and optimizer stay in float32; None: on CUDA.
     Only what requires gradients is trained and averaged. Writes into `out` model.safetensors (EMA), state.pt, meta.json
     and log.jsonl. Raises UserError for a NaN, with the step, and for a run begun with another configuration.
     """
     rank, world = processes() if shared else (0, 1)
     out.mkdir(parents=True, exist_ok=True)
+    bf16 = device == "cuda" if bf16 is None else bf16
+    meta = meta | dict(args=meta["args"] | dict(bf16=bf16))
     net.to(device).train()
+    if bf16:
+        net.to(memory_format=torch.channels_last)                  # in float32 it gains nothing
     trained = {k: p for k, p in net.named_parameters() if p.requires_grad}
     # gamma is one number a module: it needs more than the rate at which EPM's matrices stay calm
     rates = {k: (lr, 0.01) if not lr_new or not is_new(k) else (10 * lr_new if k.endswith(".gamma") else lr_new, 0.0)
@@ -226,7 +231,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
         for micro in range(accumulate):
             number = (step * accumulate + micro) * world + rank
             generator = torch.Generator().manual_seed(number)
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 loss = loss_fn(number, generator) / accumulate
             loss.backward()
             mean += loss.detach()
@@ -312,7 +317,7 @@ def stage_vae(args, shards, out):
 
     steps, lr = args.steps or STEPS["vae"], args.lr or 2e-3
     meta = dict(stage="vae", config=TINY_VAE, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=lr))
-    fit(vae, loss_fn, out, meta, steps, lr, 64, ema=0.995, device=args.device, resume_any=args.force)
+    fit(vae, loss_fn, out, meta, steps, lr, 64, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
     # the factor that brings the latents to unit variance goes into the published place, the config
     with torch.no_grad():
         z = torch.cat([vae.encode(as_input(f[:16, 0]).to(args.device))[0].flatten() for f, _ in shards[:20]])
@@ -400,7 +405,7 @@ def stage_clip(args, shards, out):
 
     steps = args.steps or STEPS["clip"]
     meta = dict(stage="clip", config=config, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=args.lr or 1e-3))
-    fit(clip, loss_fn, out, meta, steps, args.lr or 1e-3, 96, ema=0.995, device=args.device, resume_any=args.force)
+    fit(clip, loss_fn, out, meta, steps, args.lr or 1e-3, 96, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
     return clip, config, tokenizer
 
 
@@ -469,7 +474,7 @@ def stage_viclip(args, shards, out, base):
 
     steps = args.steps or STEPS["viclip"]
     meta = dict(stage="viclip", config=config, args=dict(steps=steps, seed=args.seed, clips=args.clips_drawn, lr=args.lr or 1e-3))
-    fit(net, loss_fn, out, meta, steps, args.lr or 1e-3, 32, ema=0.995, device=args.device, resume_any=args.force)
+    fit(net, loss_fn, out, meta, steps, args.lr or 1e-3, 32, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
     return net, config
 
 
@@ -559,7 +564,7 @@ def stage_image(args, shards, out, base):
     meta = dict(stage="image", base=str(base.relative_to(ROOT)) if base.is_relative_to(ROOT) else str(base), unet=TINY_UNET,
                 args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=lr, batch=batch, t_bias=args.t_bias,
                           region_weight=args.region_weight))
-    return fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, resume_any=args.force)
+    return fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -694,7 +699,7 @@ def stage_motion(args, out, base):
                 args=dict(weights=portable(weights), steps=steps, lr=lr, motion_clips=args.motion_clips, size=args.size,
                           clip_batch=batch * args.accumulate * processes()[1], same_noise=same_noise,
                           t_bias=args.t_bias, seed=args.seed))
-    fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, resume_any=args.force,
+    fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
         accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips")
     write_network(base / "motion_adapter", ed.unet.motion_config, {
         k: v for k, v in ed.unet.state_dict().items() if "motion_modules" in k and not k.endswith(".gamma")},
@@ -716,9 +721,9 @@ def recompute(unet):
 # IP2P's is an average of all edits, which its guidance scales count on. 1e-5 is InsV2V's learning rate; the rest of
 # sd15's is our guess until someone has the GPU hours.
 VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=5.0,
-                      no_text="source"),
+                      no_text="source", epm_start=-2.0),
          "sd15": dict(lr=1e-5, lr_new=1e-4, same_noise=0.0, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0,
-                      no_text="edit")}
+                      no_text="edit", epm_start=-10.0)}
 # Flags for curate.py in the rounds. tiny: what two CPU cores make in an hour; ten sampling steps edit as well as twenty.
 CURATE = {"tiny": dict(images="--candidates 6 --steps 10", videos="--candidates 3", real="--candidates 2 --steps 10"),
           "sd15": dict(images="", videos="", real="")}
@@ -887,7 +892,7 @@ def stage_video(args, out, weights, folders):
         same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, seed=args.seed))
     if args.epm:
         meta["epm"] = ed.unet.epm_config
-    fit(ed.unet, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device,
+    fit(ed.unet, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device, bf16=args.bf16,
         resume_any=args.force, lr_new=lr_new, accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True,
         probe=watch(ed.unet), unit="clips")
 
@@ -910,7 +915,7 @@ def said_as(flag):
 
 def curate_stage(args, stage, weights, to, *more):
     """curate.py's command `stage`; under torchrun every process does its share, then waits for the others."""
-    flags = [*map(str, more), *shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}"))]
+    flags = [*shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}")), *map(str, more)]
     with said_as("--real-from" if stage == "real" else "--images-from"):
         curate.main([stage, "--weights", str(weights), "--to", str(to), "--device", args.device, *flags])
     if dist.is_initialized():
@@ -990,7 +995,7 @@ def stage_writer(args, out):
     steps, lr = args.steps or WRITER_STEPS, args.lr or WRITER_LR
     meta = dict(stage="writer", args=dict(llava=portable(args.llava), pairs_from=portable(args.pairs_from), n=len(pairs),
                                           steps=steps, lr=lr, batch=batch * processes()[1], rank=args.rank, seed=args.seed))
-    fit(lora, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device,
+    fit(lora, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device, bf16=args.bf16,
         resume_any=args.force, save_minutes=args.save_minutes, shared=True, unit="pairs")
     if processes()[0] == 0:
         save_lora(net, out / "writer.safetensors")
@@ -1089,15 +1094,18 @@ def table_rows(args):
     clips in every row. The own run is what seed 0 of the row would train again; no flags: `weights`, by FFG-V2V."""
     data, (image, motion) = args.data, starting_point(args)
     rounds = [args.runs / f"round{k}" for k in range(3)]
-    if args.stage == "table2":                                     # other data from the same images, for the same model
-        rows = [("trajectory-guided, filtered", "round0", None),
-                ("trajectory-guided, unfiltered", "round0-unfiltered", ["--no-filter"]),
-                ("per frame, filtered", "round0-per-frame", ["--mode", "image"])]
-        for _, folder, how in rows:
+    if args.stage == "table2":                                     # other data of the same sources, for the same model
+        first = ["--no-filter", "--candidates", 1]                 # unfiltered, in both steps: the first try is kept
+        every = data / "images-unfiltered"
+        rows = [("trajectory-guided, filtered", "round0", None, None),
+                ("trajectory-guided, unfiltered", "round0-unfiltered", every, first),
+                ("per frame, filtered", "round0-per-frame", data / "images", ["--mode", "image"])]
+        curate_stage(args, "images", image, every, "--from", args.images_from, "--n", args.images, *first)
+        for _, folder, images, how in rows:
             if how:
-                curate_stage(args, "videos", image, data / folder, "--images", data / "images", "--motion", motion, *how)
+                curate_stage(args, "videos", image, data / folder, "--images", images, "--motion", motion, *how)
         least = min(sum(row["kept"] for row in curate.read_manifest(data / folder)) for _, folder, _ in rows)
-        return [(name, dict(max_clips=least), image, [data / folder], None) for name, folder, _ in rows]
+        return [(name, dict(max_clips=least), image, [data / folder], None) for name, folder, *_ in rows]
     if args.stage == "table3":
         return [(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", dict(sma=sma, epm=epm), image,
                  [data / "round0"], rounds[0] if sma and epm else None) for sma in (False, True) for epm in (False, True)]
@@ -1252,6 +1260,8 @@ def parse_args(argv=None):
     # training
     p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}")
     p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others, video see VIDEO")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16, weights in float32; default on "
+                   "CUDA only. On a CPU with AVX512-BF16 it is faster, on others much slower")
     p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 32; writer: 4")
     p.add_argument("--pairs", type=int, default=120000, help="pairs of the world set; writer: at most")
     p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")
@@ -1273,7 +1283,7 @@ def parse_args(argv=None):
     p.add_argument("--sma", action=argparse.BooleanOptionalAction, default=True, help="video: trained gamma from 0; else fixed at 1")
     p.add_argument("--epm", action=argparse.BooleanOptionalAction, default=True, help="video: editing-guided propagation")
     p.add_argument("--epm-sites", default="all", choices=["all", "inner"], help="video: EPM at which self-attention sites")
-    p.add_argument("--epm-start", type=float, default=-10.0, help="video: EPM's bias between frames before training")
+    p.add_argument("--epm-start", type=float, help="video: EPM's bias between frames before training; default tiny -2, sd15 -10")
     p.add_argument("--camera-moves", type=int, default=0, help="video: copies of every clip under a random pan or zoom")
     p.add_argument("--no-text", choices=["source", "edit"], help="video: target of a dropped instruction; default tiny source, sd15 edit")
     p.add_argument("--train-on", type=Path, nargs="+", help="video: curated directories; default the round's own")

@@ -594,3 +594,15 @@ def test_a_scripts_user_error_is_one_line_and_status_2(capsys):
         model.run(main)
     out = capsys.readouterr()
     assert stop.value.code == 2 and out.err == "error: --frames 40: too many\n" and out.out == ""
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_and_group_norm_in_bfloat16_are_those_of_float32_rounded(causal):
+    q, k, v = torch.randn(3, 2, 20, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out = model.attention(q, k, v, 4, causal=causal)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, model.attention(q.float(), k.float(), v.float(), 4, causal=causal).bfloat16())
+    norm = model.GroupNorm(4, 20).bfloat16()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        assert torch.equal(norm(q), torch.nn.functional.group_norm(q.float(), 4, norm.weight.float(), norm.bias.float()).bfloat16())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import curate
 import train
 from metrics import LlavaOneVision, writer_loss
-from model import UserError, VideoEditor
+from model import EPM, ROOT, UserError, VideoEditor
 
 
 def small_fit(out, steps=8, cut_at=None, args=None, losses=None, nan_at=None):
@@ -161,10 +161,17 @@ def same(a, b):
 @torch.no_grad()
 def test_a_video_model_starts_as_the_image_editor(tmp_path):
     image = VideoEditor.from_pretrained(IP2P, device="cpu").unet(*unet_inputs())
-    for epm, allowed in (("--no-epm", 0.0), ("--epm", 0.005)):       # untrained EPM leaves 0.1 % to the other frames
-        unet = train.video_model(train.parse_args(flags(tmp_path, epm)), IP2P).unet
+    for how, allowed in ((["--no-epm"], 0.0), (["--epm-start", "-10"], 0.005)):      # that leaves 0.1 % to the other frames
+        unet = train.video_model(train.parse_args(flags(tmp_path, *how)), IP2P).unet
         video = unet(*unet_inputs())
         assert (video - image).norm() <= allowed * image.norm()
+
+
+def test_epm_starts_where_the_model_or_the_flag_says(tmp_path):
+    for more, start in (([], -2), (["--model", "sd15"], -10), (["--epm-start", "-4"], -4)):
+        unet = train.video_model(train.parse_args(flags(tmp_path, *more)), IP2P).unet
+        bias = [m.fc2.bias.view(16, 16) for m in unet.modules() if isinstance(m, EPM)]
+        assert bias and all(torch.equal(b, start * (1 - torch.eye(16))) for b in bias)
 
 
 @torch.no_grad()
@@ -248,8 +255,10 @@ def test_two_processes_have_the_loss_of_one_with_twice_the_batch(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    command = [sys.executable, train.__file__, *flags(tmp_path, "--clip-batch", "1", "--out", str(tmp_path / "two"))]
-    two = [subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | dict(
+    # whoever is done goes on to read the files of the first
+    code = "import sys, train; train.main(sys.argv[1:]); assert train.finished(train.parse_args(sys.argv[1:]).out, 4)"
+    command = [sys.executable, "-c", code, *flags(tmp_path, "--clip-batch", "1", "--out", str(tmp_path / "two"))]
+    two = [subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT, env=os.environ | dict(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1"))
         for rank in range(2)]
     try:
@@ -280,6 +289,17 @@ def test_recomputing_activations_leaves_loss_and_weights_as_they_are(tmp_path):
     curated(tmp_path / "data")
     a, b = train_video(tmp_path, "a"), train_video(tmp_path, "b", "--checkpointing")
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+
+
+def test_bf16_keeps_weights_in_float32_has_about_the_same_loss_and_is_named_on_resume(tmp_path):
+    curated(tmp_path / "data")
+    weights = train_video(tmp_path, "half", "--bf16")
+    train_video(tmp_path, "full")
+    assert {v.dtype for v in weights.values()} == {torch.float32}
+    half, full = (log(tmp_path / name)[-1]["loss"] for name in ("half", "full"))
+    assert half == pytest.approx(full, rel=0.02) and half != full
+    with pytest.raises(UserError, match="--bf16 True .now False."):
+        train_video(tmp_path, "half")
 
 
 def test_changed_settings_and_changed_data_are_refused_by_name(tmp_path):
@@ -373,7 +393,7 @@ def test_gamma_and_epm_are_logged_for_every_module_and_drawn(tmp_path):
     weights = train_video(tmp_path, "round0")
     row = log(tmp_path / "round0")[-1]
     assert set(row["gamma"]) == {k.removesuffix(".gamma") for k in weights if k.endswith(".gamma")}
-    assert all(-0.5 < own < 0.5 and -10.5 < other < -9.5 for own, other in row["epm"].values())
+    assert all(-0.5 < own < 0.5 and -2.5 < other < -1.5 for own, other in row["epm"].values())
     assert len(row["epm"]) == sum(k.endswith("epm.fc2.bias") for k in weights)
     train.main(["--stage", "plot", "--round", "0", "--runs", str(tmp_path)])
     picture = Image.open(tmp_path / "round0" / "training.png")
