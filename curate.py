@@ -459,7 +459,7 @@ def open_stage(args, weights, source, **more):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     if args.to.is_dir():
         (args.to / f"manifest.{shard()[0]}.done").unlink(missing_ok=True)   # of an earlier run; see `run_stage`
-    ed = VideoEditor.from_pretrained(args.weights, motion=more.get("motion"), device=args.device)
+    ed = VideoEditor.from_pretrained(args.weights, motion=more.get("motion"), device=args.device, dtype=args.dtype)
     scorers, square, family = open_scorers(args)
     limits, fitted = open_filter(args, family, weights)
     try:
@@ -471,7 +471,7 @@ def open_stage(args, weights, source, **more):
     if args.judge:                                  # metrics.py then does not take it for a held-out judge
         more["filtered_by"] = {"judge": str(args.judge), "mark": metrics.judge_mark(args.judge)}
     config = dict(stage=args.command, round=0, weights=str(args.weights), stamp=metrics.stamp(ed), source=str(source),
-                  seed=args.seed, candidates=args.candidates, size=ed.size, scorers=names, filter=not args.no_filter,
+                  dtype=args.dtype, seed=args.seed, candidates=args.candidates, size=ed.size, scorers=names, filter=not args.no_filter,
                   thresholds=limits, score_weights=fitted) | more
     return SimpleNamespace(args=args, ed=ed, scorers=scorers, square=square, limits=limits, fitted=fitted,
                            config=config, opened={})                # opened: the scorers' networks, see score_clips
@@ -3259,6 +3259,8 @@ def parse(argv=None):
         p.add_argument("--to", required=True, type=Path, help="folder of the data set")
         p.add_argument("--candidates", type=int, default=candidates, help="edits per source")
         p.add_argument("--batch", type=int, default=batch, help="candidates at a time; lower it where memory is short")
+        p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the editor; default: bfloat16 on CUDA, "
+                       "else float32")
         p.add_argument("--limit", type=int, default=-1, help="new sources in this run (-1: all); run again to go on")
         p.add_argument("--seed", type=int, default=0, help="of guidance, noise, drawn scenes, instructions")
         p.add_argument("--no-filter", action="store_true", help="keep every source's first candidate")

@@ -915,7 +915,8 @@ def said_as(flag):
 
 def curate_stage(args, stage, weights, to, *more):
     """curate.py's command `stage`; under torchrun every process does its share, then waits for the others."""
-    flags = [*shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}")), *map(str, more)]
+    dtype = {True: ["--dtype", "bfloat16"], False: ["--dtype", "float32"], None: []}[args.bf16]
+    flags = [*dtype, *shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}")), *map(str, more)]
     with said_as("--real-from" if stage == "real" else "--images-from"):
         curate.main([stage, "--weights", str(weights), "--to", str(to), "--device", args.device, *flags])
     if dist.is_initialized():
@@ -1260,8 +1261,8 @@ def parse_args(argv=None):
     # training
     p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}")
     p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others, video see VIDEO")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16, weights in float32; default on "
-                   "CUDA only. On a CPU with AVX512-BF16 it is faster, on others much slower")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (weights stay in float32) and "
+                   "curate in it; default on CUDA only. Faster on CPUs with AVX512-BF16 or AMX, much slower on others")
     p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 32; writer: 4")
     p.add_argument("--pairs", type=int, default=120000, help="pairs of the world set; writer: at most")
     p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")

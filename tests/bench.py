@@ -371,6 +371,7 @@ def bench_training(model, size, n_frames, runs, steps, device):
         folder = Path(folder)
         write_hub_folder(model, folder)
         ed = VideoEditor.from_pretrained(folder, motion=folder / "motion", device=device)
+        half = VideoEditor.from_pretrained(folder, motion=folder / "motion", device=device, dtype="bfloat16")
     h, c = size // ed.multiple, ed.vae.config["latent_channels"]
     print(f"\n**{model}, {n_frames} frames of {size}x{size}: training and curation**\n\n"
           "| what | s | min | CPU s | peak GB | compared with | s | min | CPU s | peak GB | ratio | CPU ratio |\n|"
@@ -382,12 +383,16 @@ def bench_training(model, size, n_frames, runs, steps, device):
         z0 = curate.sample_batch(ed, z_src[:, :1], "make it snow", z_T[:, :1], *scales, steps, "image")
         ed.decode(z0.transpose(0, 1))
 
-    def clip():
+    def clip(ed=ed):
         path = []
         curate.sample_batch(ed, z_src[:, :1], "make it snow", z_T[:1, :1], [1.0], [1.0], steps, "image", keep=path)
         ed.decode(curate.sample_batch(ed, z_src, "make it snow", z_T[:1], *([x[0]] for x in scales), steps, "ffg", path))
     row(f"image candidate, {steps} steps, 4 in a batch", *timed([images], 1, device), per=4)
     row(f"clip candidate, {steps} steps, FFG", *timed([clip], 1, device, warm=False))
+    small_on_cpu = model == "tiny" and device == "cpu"             # without the instructions for it, bfloat16 takes very long
+    if small_on_cpu:
+        own, other = timed([lambda: clip(half), clip], 1, device, warm=False)
+        row(f"clip candidate, {steps} steps, FFG, bfloat16", own, "float32", other)
 
     unet = ed.unet
     unet.add_epm()
@@ -398,17 +403,20 @@ def bench_training(model, size, n_frames, runs, steps, device):
               z_T[0], torch.ones(1, 1, 1, 1))
     sites = [(m, m.epm) for m in unet.modules() if hasattr(m, "epm")]
 
-    def step(epm):
+    def step(epm, bf16=device == "cuda"):
         def call():
             for m, layer in sites:
                 m._modules.update(epm=layer) if epm else m._modules.pop("epm", None)
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 train.clip_loss(unet, [sample], ed.scheduler, device).backward()
             unet.zero_grad(set_to_none=True)
         return call
     if model == "tiny" or device == "cuda":                        # full-size activations do not fit a CPU's memory
         row("training step, a clip, EPM", *timed([step(True)], runs, device))
         row("training step, a clip, no EPM", *timed([step(False)], runs, device))
+    if small_on_cpu:
+        own, other = timed([step(True, bf16=True), step(True)], runs, device)
+        row("training step, a clip, EPM, bfloat16", own, "float32", other)
     train.recompute(unet)
     row("training step, a clip, EPM, checkpointing", *timed([step(True)], runs, device, warm=model == "tiny"))
     row("training step, a clip, no EPM, checkpointing", *timed([step(False)], runs, device, warm=model == "tiny"))
