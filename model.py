@@ -165,7 +165,7 @@ def attention(q, k, v, heads, mask=None, causal=False, scale=None):
 def fused_attention(q, k, v, mask=None, causal=False, scale=None):
     """PyTorch's fused attention, (N, heads, L, d); on a CPU in float32, where its bfloat16 kernel is many times slower."""
     dtype = q.dtype
-    if q.device.type == "cpu" and dtype != torch.float32:
+    if q.device.type == "cpu" and dtype.itemsize == 2:
         q, k, v, mask = (x if x is None or x.dtype == torch.bool else x.float() for x in (q, k, v, mask))
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).to(dtype)
@@ -175,7 +175,7 @@ def fused_attention(q, k, v, mask=None, causal=False, scale=None):
 class GroupNorm(nn.GroupNorm):
     """On a CPU in float32, whose bfloat16 kernel is three times slower."""
     def forward(self, x):
-        if x.device.type != "cpu" or x.dtype == torch.float32:
+        if x.device.type != "cpu" or x.dtype.itemsize != 2:
             return super().forward(x)
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 

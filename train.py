@@ -175,8 +175,6 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     bf16 = device == "cuda" if bf16 is None else bf16
     meta = meta | dict(args=meta["args"] | dict(bf16=bf16))
     net.to(device).train()
-    if bf16:
-        net.to(memory_format=torch.channels_last)                  # in float32 it gains nothing
     trained = {k: p for k, p in net.named_parameters() if p.requires_grad}
     # gamma is one number a module: it needs more than the rate at which EPM's matrices stay calm
     rates = {k: (lr, 0.01) if not lr_new or not is_new(k) else (10 * lr_new if k.endswith(".gamma") else lr_new, 0.0)
@@ -1105,7 +1103,7 @@ def table_rows(args):
         for _, folder, images, how in rows:
             if how:
                 curate_stage(args, "videos", image, data / folder, "--images", images, "--motion", motion, *how)
-        least = min(sum(row["kept"] for row in curate.read_manifest(data / folder)) for _, folder, _ in rows)
+        least = min(sum(row["kept"] for row in curate.read_manifest(data / folder)) for _, folder, *_ in rows)
         return [(name, dict(max_clips=least), image, [data / folder], None) for name, folder, *_ in rows]
     if args.stage == "table3":
         return [(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", dict(sma=sma, epm=epm), image,

@@ -513,6 +513,21 @@ def test_a_table_counts_clips_once_and_compares_them_with_the_first_row(tmp_path
     assert lines[3].startswith("| SMA, EPM | synthetic | 4 x 2 | 100.0% ± 0.0% | 100.0% to 100.0% | +75.0% ± 24.5% |")
 
 
+def test_table_2_makes_other_data_of_the_same_sources_and_trains_on_equally_many_clips(tmp_path):
+    curated(tmp_path / "round0", n=3)
+    args = train.parse_args(["--stage", "table2", "--data", str(tmp_path), "--weights", "tiny", "--motion", "none", "--images", "2",
+                             "--curate-images=--candidates 2 --steps 2", "--curate-videos=--candidates 2 --no-filter"])
+    train.curate_stage(args, "images", "tiny", tmp_path / "images", "--n", 2, "--no-filter")
+    rows = train.table_rows(args)
+    assert [flags["max_clips"] for _, flags, *_ in rows] == [2, 2, 2]
+    folders = [folder for _, _, _, [folder], _ in rows]
+    assert [folder.name for folder in folders] == ["round0", "round0-unfiltered", "round0-per-frame"]
+    unfiltered, per_frame = (curate.read_manifest(folder) for folder in folders[1:])
+    assert [row["candidate"] for row in unfiltered] == [0, 0] and [row["candidate"] for row in per_frame] == [0, 1, 0, 1]
+    assert {row["id"] for row in unfiltered} == {row["id"] for row in per_frame}
+    assert [json.loads((folder / "dataset.json").read_text())["mode"] for folder in folders[1:]] == ["ffg", "image"]
+
+
 @pytest.mark.parametrize("flag, value", [("--round", "-1"), ("--clip-batch", "0"), ("--lr-new", "-1")])
 def test_values_of_the_rounds_out_of_range_name_the_flag(flag, value):
     with pytest.raises(UserError, match=flag):
