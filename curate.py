@@ -471,8 +471,8 @@ def open_stage(args, weights, source, **more):
     if args.judge:                                  # metrics.py then does not take it for a held-out judge
         more["filtered_by"] = {"judge": str(args.judge), "mark": metrics.judge_mark(args.judge)}
     config = dict(stage=args.command, round=0, weights=str(args.weights), stamp=metrics.stamp(ed), source=str(source),
-                  dtype=args.dtype, seed=args.seed, candidates=args.candidates, size=ed.size, scorers=names, filter=not args.no_filter,
-                  thresholds=limits, score_weights=fitted) | more
+                  dtype=args.dtype, seed=args.seed, candidates=args.candidates, size=ed.size, scorers=names,
+                  filter=not args.no_filter, thresholds=limits, score_weights=fitted) | more
     return SimpleNamespace(args=args, ed=ed, scorers=scorers, square=square, limits=limits, fitted=fitted,
                            config=config, opened={})                # opened: the scorers' networks, see score_clips
 

@@ -403,7 +403,8 @@ def stage_clip(args, shards, out):
 
     steps = args.steps or STEPS["clip"]
     meta = dict(stage="clip", config=config, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=args.lr or 1e-3))
-    fit(clip, loss_fn, out, meta, steps, args.lr or 1e-3, 96, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
+    fit(clip, loss_fn, out, meta, steps, args.lr or 1e-3, 96, ema=0.995, device=args.device, bf16=args.bf16,
+        resume_any=args.force)
     return clip, config, tokenizer
 
 
@@ -1260,7 +1261,7 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}")
     p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others, video see VIDEO")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (weights stay in float32) and "
-                   "curate in it; default on CUDA only. Faster on CPUs with AVX512-BF16 or AMX, much slower on others")
+                   "curate in it; default on CUDA only. Faster on CPUs with AVX512-BF16 or AMX, slow on others")
     p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 32; writer: 4")
     p.add_argument("--pairs", type=int, default=120000, help="pairs of the world set; writer: at most")
     p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")

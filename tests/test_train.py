@@ -515,8 +515,9 @@ def test_a_table_counts_clips_once_and_compares_them_with_the_first_row(tmp_path
 
 def test_table_2_makes_other_data_of_the_same_sources_and_trains_on_equally_many_clips(tmp_path):
     curated(tmp_path / "round0", n=3)
-    args = train.parse_args(["--stage", "table2", "--data", str(tmp_path), "--weights", "tiny", "--motion", "none", "--images", "2",
-                             "--curate-images=--candidates 2 --steps 2", "--curate-videos=--candidates 2 --no-filter"])
+    args = train.parse_args(["--stage", "table2", "--data", str(tmp_path), "--weights", "tiny", "--motion", "none",
+                             "--images", "2", "--curate-images=--candidates 2 --steps 2",
+                             "--curate-videos=--candidates 2 --no-filter"])
     train.curate_stage(args, "images", "tiny", tmp_path / "images", "--n", 2, "--no-filter")
     rows = train.table_rows(args)
     assert [flags["max_clips"] for _, flags, *_ in rows] == [2, 2, 2]
