@@ -920,13 +920,16 @@ class VideoEditor:
             self.same_noise = trained.get("same_noise", False)     # a video editor trained on one noise for all frames
             self.vae = VAE(read_json(root / "vae" / "config.json"))
             self.text_encoder = TextEncoder(read_json(root / "text_encoder" / "config.json"))
-        tensors, file = find_tensors(root / "text_encoder")
+        own = read_tensors(Path(source) / "model.safetensors") if meta else {}
+        text = {k.removeprefix("text_encoder."): own.pop(k) for k in list(own) if k.startswith("text_encoder.")}
+        self.own_text = bool(text)                                 # trained along with the U-Net, see train.py's stage image
+        tensors, file = (text, "model.safetensors") if text else find_tensors(root / "text_encoder")
         load_weights(self.text_encoder, tensors, f"text encoder from {file}", drop=("position_ids",), **place)
         tensors, file = find_tensors(root / "vae")
         vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype           # fp16 overflows in SD's VAE
         load_weights(self.vae, tensors, f"vae from {file}", rename=VAE.LEGACY, device=self.device, dtype=vae_dtype)
         if meta:
-            load_weights(self.unet, read_tensors(Path(source) / "model.safetensors"), f"unet from {Path(source).name}", **place)
+            load_weights(self.unet, own, f"unet from {Path(source).name}", **place)
         else:
             tensors, file = find_tensors(root / "unet")
             load_weights(self.unet, tensors, f"unet from {file}", **place)

@@ -512,8 +512,12 @@ def cache_latents(vae, shards, folder, device):
     return out
 
 
-def stage_image(args, shards, out, base):
+def stage_image(args, shards, out, base, weights=None):
     """InstructPix2Pix on cached latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the scheduler says.
+
+    PAPER: the text encoder is CLIP's, frozen. tiny CLIP has seen too little for that: its states hold more of a word's
+    neighbours than of the word, so here it is trained along, from stage clip's weights. weights: an editor to go on
+    from, with a new schedule, instead of from nothing.
 
     PAPER: IP2P keeps the edited target where it drops the text, so its "no instruction" is an average of all edits.
     Here a dropped instruction asks for nothing and its target is the source: an empty instruction then returns the
@@ -521,17 +525,21 @@ def stage_image(args, shards, out, base):
     """
     vae = VAE(read_json(base / "vae" / "config.json"))
     vae.load_state_dict(load_file(base / "vae" / "diffusion_pytorch_model.safetensors"))
-    text = TextEncoder(read_json(base / "text_encoder" / "config.json"))
-    text.load_state_dict(load_file(base / "text_encoder" / "model.safetensors"))
-    vae, text = (net.to(args.device).eval().requires_grad_(False) for net in (vae, text))
+    vae.to(args.device).eval().requires_grad_(False)
     tokenizer = Tokenizer(base / "tokenizer" / "vocab.json", base / "tokenizer" / "merges.txt")
     encoder = hashlib.sha1(vae.quant_conv.weight.cpu().numpy().tobytes()).hexdigest()[:8]      # another encoder, another cache
     shards = cache_latents(vae, shards, args.data / f"latents-{encoder}", args.device)
     torch.manual_seed(args.seed)
-    unet = UNet(TINY_UNET)
-    for name, p in unet.named_parameters():                        # every residual branch and the output start at zero
-        if name.endswith(("proj_out.weight", "conv_out.weight", "conv2.weight")):
-            torch.nn.init.zeros_(p)
+    if weights:                                                    # go on from another editor, with a new schedule
+        ed = VideoEditor.from_pretrained(weights, device=args.device, dtype="float32")
+        unet, text = ed.unet.requires_grad_(True), ed.text_encoder.requires_grad_(True)
+    else:
+        unet, text = UNet(TINY_UNET), TextEncoder(read_json(base / "text_encoder" / "config.json"))
+        for name, p in unet.named_parameters():                    # every residual branch and the output start at zero
+            if name.endswith(("proj_out.weight", "conv_out.weight", "conv2.weight")):
+                torch.nn.init.zeros_(p)
+        text.load_state_dict(load_file(base / "text_encoder" / "model.safetensors"))
+    unet.text_encoder = text                                       # one optimizer, one average, one file for both
     scheduler = read_json(base / "scheduler" / "scheduler_config.json")
     abar, v_prediction = noise_levels(scheduler).to(args.device), scheduler["prediction_type"] == "v_prediction"
     batch = args.batch or 32
@@ -551,9 +559,7 @@ def stage_image(args, shards, out, base):
         eps = torch.randn(z0.shape, generator=generator).to(z0)
         z_t = a.sqrt() * z0 + (1 - a).sqrt() * eps
         x = torch.cat([z_t, z_src * ~no_src[:, None, None, None]], dim=1)
-        with torch.no_grad():
-            ctx = text(ids.to(args.device))
-        out = unet(x[:, None], t, ctx)[:, 0].float()
+        out = unet(x[:, None], t, text(ids.to(args.device)))[:, 0].float()
         error = (out - (a.sqrt() * eps - (1 - a).sqrt() * z0 if v_prediction else eps)).square().mean(dim=1)      # (N, h, w)
         changed = (target - z_src).abs().mean(dim=1) * vae.scaling_factor
         weight = 1 + args.region_weight * (changed / 0.5).clamp(max=1)
@@ -561,9 +567,9 @@ def stage_image(args, shards, out, base):
 
     steps, lr = args.steps or STEPS["image"], args.lr or 1e-3
     meta = dict(stage="image", base=str(base.relative_to(ROOT)) if base.is_relative_to(ROOT) else str(base), unet=TINY_UNET,
-                args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=lr, batch=batch, t_bias=args.t_bias,
-                          region_weight=args.region_weight))
-    return fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force)
+                args=dict(weights=weights and portable(weights), steps=steps, seed=args.seed, pairs=args.pairs,
+                          lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight))
+    fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -891,6 +897,8 @@ def stage_video(args, out, weights, folders):
         same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, seed=args.seed))
     if args.epm:
         meta["epm"] = ed.unet.epm_config
+    if ed.own_text:                                                # frozen, but a run's file is all that it needs beside base
+        ed.unet.text_encoder = ed.text_encoder
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device, bf16=args.bf16,
         resume_any=args.force, lr_new=lr_new, accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True,
         probe=watch(ed.unet), unit="clips")
@@ -1229,19 +1237,21 @@ def export(base, run, target):
     and "same_noise".
     """
     import shutil
-    run_meta = read_json(run / "meta.json")
+    run_meta, unet = read_json(run / "meta.json"), load_file(run / "model.safetensors")
+    text = {k.removeprefix("text_encoder."): unet.pop(k) for k in list(unet) if k.startswith("text_encoder.")}
     for path in sorted(base.rglob("*")):
         to = target / path.relative_to(base)
         if "motion" in run_meta and path.relative_to(base).parts[0] == "motion_adapter":
             continue                                               # the run has its own, trained further
         to.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            save_tensors(to, load_file(path), torch.float16)
+            own_text = path.relative_to(base).parts[0] == "text_encoder" and text
+            save_tensors(to, own_text or load_file(path), torch.float16)
         elif path.is_file():
             shutil.copyfile(path, to)
     trained_with = {k: run_meta[k] for k in ("motion", "epm", "same_noise") if k in run_meta}
     write_network(target / "unet", run_meta["unet"] | trained_with,
-                  load_file(run / "model.safetensors"), "diffusion_pytorch_model.safetensors", torch.float16)
+                  unet, "diffusion_pytorch_model.safetensors", torch.float16)
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     print(f"{target}: {size / 1e6:.1f} MB")
 
@@ -1306,7 +1316,8 @@ def parse_args(argv=None):
         p.add_argument(f"--curate-{stage}", default="", metavar="FLAGS", help=f"more flags for `curate.py {stage}`, quoted "
                        f"and after =, like --curate-real=\"--writer llava\"; tiny's own: {CURATE['tiny'][stage]}")
     # evaluation
-    p.add_argument("--weights", help="what to evaluate or to start from, as VideoEditor.from_pretrained; default the run, else tiny")
+    p.add_argument("--weights", help="what to evaluate or to start from, as VideoEditor.from_pretrained; default the run, else tiny "
+                   "(image: from nothing)")
     p.add_argument("--n", type=int, default=24, help="eval: edits per task")
     p.add_argument("--frames", type=int, default=1, help="eval: frames a clip; 1 edits single frames")
     p.add_argument("--sampling-steps", type=int, default=20, help="eval, tables: of every edit")
@@ -1376,6 +1387,15 @@ def networks(args):
         for name in ("vocab.json", "merges.txt"):
             (base / "viclip" / name).write_bytes((base / "tokenizer" / name).read_bytes())
     if "image" in todo:
+        weights = args.weights if args.stage == "image" else None  # without a stage: what to evaluate
+        if weights:                                                # from another editor: its other networks as well
+            start = run_base(weights)
+            root = ROOT / {"tiny": "assets/tiny"}.get(start, start)
+            for path in sorted(p for p in root.rglob("*") if p.is_file() and "unet" not in p.relative_to(root).parts):
+                to = base / path.relative_to(root)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                if not to.exists():
+                    to.write_bytes(path.read_bytes())
         for part, stage in (("vae", "vae"), ("text_encoder", "clip")):
             if not (base / part / "config.json").is_file():
                 raise UserError(f"--stage image needs {base / part}; run --stage {stage} first")
@@ -1383,7 +1403,7 @@ def networks(args):
         write_json(base / "scheduler" / "scheduler_config.json", TINY_SCHEDULER)
         write_json(base / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": dict(
             size=args.size, guidance=TINY_GUIDANCE, words=curate.known_words(), examples=curate.examples())})
-        stage_image(args, shards, args.runs / "image", base)
+        stage_image(args, shards, args.runs / "image", base, weights)
 
 
 def main(argv=None):
@@ -1412,7 +1432,7 @@ def main(argv=None):
         plot(folder, folder / "training.png")
     if args.stage in ("all", "image", "eval") and first:
         found = run_of_round if (run_of_round / "model.safetensors").is_file() else "tiny"
-        ed = VideoEditor.from_pretrained(found if up_to_round else args.weights or found, device=args.device)
+        ed = VideoEditor.from_pretrained(found if up_to_round or args.stage == "image" else args.weights or found, device=args.device)
         ed.unet.ffg_keys = args.ffg_keys
         n_frames, mode = (FRAMES, "video") if up_to_round else (args.frames, args.mode)
         how = args.text_cfg, args.source_cfg, args.sampling_steps

@@ -110,6 +110,31 @@ def test_stage_image_without_its_networks_says_which_stage_to_run(tmp_path, monk
         train.main(["--stage", "image", "--pairs", "2", "--size", "32", "--data", str(tmp_path / "d"), "--runs", str(tmp_path / "r")])
 
 
+def test_stage_image_goes_on_from_an_editor_and_trains_its_text_encoder_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHARD", 4)
+    runs, tiny = tmp_path / "r", ROOT / "assets" / "tiny"
+    flags = ["--pairs", "8", "--size", "32", "--batch", "2", "--data", str(tmp_path / "d"), "--runs", str(runs), "--device", "cpu"]
+    train.main(["--stage", "image", "--weights", "tiny", "--steps", "3", "--n", "1", "--sampling-steps", "1", *flags])
+    words = "text_model.embeddings.token_embedding.weight"
+    before = load_file(tiny / "text_encoder" / "model.safetensors")[words].float()
+    run = load_file(runs / "image" / "model.safetensors")["text_encoder." + words]
+    assert 0 < (run - before).abs().max() < 0.01
+    clip = load_file(runs / "base" / "clip" / "model.safetensors")                          # the scorer stays as it is
+    assert torch.equal(clip[words], load_file(tiny / "clip" / "model.safetensors")[words])
+
+    train.main(["--stage", "export", "--to", str(tmp_path / "tiny"), *flags])
+    trained, exported = (VideoEditor.from_pretrained(x, device="cpu") for x in (runs / "image", tmp_path / "tiny"))
+    states = [ed.encode_text(["make it snow"]) for ed in (trained, exported)]
+    assert (states[0] - states[1]).abs().max() < 0.01                                       # float16
+    assert (states[0] - VideoEditor.from_pretrained("tiny", device="cpu").encode_text(["make it snow"])).abs().max() > 0
+
+    monkeypatch.setattr(train, "MOTION_CLIPS", 1)                                           # and the rounds keep it
+    train.main(["--stage", "motion", "--motion-clips", "1", "--clip-batch", "1", "--steps", "1", *flags])
+    curated(tmp_path / "round0", n=1, channels=8)
+    train.main(["--stage", "video", "--train-on", str(tmp_path / "round0"), "--clip-batch", "1", "--steps", "1", *flags])
+    assert torch.equal(VideoEditor.from_pretrained(runs / "round0", device="cpu").encode_text(["make it snow"]), states[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Stages motion and video, on the small random InstructPix2Pix of the goldens
 # ---------------------------------------------------------------------------------------------------------------
