@@ -924,6 +924,9 @@ COLOURS = {"red": (.85, .12, .12), "orange": (.96, .55, .10), "yellow": (.97, .8
            "black": (.06, .06, .06), "brown": (.48, .28, .12), "gray": (.50, .50, .50)}
 KINDS = ("circle", "square", "triangle", "star", "heart", "ring", "diamond", "cross", "moon", "hexagon")
 TEXTURES = {"plain": "", "striped": "stripes", "dotted": "dots", "checkered": "checks"}    # adjective -> noun
+# By how many equal turns an outline or a pattern looks the same; 0: by any.
+TURNS = {"circle": 0, "ring": 0, "square": 4, "triangle": 3, "star": 5, "heart": 1, "diamond": 2, "cross": 4, "moon": 1,
+         "hexagon": 6, "plain": 0, "striped": 2, "dotted": 4, "checkered": 4}
 PLACES = {f"{row} {col}".replace("middle middle", "middle").strip(): (u, v)
           for row, v in (("top", .2), ("middle", .5), ("bottom", .8))
           for col, u in (("left", .2), ("middle", .5), ("right", .8))}
@@ -1869,6 +1872,18 @@ def possible_tasks(scene):
     return tuple(t for t in TASKS if t != "addition" or free)
 
 
+def _same_turn(old, new):
+    """True where `new`, which takes over the turn of `old`, can be drawn without knowing more of it than `old` shows.
+
+    Nobody sees how far a plain disc is turned, so that the direction of the stripes it gets is anybody's guess; of a
+    square that spins one cannot tell which side was up. A little turn, without spin, shows on all but round shapes.
+    """
+    shows, needs = (math.gcd(TURNS[s.kind], TURNS[s.texture]) for s in (old, new))
+    if shows == 0:
+        return needs == 0 or not (old.angle or old.spin)
+    return not old.spin or needs % shows == 0
+
+
 def _one_edit(scene, rng, task, split, within=False, avoid=()):
     """One simple edit -> (text, target, deterministic, kinds touched); kinds in `avoid` are left alone."""
     bg = scene.background
@@ -1912,7 +1927,8 @@ def _one_edit(scene, rng, task, split, within=False, avoid=()):
         if texture == "plain":
             key, noun = "untexture", TEXTURES[s.texture]
         text = _say(rng, key, split, within, o=name, x=noun, d=texture)
-        new, known = replace(s, texture=texture), True
+        new = replace(s, texture=texture)
+        known = _same_turn(s, new)
     else:
         how = rng.choice(("recolor", "recolor", "swap", "both"))
         kinds, colours = [s.kind], [s.colour]
@@ -1922,7 +1938,7 @@ def _one_edit(scene, rng, task, split, within=False, avoid=()):
             colours = [c for c in COLOURS if all(c != o.colour for o in scene.objects)]
         kind, colour = _pick_pair(rng, split, kinds, colours, bg.rgb if how != "swap" else ())
         new = replace(s, kind=kind, colour=colour, rgb=s.rgb if how == "swap" else COLOURS[colour])
-        known = how == "recolor" or behind_known
+        known = how == "recolor" or behind_known and _same_turn(s, new)
         called = _article(kind if how == "swap" else f"{colour} {kind}")
         text = (_say(rng, "recolor", split, within, o=name, c=colour) if how == "recolor" else
                 _say(rng, "swap", split, within, o=name, a=called))

@@ -19,6 +19,7 @@ import json
 import math
 import re
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -178,6 +179,23 @@ class GroupNorm(nn.GroupNorm):
         if x.device.type != "cpu" or x.dtype.itemsize != 2:
             return super().forward(x)
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+def warn_if_slow(dtype, device, flag):
+    """One line where bfloat16 was asked for on a CPU without instructions for it, a hundred times slower than float32."""
+    if dtype != torch.bfloat16 or torch.device(device).type != "cpu":
+        return
+    seconds = {}
+    for kind in (torch.float32, torch.bfloat16):
+        x = torch.ones(256, 256, dtype=kind)
+        for _ in range(3):                                         # the last counts, the first ones warm up
+            start = time.perf_counter()
+            x @ x
+            seconds[kind] = time.perf_counter() - start
+    ratio = seconds[torch.bfloat16] / seconds[torch.float32]
+    if ratio > 5:
+        print(f"warning: {flag}: this CPU multiplies {ratio:.0f} times slower in bfloat16 than in float32; leave it out",
+              file=sys.stderr)
 
 
 def embedding(n, width):
@@ -900,6 +918,7 @@ class VideoEditor:
         self.device = torch.device(device or best)
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.dtype = self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        warn_if_slow(self.dtype, self.device, "bfloat16")
         meta = read_json(Path(source) / "meta.json") if (Path(source) / "meta.json").is_file() else None
         base = str(meta["base"] if meta else source)               # a trained run names the repository it started from
         if base == "sd15" and motion is None and not meta:

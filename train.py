@@ -49,7 +49,7 @@ import curate
 from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer, psnr,
                      save_lora, succeeds, writer_loss, write_aside)
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
-                   UserError, VideoEditor, load_motion, noise_levels, read_json, read_tensors, run)
+                   UserError, VideoEditor, load_motion, noise_levels, read_json, read_tensors, run, warn_if_slow)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -173,6 +173,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     rank, world = processes() if shared else (0, 1)
     out.mkdir(parents=True, exist_ok=True)
     bf16 = device == "cuda" if bf16 is None else bf16
+    warn_if_slow(torch.bfloat16 if bf16 else torch.float32, device, "--bf16")
     meta = meta | dict(args=meta["args"] | dict(bf16=bf16))
     net.to(device).train()
     trained = {k: p for k, p in net.named_parameters() if p.requires_grad}
@@ -525,7 +526,7 @@ def stage_image(args, shards, out, base, weights=None):
     """
     vae = VAE(read_json(base / "vae" / "config.json"))
     vae.load_state_dict(load_file(base / "vae" / "diffusion_pytorch_model.safetensors"))
-    vae.to(args.device).eval().requires_grad_(False)
+    vae.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     tokenizer = Tokenizer(base / "tokenizer" / "vocab.json", base / "tokenizer" / "merges.txt")
     encoder = hashlib.sha1(vae.quant_conv.weight.cpu().numpy().tobytes()).hexdigest()[:8]      # another encoder, another cache
     shards = cache_latents(vae, shards, args.data / f"latents-{encoder}", args.device)

@@ -153,6 +153,27 @@ def test_removal_is_deterministic_only_over_backgrounds_that_can_be_known():
     assert not C.propose_edit(scene_with("photo"), 0, "removal").deterministic
 
 
+def test_an_edit_is_known_exactly_where_turns_that_the_source_hides_do_not_show_in_the_target():
+    def look(s, o, turn):
+        return C.render(replace(s, objects=(replace(o, angle=o.angle + turn),)), 1)
+
+    known = {True: 0, False: 0}
+    for s in scenes(150):
+        for task in ("texture", "object"):
+            if task not in C.possible_tasks(s) or s.objects[0].kind == "triangle":      # turns about another point
+                continue
+            s = replace(s, objects=s.objects[:1], background=C.Background("plain", "a gray background", ((.5,) * 3,)))
+            edit = C.propose_edit(s, 3, task)
+            (old,), (new,) = s.objects, edit.target.objects
+            can_turn = old.spin or old.angle and old.kind in ("circle", "ring") and old.texture == "plain"
+            turns = [2 * math.pi / k for k in range(2, 13)] if can_turn else []
+            hidden = [a for a in turns if np.abs(look(s, old, a) - look(s, old, 0)).max() < .1]
+            shows = any(np.abs(look(s, new, a) - look(s, new, 0)).max() > .1 for a in hidden)
+            assert edit.deterministic == (not shows), (old.kind, old.texture, old.spin, edit.instruction)
+            known[edit.deterministic] += 1
+    assert min(known.values()) > 10
+
+
 def test_a_deterministic_background_does_not_depend_on_chance():
     seen = {}
     for s in scenes(400):
