@@ -27,6 +27,7 @@ import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -1072,6 +1073,49 @@ def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=No
     return rows
 
 
+@torch.no_grad()
+def words_heard(ed, n=60, seed=0, size=64):
+    """How much of a word reaches the edit: {"kind", "colour", "place": 1 where it does whole, 0 where it goes unread}.
+
+    Two instructions to add a shape differ in one word, so their true latents differ by d and the editor's predictions
+    of the clean latents, from one and the same noise at the highest level, by p: the number is <p, d> / <d, d>, over n
+    held-out scenes. It moves long before edits look right, and tells which words still need training. Prints a line.
+    """
+    abar = noise_levels(ed.scheduler)
+    a, v_prediction = abar[-1], ed.scheduler.get("prediction_type", "epsilon") == "v_prediction"
+    sums, k = {word: np.zeros(2) for word in ("kind", "colour", "place")}, 0
+    while n:
+        k += 1
+        scene, rng = curate.draw_scene(seed * 100_000 + k, "synthetic", "held"), Random(k)
+        if "addition" not in curate.possible_tasks(scene):
+            continue
+        n -= 1
+        source = to_video(curate.render(scene, 1, size, size).astype(np.float32))
+        z_src = ed.encode(source)
+        noise = ed.noise(1, *z_src.shape[3:], seed=k)
+        z_t = a.sqrt() * z_src * ed.vae.scaling_factor + (1 - a).sqrt() * noise
+
+        def true_and_predicted(kind, colour, place):
+            new = curate.Shape(kind, colour, curate.COLOURS[colour], *curate.PLACES[place], .13, screen=True)
+            target = curate.render(replace(scene, objects=scene.objects + (new,)), 1, size, size).astype(np.float32)
+            ctx = ed.encode_text([f"add a {colour} {kind} at the {place}"])
+            out = ed.unet(torch.cat([z_t, z_src], dim=2).to(ed.dtype), torch.tensor([len(abar) - 1]).to(ed.device), ctx, "image").float()
+            z0 = a.sqrt() * z_t - (1 - a).sqrt() * out if v_prediction else (z_t - (1 - a).sqrt() * out) / a.sqrt()
+            return ed.encode(to_video(target)) * ed.vae.scaling_factor, z0
+        ask = {"kind": rng.sample(sorted(set(curate.KINDS) - {s.kind for s in scene.objects}), 2),
+               "colour": rng.sample(sorted(set(curate.COLOURS) - {s.colour for s in scene.objects}), 2),
+               "place": rng.sample(sorted(curate.PLACES), 2)}
+        first = {word: pair[0] for word, pair in ask.items()}
+        true, predicted = true_and_predicted(**first)
+        for word, pair in ask.items():
+            other_true, other = true_and_predicted(**first | {word: pair[1]})
+            d, p = other_true - true, other - predicted
+            sums[word] += float((p * d).sum()), float((d * d).sum())
+    heard = {word: float(x / y) for word, (x, y) in sums.items()}
+    print("heard of a word (1: all of it): " + ", ".join(f"{word} {x:.2f}" for word, x in heard.items()), flush=True)
+    return heard
+
+
 def evaluate_clips(ed, folder, size=96, n_frames=8, s_txt=None, s_src=None, steps=20):
     """Real clips at tiny's resolution: global edits against the exact operation; an empty instruction against the source."""
     from sample import read_video
@@ -1438,6 +1482,7 @@ def main(argv=None):
         n_frames, mode = (FRAMES, "video") if up_to_round else (args.frames, args.mode)
         how = args.text_cfg, args.source_cfg, args.sampling_steps
         evaluate(ed, args.n, args.seed, ed.size, args.domain, *how, n_frames, mode)
+        words_heard(ed, 60, args.seed, ed.size)
         if args.clips:
             evaluate_clips(ed, args.clips, ed.size, 8, *how)
     if (args.stage == "export" or args.stage == "all" and args.round is None) and first:

@@ -558,3 +558,13 @@ def test_table_2_makes_other_data_of_the_same_sources_and_trains_on_equally_many
 def test_values_of_the_rounds_out_of_range_name_the_flag(flag, value):
     with pytest.raises(UserError, match=flag):
         train.parse_args([flag, value])
+
+
+def test_tiny_hears_colours_and_places_and_an_editor_that_reads_nothing_hears_nothing():
+    ed = VideoEditor.from_pretrained("tiny", device="cpu")
+    heard = train.words_heard(ed, n=4)
+    assert 0.2 < heard["colour"] < 1.5 and 0.2 < heard["place"] < 1.5
+    for name, p in ed.unet.named_parameters():
+        if "attn2.to_out.0" in name:                               # nothing of the text gets through
+            p.zero_()
+    assert train.words_heard(ed, n=1) == {"kind": 0, "colour": 0, "place": 0}
