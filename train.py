@@ -1482,7 +1482,7 @@ def main(argv=None):
         n_frames, mode = (FRAMES, "video") if up_to_round else (args.frames, args.mode)
         how = args.text_cfg, args.source_cfg, args.sampling_steps
         evaluate(ed, args.n, args.seed, ed.size, args.domain, *how, n_frames, mode)
-        words_heard(ed, 60, args.seed, ed.size)
+        words_heard(ed, 5 * args.n // 2, args.seed, ed.size)
         if args.clips:
             evaluate_clips(ed, args.clips, ed.size, 8, *how)
     if (args.stage == "export" or args.stage == "all" and args.round is None) and first:
