@@ -182,7 +182,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def warn_if_slow(dtype, device, flag):
-    """One line where bfloat16 was asked for on a CPU without instructions for it: fifty times slower than float32."""
+    """One line where bfloat16 was asked for on a CPU without instructions for it, where it is many times slower than float32."""
     if dtype != torch.bfloat16 or torch.device(device).type != "cpu":
         return
     seconds = {}

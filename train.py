@@ -1081,8 +1081,8 @@ def words_heard(ed, n=60, seed=0, size=64):
     of the clean latents, from one and the same noise at the highest level, by p: the number is <p, d> / <d, d>, over n
     held-out scenes. It moves long before edits look right, and tells which words still need training. Prints a line.
     """
-    abar = noise_levels(ed.scheduler)
-    a, v_prediction = abar[-1], ed.scheduler.get("prediction_type", "epsilon") == "v_prediction"
+    scheduler = ed.scheduler_for(1000)
+    t, a = scheduler.timesteps[0], scheduler.levels(0)[0]
     sums, k = {word: np.zeros(2) for word in ("kind", "colour", "place")}, 0
     while n:
         k += 1
@@ -1090,18 +1090,16 @@ def words_heard(ed, n=60, seed=0, size=64):
         if "addition" not in curate.possible_tasks(scene):
             continue
         n -= 1
-        source = to_video(curate.render(scene, 1, size, size).astype(np.float32))
-        z_src = ed.encode(source)
+        z_src = ed.encode(to_video(curate.render(scene, 1, size, size).astype(np.float32)))
         noise = ed.noise(1, *z_src.shape[3:], seed=k)
         z_t = a.sqrt() * z_src * ed.vae.scaling_factor + (1 - a).sqrt() * noise
 
         def true_and_predicted(kind, colour, place):
             new = curate.Shape(kind, colour, curate.COLOURS[colour], *curate.PLACES[place], .13, screen=True)
             target = curate.render(replace(scene, objects=scene.objects + (new,)), 1, size, size).astype(np.float32)
-            ctx = ed.encode_text([f"add a {colour} {kind} at the {place}"])
-            out = ed.unet(torch.cat([z_t, z_src], dim=2).to(ed.dtype), torch.tensor([len(abar) - 1]).to(ed.device), ctx, "image").float()
-            z0 = a.sqrt() * z_t - (1 - a).sqrt() * out if v_prediction else (z_t - (1 - a).sqrt() * out) / a.sqrt()
-            return ed.encode(to_video(target)) * ed.vae.scaling_factor, z0
+            ctx = ed.encode_text([f"add a {colour} {kind} at the {place}", ""])
+            eps = scheduler.to_eps(ed.guided(z_t, z_src, t, ctx, 1, 1, "image"), 0, z_t)       # no guidance
+            return ed.encode(to_video(target)) * ed.vae.scaling_factor, (z_t - (1 - a).sqrt() * eps) / a.sqrt()
         ask = {"kind": rng.sample(sorted(set(curate.KINDS) - {s.kind for s in scene.objects}), 2),
                "colour": rng.sample(sorted(set(curate.COLOURS) - {s.colour for s in scene.objects}), 2),
                "place": rng.sample(sorted(curate.PLACES), 2)}
