@@ -159,11 +159,57 @@ def is_new(name):
     return name.endswith(".gamma") or ".epm." in name
 
 
+def orthogonal(m, iterations=5):
+    """The matrix with m's singular vectors and all singular values near 1 (0.7 to 1.2): Newton-Schulz iterations, odd
+    polynomial (3.4445, -4.775, 2.0315) of Jordan et al., "Muon", 2024. (out, in) float -> the same shape."""
+    x = m / (m.norm() + 1e-7)
+    if m.shape[0] > m.shape[1]:                                    # the Gram matrix of the shorter side
+        return orthogonal(m.T, iterations).T
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW whose groups with muon=True take a step of orthogonalised Nesterov momentum instead: every direction of a
+    matrix is learned at one pace, where AdamW leaves the rare ones (a word's meaning) behind. For weights of two or more
+    dimensions; convolutions count as (out, in * kernel). Steps have AdamW's size, 0.2 in root mean square, so learning
+    rate and weight decay mean the same ("Muon is scalable for LLM training", arXiv 2502.16982)."""
+
+    def __init__(self, groups, momentum=0.95, **options):
+        super().__init__(groups, **options)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"] if group.get("muon") else ():
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:                                      # AdamW wants a step with every parameter it loads
+                    state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
+                mean = state["momentum"]
+                mean.lerp_(p.grad, 1 - self.momentum)
+                update = orthogonal(p.grad.lerp(mean, self.momentum).flatten(1))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-0.2 * max(update.shape) ** 0.5 * group["lr"])
+                p.grad = None                                      # so AdamW passes it by
+        super().step()
+
+
+def is_inner_matrix(key, p):
+    """What Muon is for: not embeddings, first and last layers or vectors, which are AdamW's."""
+    return p.dim() > 1 and not any(part in key for part in ("embedding", "conv_in", "conv_out"))
+
+
 def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, save_minutes=5, device="cpu",
-        resume_any=False, lr_new=None, accumulate=1, shared=False, probe=None, unit="images", bf16=None):
+        resume_any=False, lr_new=None, accumulate=1, shared=False, probe=None, unit="images", bf16=None,
+        optimizer="adamw"):
     """Train `net` with loss_fn(number, generator) -> loss until `steps`; resumes from `out` where a run was cut.
 
-    AdamW, linear warm-up, cosine to 5 %, gradient norm clipped at 1, EMA. `accumulate` micro-batches make a step, on
+    AdamW or Muon, linear warm-up, cosine to 5 %, gradient norm clipped at 1, EMA. `accumulate` micro-batches make a step, on
     each of the processes where `shared`; a micro-batch's number counts them all and seeds everything random in it, so
     a resumed run's next loss equals the uninterrupted one's, and P processes do what one does that accumulates P.
     lr_new: learning rate of EPM, and a tenth of gamma's, which have no weight decay. probe() -> more fields for the log.
@@ -183,8 +229,13 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
              for k in trained}
     groups = [dict(params=[p for k, p in trained.items() if rates[k] == pair], lr=pair[0], weight_decay=pair[1])
               for pair in sorted(set(rates.values()), key=lambda pair: pair[::-1], reverse=True)]     # the log's rate first
+    if optimizer == "muon":
+        inner = {p for k, p in trained.items() if is_inner_matrix(k, p)}
+        groups = [group | dict(params=[p for p in group["params"] if (p in inner) == inside], muon=inside)
+                  for group in groups for inside in (False, True)]
+        groups = [group for group in groups if group["params"]]
     peaks = [group["lr"] for group in groups]
-    opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    opt = (Muon if optimizer == "muon" else torch.optim.AdamW)(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     params = list(trained.values())
     average = {k: v.detach().clone() if k in trained else v for k, v in net.state_dict().items()}
     start = 0
@@ -272,12 +323,14 @@ def finished(folder, steps):
     return meta.is_file() and read_json(meta)["step"] >= steps
 
 
-def pick(shards, n, generator, axis=2):
+def pick(shards, n, generator, axis=2, odds=None):
     """A random batch: a shard (so one frame size; height and width at `axis`), and pairs of it, n at 1:1 aspect and
-    fewer of a wider or taller frame, so that every batch holds about the same number of pixels."""
+    fewer of a wider or taller frame, so that every batch holds about the same number of pixels. odds: {task: how much
+    more often than drawn}."""
     frames, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
     short, long = sorted(frames.shape[axis:axis + 2])
-    rows = torch.randint(len(records), (max(2, round(n * short / long)),), generator=generator).tolist()
+    odds = torch.tensor([(odds or {}).get(record.get("task"), 1.0) for record in records])
+    rows = torch.multinomial(odds, max(2, round(n * short / long)), replacement=True, generator=generator).tolist()
     return frames, records, rows
 
 
@@ -487,6 +540,7 @@ TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=16, out_channel
                  layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=96, sample_size=16,
                  down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], mid_block_type="UNetMidBlock2DCrossAttn",
                  up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], norm_eps=1e-5, act_fn="silu", use_linear_projection=False)
+EDITOR_ODDS = {"addition": 2.5, "object": 1.5}                     # where an instruction says a shape that no pixel shows
 TINY_GUIDANCE = [1.5, 1.5]                                         # text, source
 TINY_SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                       num_train_timesteps=1000, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
@@ -547,7 +601,7 @@ def stage_image(args, shards, out, base, weights=None):
     batch = args.batch or 32
 
     def loss_fn(step, generator):
-        latents, records, rows = pick(shards, batch, generator, axis=3)
+        latents, records, rows = pick(shards, batch, generator, axis=3, odds=EDITOR_ODDS)
         z = torch.from_numpy(latents[rows]).to(args.device).float()
         z_src, z_tgt = z[:, 0], z[:, 1]
         drop = torch.rand(len(rows), generator=generator)
@@ -567,11 +621,12 @@ def stage_image(args, shards, out, base, weights=None):
         weight = 1 + args.region_weight * (changed / 0.5).clamp(max=1)
         return (error * weight / weight.mean(dim=(1, 2), keepdim=True)).mean()
 
-    steps, lr = args.steps or STEPS["image"], args.lr or 1e-3
+    steps, lr, optimizer = args.steps or STEPS["image"], args.lr or 1e-3, args.optimizer or "muon"
     meta = dict(stage="image", base=str(base.relative_to(ROOT)) if base.is_relative_to(ROOT) else str(base), unet=TINY_UNET,
                 args=dict(weights=weights and portable(weights), steps=steps, seed=args.seed, pairs=args.pairs,
-                          lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight))
-    fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force)
+                          lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight, optimizer=optimizer))
+    fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
+        optimizer=optimizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -701,13 +756,13 @@ def stage_motion(args, out, base):
             samples.append((z * ed.vae.scaling_factor, z * (u < 0.25), no_text, t, eps, torch.ones(1, 1, 1, 1)))
         return clip_loss(ed.unet, samples, ed.scheduler, args.device)
 
-    steps, lr = args.steps or STEPS["motion"], args.lr or 1e-3
+    steps, lr, optimizer = args.steps or STEPS["motion"], args.lr or 1e-3, args.optimizer or "adamw"
     meta = dict(stage="motion", base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config,
                 args=dict(weights=portable(weights), steps=steps, lr=lr, motion_clips=args.motion_clips, size=args.size,
                           clip_batch=batch * args.accumulate * processes()[1], same_noise=same_noise,
-                          t_bias=args.t_bias, seed=args.seed))
+                          t_bias=args.t_bias, seed=args.seed, optimizer=optimizer))
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
-        accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips")
+        accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips", optimizer=optimizer)
     write_network(base / "motion_adapter", ed.unet.motion_config, {
         k: v for k, v in ed.unet.state_dict().items() if "motion_modules" in k and not k.endswith(".gamma")},
         "diffusion_pytorch_model.safetensors")
@@ -896,14 +951,15 @@ def stage_video(args, out, weights, folders):
         weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
         lr_new=lr_new, clip_batch=batch * args.accumulate * processes()[1], trainable=args.trainable, sma=args.sma,
         epm=args.epm, epm_sites=args.epm_sites, epm_start=args.epm_start, camera_moves=args.camera_moves,
-        same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, seed=args.seed))
+        same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, seed=args.seed,
+        optimizer=args.optimizer or "adamw"))
     if args.epm:
         meta["epm"] = ed.unet.epm_config
     if ed.own_text:                                                # frozen, but a run's file is all that it needs beside base
         ed.unet.text_encoder = ed.text_encoder
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device, bf16=args.bf16,
         resume_any=args.force, lr_new=lr_new, accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True,
-        probe=watch(ed.unet), unit="clips")
+        probe=watch(ed.unet), unit="clips", optimizer=args.optimizer or "adamw")
 
 
 def starting_point(args):
@@ -1315,6 +1371,8 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others, video see VIDEO")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (weights stay in float32) and "
                    "curate in it; default on CUDA only. Faster on CPUs with AVX512-BF16 or AMX, slow on others")
+    p.add_argument("--optimizer", choices=["muon", "adamw"], help="image, motion, video: default muon for image, else adamw; vectors, "
+                   "embeddings, first and last layers are AdamW's in any case")
     p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 32; writer: 4")
     p.add_argument("--pairs", type=int, default=120000, help="pairs of the world set; writer: at most")
     p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import curate
 import train
 from metrics import LlavaOneVision, writer_loss
-from model import EPM, ROOT, UserError, VideoEditor
+from model import EPM, ROOT, UNet, UserError, VideoEditor
 
 
-def small_fit(out, steps=8, cut_at=None, args=None, losses=None, nan_at=None):
+def small_fit(out, steps=8, cut_at=None, args=None, losses=None, nan_at=None, **options):
     """A linear layer on random data through the real loop, saved after every step; `cut_at` breaks off in mid-step."""
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 3)
@@ -33,18 +33,53 @@ def small_fit(out, steps=8, cut_at=None, args=None, losses=None, nan_at=None):
             losses.append(loss.item())
         return loss
     meta = dict(stage="test", args=args or dict(steps=steps))
-    return train.fit(net, loss_fn, out, meta, steps, 1e-2, 16, warmup=2, save_minutes=0)
+    return train.fit(net, loss_fn, out, meta, steps, 1e-2, 16, warmup=2, save_minutes=0, **options)
 
 
-def test_a_cut_run_continues_with_the_loss_and_weights_of_an_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_cut_run_continues_with_the_loss_and_weights_of_an_uninterrupted_one(tmp_path, optimizer):
     whole, parts = [], []
-    want = small_fit(tmp_path / "whole", losses=whole).state_dict()
+    want = small_fit(tmp_path / "whole", losses=whole, optimizer=optimizer).state_dict()
     with pytest.raises(KeyboardInterrupt):
-        small_fit(tmp_path / "cut", cut_at=5, losses=parts)
+        small_fit(tmp_path / "cut", cut_at=5, losses=parts, optimizer=optimizer)
     (tmp_path / "cut" / "state.tmp").write_bytes(b"half a checkpoint")         # what a kill while saving leaves behind
-    got = small_fit(tmp_path / "cut", losses=parts).state_dict()
+    got = small_fit(tmp_path / "cut", losses=parts, optimizer=optimizer).state_dict()
     assert parts == whole
     assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_muon_equals_torch_muon_on_matrices_and_adamw_on_vectors_and_takes_a_convolution_for_a_matrix():
+    torch.manual_seed(0)
+    matrix, vector, conv = torch.randn(24, 40), torch.randn(24), torch.randn(16, 4, 3, 3)
+    ours = [x.clone().requires_grad_(True) for x in (matrix, vector, conv)]
+    matrices = [x.clone().requires_grad_(True) for x in (matrix, conv.flatten(1))]
+    alone = vector.clone().requires_grad_(True)
+    muon = train.Muon([dict(params=ours[::2], muon=True), dict(params=ours[1:2], muon=False)], lr=1e-2, weight_decay=0.1,
+                      betas=(0.9, 0.99), fused=True)
+    references = (torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW([alone], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), fused=True))
+    for _ in range(4):
+        for x, y in zip(ours, (matrices[0], alone, matrices[1])):
+            y.grad = torch.randn_like(y)
+            x.grad = y.grad.view_as(x).clone()
+        muon.step()
+        for optimizer in references:
+            optimizer.step()
+    assert torch.equal(ours[1], alone)
+    for x, y, start in ((ours[0], matrices[0], matrix), (ours[2].flatten(1), matrices[1], conv.flatten(1))):
+        moved, want = (x - start).detach(), (y - start).detach()               # torch iterates in bfloat16
+        assert (moved - want).norm() < 0.02 * want.norm()
+
+
+def test_muon_moves_along_every_direction_of_a_matrix_alike_and_leaves_the_outer_layers_to_adamw():
+    torch.manual_seed(0)
+    lopsided = torch.randn(32, 48) * torch.logspace(0, -2, 32)[:, None]        # singular values over two orders
+    for m in (lopsided, lopsided.T):
+        values = torch.linalg.svdvals(train.orthogonal(m))
+        assert values.min() > 0.6 and values.max() < 1.25
+    kept = [k for k, p in UNet(train.TINY_UNET).named_parameters() if train.is_inner_matrix(k, p)]
+    assert all(k.startswith(("down_blocks", "mid_block", "up_blocks")) and k.endswith("weight") and "norm" not in k for k in kept)
+    assert any("attn2.to_k" in k for k in kept) and any("conv1" in k for k in kept)
 
 
 def test_the_saved_weights_are_the_average_and_differ_from_the_raw_ones(tmp_path):
