@@ -160,8 +160,8 @@ def is_new(name):
 
 
 def orthogonal(m, iterations=5):
-    """The matrix with m's singular vectors and all singular values near 1 (0.7 to 1.2): Newton-Schulz iterations, odd
-    polynomial (3.4445, -4.775, 2.0315) of Jordan et al., "Muon", 2024. (out, in) float -> the same shape."""
+    """m with its singular values near 1 (0.68 to 1.2), those of a hundredth of the largest and more: Newton-Schulz
+    iterations, odd polynomial (3.4445, -4.775, 2.0315) of Jordan et al., "Muon", 2024. (out, in) float -> the same shape."""
     x = m / (m.norm() + 1e-7)
     if m.shape[0] > m.shape[1]:                                    # the Gram matrix of the shorter side
         return orthogonal(m.T, iterations).T
@@ -172,17 +172,13 @@ def orthogonal(m, iterations=5):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW whose groups with muon=True take a step of orthogonalised Nesterov momentum instead: every direction of a
-    matrix is learned at one pace, where AdamW leaves the rare ones (a word's meaning) behind. For weights of two or more
-    dimensions; convolutions count as (out, in * kernel). Steps have AdamW's size, 0.2 in root mean square, so learning
-    rate and weight decay mean the same ("Muon is scalable for LLM training", arXiv 2502.16982)."""
-
-    def __init__(self, groups, momentum=0.95, **options):
-        super().__init__(groups, **options)
-        self.momentum = momentum
+    """AdamW whose groups with muon=True take a step of orthogonalised Nesterov momentum instead: a matrix moves along all
+    of its directions alike, along those of rare gradients too. For weights of two or more dimensions; convolutions count
+    as (out, in * kernel). Steps have AdamW's size, 0.2 in root mean square, so learning rate and weight decay mean the
+    same ("Muon is scalable for LLM training", arXiv 2502.16982)."""
 
     @torch.no_grad()
-    def step(self):
+    def step(self, momentum=0.95):
         for group in self.param_groups:
             for p in group["params"] if group.get("muon") else ():
                 if p.grad is None:
@@ -191,8 +187,8 @@ class Muon(torch.optim.AdamW):
                 if not state:                                      # AdamW wants a step with every parameter it loads
                     state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
                 mean = state["momentum"]
-                mean.lerp_(p.grad, 1 - self.momentum)
-                update = orthogonal(p.grad.lerp(mean, self.momentum).flatten(1))
+                mean.lerp_(p.grad, 1 - momentum)
+                update = orthogonal(p.grad.lerp(mean, momentum).flatten(1))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update.view_as(p), alpha=-0.2 * max(update.shape) ** 0.5 * group["lr"])
                 p.grad = None                                      # so AdamW passes it by
@@ -249,8 +245,8 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
         net.load_state_dict(state["net"])
         if [len(group["params"]) for group in state["opt"]["param_groups"]] == [len(group["params"]) for group in groups]:
             opt.load_state_dict(state["opt"])
-        else:                                                      # --force with another --trainable
-            print(f"{out}: other parameters are trained now, so the optimizer starts anew")
+        else:                                                      # --force with another --trainable or --optimizer
+            print(f"{out}: other parameters or another optimizer now, which starts anew")
         average, start = state["ema"], state["step"]
     log = out / "log.jsonl"
     if rank == 0 and log.is_file():                                # lines after the checkpoint will come again
@@ -621,12 +617,13 @@ def stage_image(args, shards, out, base, weights=None):
         weight = 1 + args.region_weight * (changed / 0.5).clamp(max=1)
         return (error * weight / weight.mean(dim=(1, 2), keepdim=True)).mean()
 
-    steps, lr, optimizer = args.steps or STEPS["image"], args.lr or 1e-3, args.optimizer or "muon"
+    steps, lr = args.steps or STEPS["image"], args.lr or 1e-3
     meta = dict(stage="image", base=str(base.relative_to(ROOT)) if base.is_relative_to(ROOT) else str(base), unet=TINY_UNET,
                 args=dict(weights=weights and portable(weights), steps=steps, seed=args.seed, pairs=args.pairs,
-                          lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight, optimizer=optimizer))
+                          lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight,
+                          optimizer=args.optimizer))
     fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
-        optimizer=optimizer)
+        optimizer=args.optimizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -756,13 +753,13 @@ def stage_motion(args, out, base):
             samples.append((z * ed.vae.scaling_factor, z * (u < 0.25), no_text, t, eps, torch.ones(1, 1, 1, 1)))
         return clip_loss(ed.unet, samples, ed.scheduler, args.device)
 
-    steps, lr, optimizer = args.steps or STEPS["motion"], args.lr or 1e-3, args.optimizer or "adamw"
+    steps, lr = args.steps or STEPS["motion"], args.lr or 1e-3
     meta = dict(stage="motion", base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config,
                 args=dict(weights=portable(weights), steps=steps, lr=lr, motion_clips=args.motion_clips, size=args.size,
                           clip_batch=batch * args.accumulate * processes()[1], same_noise=same_noise,
-                          t_bias=args.t_bias, seed=args.seed, optimizer=optimizer))
+                          t_bias=args.t_bias, seed=args.seed))
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
-        accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips", optimizer=optimizer)
+        accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips")
     write_network(base / "motion_adapter", ed.unet.motion_config, {
         k: v for k, v in ed.unet.state_dict().items() if "motion_modules" in k and not k.endswith(".gamma")},
         "diffusion_pytorch_model.safetensors")
@@ -951,15 +948,14 @@ def stage_video(args, out, weights, folders):
         weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
         lr_new=lr_new, clip_batch=batch * args.accumulate * processes()[1], trainable=args.trainable, sma=args.sma,
         epm=args.epm, epm_sites=args.epm_sites, epm_start=args.epm_start, camera_moves=args.camera_moves,
-        same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, seed=args.seed,
-        optimizer=args.optimizer or "adamw"))
+        same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, seed=args.seed))
     if args.epm:
         meta["epm"] = ed.unet.epm_config
     if ed.own_text:                                                # frozen, but a run's file is all that it needs beside base
         ed.unet.text_encoder = ed.text_encoder
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device, bf16=args.bf16,
         resume_any=args.force, lr_new=lr_new, accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True,
-        probe=watch(ed.unet), unit="clips", optimizer=args.optimizer or "adamw")
+        probe=watch(ed.unet), unit="clips")
 
 
 def starting_point(args):
@@ -1371,8 +1367,8 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others, video see VIDEO")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (weights stay in float32) and "
                    "curate in it; default on CUDA only. Faster on CPUs with AVX512-BF16 or AMX, slow on others")
-    p.add_argument("--optimizer", choices=["muon", "adamw"], help="image, motion, video: default muon for image, else adamw; vectors, "
-                   "embeddings, first and last layers are AdamW's in any case")
+    p.add_argument("--optimizer", default="muon", choices=["muon", "adamw"], help="image stage, for matrices inside the network; "
+                   "the rest, and the other stages, have AdamW")
     p.add_argument("--batch", type=int, help="image stage: pairs a step at 1:1 aspect; default 32; writer: 4")
     p.add_argument("--pairs", type=int, default=120000, help="pairs of the world set; writer: at most")
     p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")

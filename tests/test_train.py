@@ -48,6 +48,14 @@ def test_a_cut_run_continues_with_the_loss_and_weights_of_an_uninterrupted_one(t
     assert all(torch.equal(got[k], want[k]) for k in want)
 
 
+def test_a_run_that_goes_on_with_another_optimizer_says_that_it_starts_anew(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        small_fit(tmp_path, cut_at=5)
+    small_fit(tmp_path, optimizer="muon")
+    assert "another optimizer" in capsys.readouterr().out
+    assert json.loads((tmp_path / "meta.json").read_text())["step"] == 8
+
+
 def test_muon_equals_torch_muon_on_matrices_and_adamw_on_vectors_and_takes_a_convolution_for_a_matrix():
     torch.manual_seed(0)
     matrix, vector, conv = torch.randn(24, 40), torch.randn(24), torch.randn(16, 4, 3, 3)
