@@ -345,6 +345,7 @@ def sample_batch(ed, z_src, instruction, z_T, s_txt, s_src, steps, mode, traject
         z = scheduler.step(scheduler.to_eps(e_0 + s_src * (e_v - e_0) + s_txt * (e_vt - e_v), i, z), i, z)
         if not torch.isfinite(z).all():
             raise UserError(f"sampling step {i + 1} of {steps} gave NaN or Inf; are the weights whole?")
+    z = ed.settle(z, src)
     if keep is not None:
         keep.append(z)
     return z

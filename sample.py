@@ -479,6 +479,7 @@ def parse(argv=None):
     add("--steps", type=int, default=20, help="sampling steps")
     add("--text-cfg", type=float, help="how strongly to follow the instruction, 0 to 30 (default: the model's)")
     add("--source-cfg", type=float, help="how closely to keep to the source, 0 to 10 (default: the model's)")
+    add("--deadband", type=number, help="latent cells that change by less, 0 to 2, stay the source's; 0: off (default: the model's)")
     add("--seed", type=int, default=0, help="same seed, same file")
     add("--sampler", default="ddim", choices=["ddim", "dpm"], help="dpm is good with 10 to 12 steps")
     add("--mode", default="auto", choices=["auto", "image", "ffg", "video"],
@@ -492,7 +493,7 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     for name, low, high in (("start", 0, 1e6), ("end", 0, 1e6), ("fps", 0.1, 240), ("frames", 1, 1e7),
                             ("size", 32, 2048), ("steps", 1, 1000), ("text_cfg", 0, 30), ("source_cfg", 0, 10),
-                            ("seed", 0, 2 ** 32 - 1)):
+                            ("deadband", 0, 2), ("seed", 0, 2 ** 32 - 1)):
         value, default = getattr(args, name), parser.get_default(name)
         if value is not None and value != default and not low <= value <= high:     # nan is outside too
             raise UserError(f"--{name.replace('_', '-')} {float(value):g}: must lie between {low:g} and {high:g}")
@@ -652,6 +653,7 @@ def main(argv=None):
         print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} "
               f"on {ed.device}")
         s_txt, s_src = (d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance))
+        ed.deadband = ed.deadband if args.deadband is None else args.deadband
         options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed, sampler=args.sampler)
         for instruction, path in zip(args.instruction, paths):
             check_words(ed, instruction)

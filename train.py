@@ -538,6 +538,7 @@ TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=16, out_channel
                  up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], norm_eps=1e-5, act_fn="silu", use_linear_projection=False)
 EDITOR_ODDS = {"addition": 2.5, "object": 1.5}                     # where an instruction says a shape that no pixel shows
 TINY_GUIDANCE = [1.5, 1.5]                                         # text, source
+TINY_DEADBAND = 0.07                                               # VideoEditor.settle; 0.05 to 0.1 do the same
 TINY_SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                       num_train_timesteps=1000, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
                       steps_offset=1, timestep_spacing="leading")
@@ -779,12 +780,12 @@ def recompute(unet):
 # Defaults that differ: `tiny` is trained from nothing and its empty instruction returns the source (see stage_image);
 # IP2P's is an average of all edits, which its guidance scales count on. 1e-5 is InsV2V's learning rate; the rest of
 # sd15's is our guess until someone has the GPU hours.
-VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=5.0,
+VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=1.0,
                       no_text="source", epm_start=-2.0),
          "sd15": dict(lr=1e-5, lr_new=1e-4, same_noise=0.0, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0,
                       no_text="edit", epm_start=-10.0)}
 # Flags for curate.py in the rounds. tiny: what two CPU cores make in an hour; ten sampling steps edit as well as twenty.
-CURATE = {"tiny": dict(images="--candidates 6 --steps 10", videos="--candidates 3", real="--candidates 2 --steps 10"),
+CURATE = {"tiny": dict(images="--candidates 6 --steps 10", videos="--candidates 2", real="--candidates 2 --steps 10"),
           "sd15": dict(images="", videos="", real="")}
 
 
@@ -1406,7 +1407,7 @@ def parse_args(argv=None):
     # curation for --round
     p.add_argument("--motion", help="motion adapter; default sd15: AnimateDiff's, tiny: stage motion's")
     p.add_argument("--images-from", default="shapes", help="round 0: source images, as `curate.py images --from`")
-    p.add_argument("--images", type=int, default=160, help="round 0: how many of them")
+    p.add_argument("--images", type=int, default=240, help="round 0: how many of them")
     p.add_argument("--real-from", default="shapes", help="rounds 1, 2: real clips, as `curate.py real --from`")
     p.add_argument("--real-clips", type=int, default=60, help="rounds 1, 2: how many of them")
     for stage in ("images", "videos", "real"):
@@ -1499,7 +1500,7 @@ def networks(args):
         (base / "scheduler").mkdir(exist_ok=True)
         write_json(base / "scheduler" / "scheduler_config.json", TINY_SCHEDULER)
         write_json(base / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": dict(
-            size=args.size, guidance=TINY_GUIDANCE, words=curate.known_words(), examples=curate.examples())})
+            size=args.size, guidance=TINY_GUIDANCE, deadband=TINY_DEADBAND, words=curate.known_words(), examples=curate.examples())})
         stage_image(args, shards, args.runs / "image", base, weights)
 
 

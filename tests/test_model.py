@@ -452,6 +452,25 @@ def test_noise_correction_holds_reference_frames_at_their_known_latents(image_ed
     assert apart(z[:, :2], ddim.step(eps, 0, z_T[:, :2])) < 1e-4
 
 
+def test_cells_that_an_edit_hardly_changed_become_the_sources(image_editor, monkeypatch):
+    z_src = torch.randn(1, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    source, change = z_src * image_editor.vae.scaling_factor, torch.zeros(1, 2, 4, 3, 3)
+    for cell, size in enumerate((0.05, 0.1, 0.15, 0.2, 0.3)):
+        change[0, :, :, cell // 3, cell % 3] = size * torch.tensor([1, -1, 1, -1.])        # of the mean over channels
+    assert image_editor.deadband == 0 and torch.equal(image_editor.settle(source + change, z_src), source + change)
+    monkeypatch.setattr(image_editor, "deadband", 0.1)
+    left = (image_editor.settle(source + change, z_src) - source).abs().mean(dim=2)[0, 0].flatten()
+    torch.testing.assert_close(left[:5], torch.tensor([0, 0, 0.15 / 2, 0.2, 0.3]), atol=1e-6, rtol=0)
+
+
+def test_what_an_edit_leaves_alone_comes_back_as_the_autoencoder_gives_it(image_editor, monkeypatch):
+    video = torch.rand(1, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    coded = image_editor.decode(image_editor.encode(video) * image_editor.vae.scaling_factor)
+    assert apart(image_editor.edit(video, "make it snow", steps=2, mode="image"), coded) > 1e-3
+    monkeypatch.setattr(image_editor, "deadband", 1e3)
+    assert torch.equal(image_editor.edit(video, "make it snow", steps=2, mode="image"), coded)
+
+
 def test_a_frames_noise_does_not_depend_on_its_window(image_editor):
     whole, window = image_editor.noise(6, 4, 6, seed=3, mode="video"), image_editor.noise(3, 4, 6, seed=3, first=2, mode="video")
     assert torch.equal(whole[:, 2:5], window)

@@ -354,7 +354,8 @@ def test_inputs_that_hold_no_pictures_are_named(tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--steps", "0"], "--steps 0: must lie"), (["--steps", "x"], "--steps"), (["--frames", "0"], "--frames 0"),
     (["--size", "7"], "--size 7"), (["--text-cfg", "nan"], "--text-cfg nan"), (["--fps", "0"], "--fps 0"),
-    (["--source-cfg", "99"], "--source-cfg 99"), (["--fps", "1/0"], "--fps"), (["--seed", "-3"], "--seed -3"),
+    (["--source-cfg", "99"], "--source-cfg 99"), (["--deadband", "3"], "--deadband 3"),
+    (["--fps", "1/0"], "--fps"), (["--seed", "-3"], "--seed -3"),
     (["--start", "9"], "--start 9.*lasts 0.12 s"), (["--start", "1", "--end", "0.5"], "--end 0.5"),
     (["--device", "tpu"], "--device tpu"), (["--weights", "nowhere"], "--weights nowhere"),
     (["--out", "nowhere/x.mp4"], "cannot be written"), (["--out", "x.avi"], "--out x.avi"),
