@@ -2350,6 +2350,11 @@ def calibrate(args):
         within = np.array([metrics.spearman(total[g], y[g]) for g in groups])       # NaN: one candidate, or all equal
         within = within[np.isfinite(within)].mean() if np.isfinite(within).any() else math.nan
         print(f"| {name} | {metrics.spearman(total, y):.2f} | {auc(total, good):.3f} | {within:.2f} |")
+    if not args.ratings:                                            # people rate only what was kept, one of a source
+        stored = np.array([row["total"] for row in rows])
+        picks = (np.mean([good[pick(g)] for g in groups]) for pick in (lambda g: g[0], lambda g: g[stored[g].argmax()]))
+        print("of a source's candidates the first is good for {:.0%} of the sources, the one with the best total for {:.0%}, "
+              "any for {:.0%}".format(*picks, np.mean([good[g].any() for g in groups])))
     centre, spread = x.mean(0), np.maximum(x.std(0), 1e-6)
     w = fit_weights((x - centre) / spread, good)
     total = (x - centre) / spread @ w / max(w.sum(), 1e-9)

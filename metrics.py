@@ -1114,7 +1114,9 @@ def stamp(ed, crc=0):
     for net in (ed.unet, ed.vae, ed.text_encoder):
         for x in net.state_dict().values():
             crc = zlib.crc32(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
-    return f"{zlib.crc32(repr(ed.deadband).encode(), crc) if ed.deadband else crc:08x}"
+    if ed.deadband:
+        crc = zlib.crc32(repr(ed.deadband).encode(), crc)
+    return f"{crc:08x}"
 
 
 def read_log(path, head):

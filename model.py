@@ -1049,8 +1049,8 @@ class VideoEditor:
         """Cells that an edit hardly changed become the source's again. z0, scaled, and z_src (..., c, h, w) -> like z0.
 
         A cell's change is the mean |z0 - source| of its channels, in scaled latents. Up to `deadband` it is dropped, from
-        twice that on it stays, between them smoothly. Ours: sampling leaves some drift everywhere, which costs more of a
-        frame that nobody wanted edited than all else; 0, as for published weights, changes nothing.
+        twice that on it stays, between them smoothly. Ours: sampling leaves some drift everywhere, also
+        where nothing was to be edited. 0, as for published weights, changes nothing.
         """
         if not self.deadband:
             return z0

@@ -653,7 +653,8 @@ def main(argv=None):
         print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} "
               f"on {ed.device}")
         s_txt, s_src = (d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance))
-        ed.deadband = ed.deadband if args.deadband is None else args.deadband
+        if args.deadband is not None:
+            ed.deadband = args.deadband
         options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed, sampler=args.sampler)
         for instruction, path in zip(args.instruction, paths):
             check_words(ed, instruction)

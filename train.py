@@ -784,7 +784,7 @@ VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumu
                       no_text="source", epm_start=-2.0),
          "sd15": dict(lr=1e-5, lr_new=1e-4, same_noise=0.0, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0,
                       no_text="edit", epm_start=-10.0)}
-# Flags for curate.py in the rounds. tiny: what two CPU cores make in an hour; ten sampling steps edit as well as twenty.
+# Flags for curate.py in the rounds. tiny: little more than an hour of two CPU cores; ten sampling steps edit as well as twenty.
 CURATE = {"tiny": dict(images="--candidates 6 --steps 10", videos="--candidates 2", real="--candidates 2 --steps 10"),
           "sd15": dict(images="", videos="", real="")}
 
@@ -1258,11 +1258,11 @@ def tables(args):
             means = [x[:, 0].mean() for x in seeds]
             lines.append(f"| {name} | {domain} | {len(v)} x {len(seeds)} | {v[:, 0].mean():.1%} ± {half[0]:.1%} | "
                          f"{min(means):.1%} to {max(means):.1%} | {gain[:, 0].mean():+.1%} ± {half_gain[0]:.1%} | "
-                         f"{v[:, 1].mean():+.1f} ± {half[1]:.1f} | {v[:, 2].mean():.2f} ± {half[2]:.2f} | "
+                         f"{v[:, 1].mean():+.1f} ± {half[1]:.1f} | {gain[:, 1].mean():+.2f} ± {half_gain[1]:.2f} | {v[:, 2].mean():.2f} ± {half[2]:.2f} | "
                          f"{gain[:, 2].mean():+.2f} ± {half_gain[2]:.2f} |")
     if rank == 0:
-        head = ("row", "domain", "clips x seeds", "success", "seeds' means", "to first row", "gain inside, dB", "flicker",
-                "to first row")
+        head = ("row", "domain", "clips x seeds", "success", "seeds' means", "to first row", "gain inside, dB", "to first row",
+                "flicker", "to first row")
         print(f"{args.stage}: held-out clips of {FRAMES} frames; ± is half a 95 % interval over clips\n"
               f"| {' | '.join(head)} |\n|{'---|' * len(head)}", *lines, sep="\n", flush=True)
 
@@ -1500,7 +1500,8 @@ def networks(args):
         (base / "scheduler").mkdir(exist_ok=True)
         write_json(base / "scheduler" / "scheduler_config.json", TINY_SCHEDULER)
         write_json(base / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": dict(
-            size=args.size, guidance=TINY_GUIDANCE, deadband=TINY_DEADBAND, words=curate.known_words(), examples=curate.examples())})
+            size=args.size, guidance=TINY_GUIDANCE, deadband=TINY_DEADBAND, words=curate.known_words(),
+            examples=curate.examples())})
         stage_image(args, shards, args.runs / "image", base, weights)
 
 

@@ -855,6 +855,17 @@ def test_calibration_finds_the_score_that_tells_and_beats_equal_weights(tmp_path
     assert fitted.keys() >= {"centre", "spread", "min_total"}
 
 
+def test_calibration_says_how_often_the_first_the_chosen_and_any_candidate_is_good(tmp_path, capsys):
+    rows = ranked(tmp_path / "x")
+    (tmp_path / "x" / "manifest.jsonl").write_text(C.dump([row | {"total": row["truth"]["gain"]} for row in rows]))
+    C.main(["calibrate", str(tmp_path / "x")])
+    good = np.array([row["truth"]["success"] for row in rows]).reshape(-1, 3)
+    first, best = good[:, 0].mean(), good.max(axis=1).mean()            # the best gain is good where any is
+    assert first < best
+    assert (f"first is good for {first:.0%} of the sources, the one with the best total for {best:.0%}, any for {best:.0%}"
+            in capsys.readouterr().out)
+
+
 def test_ratings_of_the_study_page_calibrate_what_was_kept(tmp_path, capsys):
     rows = ranked(tmp_path / "x")
     answers = {f"{row['id']}/target": {"text": 1 + 4 * row["truth"]["success"], "quality": 2 + row["truth"]["success"]}

@@ -573,12 +573,13 @@ def test_a_table_counts_clips_once_and_compares_them_with_the_first_row(tmp_path
             for domain in ("synthetic", "real"):
                 train.write_json(folder / f"eval-{domain}.json", dict(
                     how=dict(n=4, guidance=[None, None], sampling_steps=20, step=5),
-                    clips=[[float(better or k == seed), 2.0, 0.5] for k in range(4)]))
+                    clips=[[float(better or k == seed), 2.0 + better, 0.5] for k in range(4)]))
     train.tables(args)
     lines = [line for line in capsys.readouterr().out.splitlines() if "| synthetic |" in line]
     assert lines[0] == ("| no SMA, no EPM | synthetic | 4 x 2 | 25.0% ± 24.5% | 25.0% to 25.0% | +0.0% ± 0.0% | +2.0 ± 0.0 | "
-                        "0.50 ± 0.00 | +0.00 ± 0.00 |")
-    assert lines[3].startswith("| SMA, EPM | synthetic | 4 x 2 | 100.0% ± 0.0% | 100.0% to 100.0% | +75.0% ± 24.5% |")
+                        "+0.00 ± 0.00 | 0.50 ± 0.00 | +0.00 ± 0.00 |")
+    assert lines[3].startswith("| SMA, EPM | synthetic | 4 x 2 | 100.0% ± 0.0% | 100.0% to 100.0% | +75.0% ± 24.5% | "
+                               "+3.0 ± 0.0 | +1.00 ± 0.00 |")
 
 
 def test_table_2_makes_other_data_of_the_same_sources_and_trains_on_equally_many_clips(tmp_path):
