@@ -685,11 +685,13 @@ def draw_noise(number, seed, shape, t_bias, same_noise):
     return u, torch.tensor(int(1000 * v ** t_bias)), eps[:1].expand(shape) if same < same_noise else eps
 
 
-def clip_loss(unet, samples, scheduler, device):
+def clip_loss(unet, samples, scheduler, device, guidance=None):
     """Mean error of the prediction over samples (z0, z_src, ctx, t, eps, weight), clips of 16 frames.
 
     z0, z_src, eps (F, c, h, w), z0 scaled and z_src not; ctx (77, D); t an integer tensor; weight (F, 1, h, w) or 1.
     The target is epsilon or v, as the scheduler's config says. Clips of one size run as one batch.
+    guidance (s_txt, s_src, states of no text (77, D)): where a sample has source and text, the prediction is the guided
+    one of sampling; its other two branches get no gradient.
     """
     abar = noise_levels(scheduler).to(device)
     total = 0
@@ -700,7 +702,16 @@ def clip_loss(unet, samples, scheduler, device):
         z_t = a.sqrt() * z0 + (1 - a).sqrt() * eps                                         # (B, F, c, h, w)
         v_prediction = scheduler.get("prediction_type", "epsilon") == "v_prediction"
         target = a.sqrt() * eps - (1 - a).sqrt() * z0 if v_prediction else eps
-        out = unet(torch.cat([z_t, z_src], dim=2), t, ctx).float()
+        x, scale, others = torch.cat([z_t, z_src], dim=2), 1, 0
+        if guidance:                                               # VideoEditor.guided, for the rows that have everything
+            s_txt, s_src, no_text = guidance
+            no_text = no_text.to(device).expand_as(ctx)
+            full = (z_src.flatten(1).any(dim=1) & (ctx != no_text).flatten(1).any(dim=1)).view(-1, 1, 1, 1, 1)
+            scale = torch.where(full, s_txt, 1)
+            with torch.no_grad():
+                for weight_of, y in ((s_src - s_txt, x), (1 - s_src, torch.cat([z_t, 0 * z_src], dim=2))):
+                    others = others + (weight_of * full * unet(y, t, no_text).float() if weight_of else 0)
+        out = scale * unet(x, t, ctx).float() + others
         total = total + ((out - target).square() * weight).mean(dim=(1, 2, 3, 4)).sum()
     return total / len(samples)
 
@@ -781,9 +792,9 @@ def recompute(unet):
 # IP2P's is an average of all edits, which its guidance scales count on. 1e-5 is InsV2V's learning rate; the rest of
 # sd15's is our guess until someone has the GPU hours.
 VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=1.0,
-                      no_text="source", epm_start=-2.0),
+                      no_text="source", epm_start=-2.0, guided_loss=True),
          "sd15": dict(lr=1e-5, lr_new=1e-4, same_noise=0.0, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0,
-                      no_text="edit", epm_start=-10.0)}
+                      no_text="edit", epm_start=-10.0, guided_loss=False)}
 # Flags for curate.py in the rounds. tiny: five sampling steps edit as well as twenty (README), and of clips that differ in
 # guidance alone there is nothing to choose.
 CURATE = {"tiny": dict(images="--candidates 6 --steps 5", videos="--candidates 1", real="--candidates 2 --steps 5"),
@@ -918,6 +929,8 @@ def stage_video(args, out, weights, folders):
 
     PAPER: the rounds' schedule and what is trained in them are not given. Default here: motion modules, gamma and EPM
     (--trainable all: everything). Dropped instructions follow the image editor the round starts from, see VIDEO.
+    Targets are samples made with guidance: a model that has learnt them is guided twice when it samples, and a little
+    more in every round. --guided-loss compares the guided prediction instead, so that what it learns is what it makes.
     """
     ed = video_model(args, weights)
     clips = read_clips(folders, ed.vae.config["latent_channels"], args.max_clips)
@@ -942,7 +955,8 @@ def stage_video(args, out, weights, folders):
             weight = 1 + args.region_weight * (changed / 0.5).clamp(max=1)                 # as in stage_image
             samples.append((z_tgt * scale, z_src * (not no_src), states[texts["" if no_text else instruction]].float(),
                             t, eps, weight / weight.mean(dim=(2, 3), keepdim=True)))
-        return clip_loss(ed.unet, samples, ed.scheduler, args.device)
+        return clip_loss(ed.unet, samples, ed.scheduler, args.device,
+                         (*ed.guidance, states[texts[""]].float()) if args.guided_loss else None)
 
     steps, lr, lr_new = args.steps or STEPS["video"], args.lr or defaults["lr"], args.lr_new or defaults["lr_new"]
     meta = dict(stage=out.name, base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config)
@@ -950,7 +964,8 @@ def stage_video(args, out, weights, folders):
         weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
         lr_new=lr_new, clip_batch=batch * args.accumulate * processes()[1], trainable=args.trainable, sma=args.sma,
         epm=args.epm, epm_sites=args.epm_sites, epm_start=args.epm_start, camera_moves=args.camera_moves,
-        same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, seed=args.seed))
+        same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, guided_loss=args.guided_loss,
+        seed=args.seed))
     if args.epm:
         meta["epm"] = ed.unet.epm_config
     if ed.own_text:                                                # frozen, but a run's file is all that it needs beside base
@@ -1395,6 +1410,8 @@ def parse_args(argv=None):
     p.add_argument("--epm-start", type=float, help="video: EPM's bias between frames before training; default tiny -2, sd15 -10")
     p.add_argument("--camera-moves", type=int, default=0, help="video: copies of every clip under a random pan or zoom")
     p.add_argument("--no-text", choices=["source", "edit"], help="video: target of a dropped instruction; default tiny source, sd15 edit")
+    p.add_argument("--guided-loss", action=argparse.BooleanOptionalAction, help="video: the loss is that of the guided prediction, as "
+                   "sampling makes it; default tiny yes, sd15 no")
     p.add_argument("--train-on", type=Path, nargs="+", help="video: curated directories; default the round's own")
     p.add_argument("--max-clips", type=int, default=-1, help="video: train on the first so many clips; -1 all")
     p.add_argument("--mix", action="store_true", help="video: the earlier rounds' triples as well")

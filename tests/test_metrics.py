@@ -717,6 +717,8 @@ def test_new_weights_get_a_new_name_and_so_new_edits():
     assert metrics.stamp(ed) != before
     changed, ed.deadband = metrics.stamp(ed), 0.1
     assert metrics.stamp(ed) != changed
+    changed, ed.scheduler = metrics.stamp(ed), ed.scheduler | {"timestep_spacing": "trailing"}
+    assert metrics.stamp(ed) != changed
 
 
 @pytest.mark.parametrize("argv", [["--n", "0"], ["--frames", "0"], ["--size", "12"], ["--steps", "0"]])

@@ -359,6 +359,31 @@ def test_recomputing_activations_leaves_loss_and_weights_as_they_are(tmp_path):
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
 
 
+@pytest.mark.parametrize("guidance", [(1.5, 1.5), (7.5, 1.5), (2.0, 1.0), (1.0, 1.0)])
+def test_the_guided_loss_is_that_of_the_guided_prediction_where_source_and_text_are_there(guidance):
+    torch.manual_seed(0)
+    ed = VideoEditor.from_pretrained("tiny", device="cpu", dtype="float32", epm=True)
+    text, no_text = ed.encode_text(["make it snow", ""]).detach()
+    z0, z_src, eps = torch.randn(3, 16, ed.vae.config["latent_channels"], 8, 8)
+    t, one = torch.tensor(600), torch.ones(1, 1, 1, 1)
+    samples = [(z0, z_src * has_src, text if has_text else no_text, t, eps, one)
+               for has_src, has_text in ((1, 1), (1, 0), (0, 1), (0, 0))]
+    a = train.noise_levels(ed.scheduler)[600]
+    z_t, v = a.sqrt() * z0 + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * z0
+    for k, sample in enumerate(samples):
+        scales = guidance if k == 0 else (1.0, 1.0)                # a branch by itself, as it is
+        with torch.no_grad():
+            out = ed.guided(z_t[None], sample[1][None], t, torch.stack([sample[2], no_text]), *scales, "video")[0]
+            got = train.clip_loss(ed.unet, [sample], ed.scheduler, "cpu", (*guidance, no_text))
+        assert got.item() == pytest.approx((out - v).square().mean().item(), rel=1e-5)
+    together = train.clip_loss(ed.unet, samples, ed.scheduler, "cpu", (*guidance, no_text))
+    alone = [train.clip_loss(ed.unet, [sample], ed.scheduler, "cpu", (*guidance, no_text)) for sample in samples]
+    assert together.item() == pytest.approx(torch.stack(alone).mean().item(), rel=1e-5)
+    ed.unet.conv_in.weight.requires_grad_(True)
+    train.clip_loss(ed.unet, samples[:1], ed.scheduler, "cpu", (*guidance, no_text)).backward()
+    assert ed.unet.conv_in.weight.grad.abs().max() > 0
+
+
 def test_bf16_keeps_weights_in_float32_has_about_the_same_loss_and_is_named_on_resume(tmp_path):
     curated(tmp_path / "data")
     weights = train_video(tmp_path, "half", "--bf16")
