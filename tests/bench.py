@@ -404,17 +404,21 @@ def bench_training(model, size, n_frames, runs, steps, device):
               z_T[0], torch.ones(1, 1, 1, 1))
     sites = [(m, m.epm) for m in unet.modules() if hasattr(m, "epm")]
 
-    def step(epm, bf16=device == "cuda"):
+    no_text = ed.encode_text([""])[0].float()
+
+    def step(epm, bf16=device == "cuda", guidance=None):
         def call():
             for m, layer in sites:
                 m._modules.update(epm=layer) if epm else m._modules.pop("epm", None)
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                train.clip_loss(unet, [sample], ed.scheduler, device).backward()
+                train.clip_loss(unet, [sample], ed.scheduler, device, guidance).backward()
             unet.zero_grad(set_to_none=True)
         return call
     if model == "tiny" or device == "cuda":                        # full-size activations do not fit a CPU's memory
         row("training step, a clip, EPM", *timed([step(True)], runs, device))
         row("training step, a clip, no EPM", *timed([step(False)], runs, device))
+        own, other = timed([step(True, guidance=(*ed.guidance, no_text)), step(True)], runs, device)
+        row("training step, a clip, EPM, guided loss", own, "plain loss", other)
     if small_on_cpu:
         own, other = timed([step(True, bf16=True), step(True)], runs, device)
         row("training step, a clip, EPM, bfloat16", own, "float32", other)
