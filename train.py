@@ -709,8 +709,8 @@ def clip_loss(unet, samples, scheduler, device, guidance=None):
             full = (z_src.flatten(1).any(dim=1) & (ctx != no_text).flatten(1).any(dim=1)).view(-1, 1, 1, 1, 1)
             scale = torch.where(full, s_txt, 1)
             with torch.no_grad():
-                for weight_of, y in ((s_src - s_txt, x), (1 - s_src, torch.cat([z_t, 0 * z_src], dim=2))):
-                    others = others + (weight_of * full * unet(y, t, no_text).float() if weight_of else 0)
+                for share, y in ((s_src - s_txt, x), (1 - s_src, torch.cat([z_t, 0 * z_src], dim=2))):
+                    others = others + (share * full * unet(y, t, no_text).float() if share else 0)
         out = scale * unet(x, t, ctx).float() + others
         total = total + ((out - target).square() * weight).mean(dim=(1, 2, 3, 4)).sum()
     return total / len(samples)
@@ -964,8 +964,8 @@ def stage_video(args, out, weights, folders):
         weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
         lr_new=lr_new, clip_batch=batch * args.accumulate * processes()[1], trainable=args.trainable, sma=args.sma,
         epm=args.epm, epm_sites=args.epm_sites, epm_start=args.epm_start, camera_moves=args.camera_moves,
-        same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text, guided_loss=args.guided_loss,
-        seed=args.seed))
+        same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text,
+        guided_loss=args.guided_loss, seed=args.seed))
     if args.epm:
         meta["epm"] = ed.unet.epm_config
     if ed.own_text:                                                # frozen, but a run's file is all that it needs beside base
