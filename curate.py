@@ -84,8 +84,8 @@ THRESHOLDS = {
         "clip_text": 20, "clip_frame": 0.85, "viclip_out": 0.2, "pick_score": 19},
     "tiny": {
         # ours, images: at least 95 % of the successful candidates of 98 drawn scenes (images --seed 7 --no-filter)
-        # lie above the first two. consensus: of 204 drawn images the chosen candidate of 177 lies above it, and 64 % of
-        # those are good instead of 59 (of all); at 0.9, 149 and 70 %, but few local edits are left
+        # lie above the first two. consensus: of 204 drawn images 177 have a candidate above it, and of those chosen
+        # 64 % are good, instead of 59 of all 204; at 0.9, 149 and 70 %, but few local edits are left
         "clip_sim_dir": 0.2, "clip_sim_target_gain": -0.03, "consensus": 0.8,
         # ours, clips: of the true edits of 40 drawn clips, once through the autoencoder, 95 % lie above each
         "clip_text": 43, "viclip_out": 0.45, "clip_frame": 0.9}}

@@ -1274,8 +1274,8 @@ def tables(args):
             means = [x[:, 0].mean() for x in seeds]
             lines.append(f"| {name} | {domain} | {len(v)} x {len(seeds)} | {v[:, 0].mean():.1%} ± {half[0]:.1%} | "
                          f"{min(means):.1%} to {max(means):.1%} | {gain[:, 0].mean():+.1%} ± {half_gain[0]:.1%} | "
-                         f"{v[:, 1].mean():+.1f} ± {half[1]:.1f} | {gain[:, 1].mean():+.2f} ± {half_gain[1]:.2f} | {v[:, 2].mean():.2f} ± {half[2]:.2f} | "
-                         f"{gain[:, 2].mean():+.2f} ± {half_gain[2]:.2f} |")
+                         f"{v[:, 1].mean():+.1f} ± {half[1]:.1f} | {gain[:, 1].mean():+.2f} ± {half_gain[1]:.2f} | "
+                         f"{v[:, 2].mean():.2f} ± {half[2]:.2f} | {gain[:, 2].mean():+.2f} ± {half_gain[2]:.2f} |")
     if rank == 0:
         head = ("row", "domain", "clips x seeds", "success", "seeds' means", "to first row", "gain inside, dB", "to first row",
                 "flicker", "to first row")
