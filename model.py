@@ -908,7 +908,8 @@ class VideoEditor:
 
         source: "tiny" (embedded), "sd15" (InstructPix2Pix + AnimateDiff from the hub), a hub id, a directory in hub
         layout, or a trained run (its directory or model.safetensors). motion: a hub id, directory or AnimateDiff
-        .ckpt; gamma: SMA's scale for it; epm: add untrained EPM. A trained run brings its own motion, gamma and EPM.
+        .ckpt; gamma: SMA's scale for it; epm: add untrained EPM. A video editor brings its own motion, gamma and EPM;
+        with a motion, or with False for none, it gives the image editor in it instead.
         norm_over_frames: diffusers' GroupNorm in motion modules instead of AnimateDiff's. device, dtype: default
         CUDA (bf16), MPS or CPU (fp32). Raises UserError for missing, partial or foreign weights.
         """
@@ -931,6 +932,8 @@ class VideoEditor:
         with torch.device("meta"):
             how = meta or {"unet": read_json(root / "unet" / "config.json")}
             trained = meta or how["unet"]                          # "motion", "epm": what the U-Net was trained with
+            if motion is not None:
+                trained = {k: v for k, v in trained.items() if k not in ("motion", "epm", "same_noise")}
             self.unet = UNet(how["unet"])
             if "motion" in trained:
                 self.unet.add_motion(trained["motion"], norm_over_frames=norm_over_frames)
@@ -947,15 +950,15 @@ class VideoEditor:
         tensors, file = find_tensors(root / "vae")
         vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype           # fp16 overflows in SD's VAE
         load_weights(self.vae, tensors, f"vae from {file}", rename=VAE.LEGACY, device=self.device, dtype=vae_dtype)
+        place_unet = place | dict(drop=() if motion is None else ("motion_modules", ".epm."))
         if meta:
-            load_weights(self.unet, own, f"unet from {Path(source).name}", **place)
+            load_weights(self.unet, own, f"unet from {Path(source).name}", **place_unet)
         else:
             tensors, file = find_tensors(root / "unet")
-            load_weights(self.unet, tensors, f"unet from {file}", **place)
+            load_weights(self.unet, tensors, f"unet from {file}", **place_unet)
             del tensors                                            # unmaps the file before the next one is read
-        if "motion" not in trained:
-            if motion is not None:
-                load_motion(self.unet, motion, gamma, norm_over_frames, place)
+        if motion:
+            load_motion(self.unet, motion, gamma, norm_over_frames, place)
         if "epm" not in trained and epm:
             self.unet.add_epm()
         self.unet.to(**place)

@@ -49,16 +49,15 @@ from tqdm import tqdm
 import curate
 from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer, psnr,
                      save_lora, succeeds, writer_loss, write_aside)
-from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
-                   UserError, VideoEditor, load_motion, noise_levels, read_json, read_tensors, run, warn_if_slow)
+from model import (EPM, ROOT, SD15, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
+                   UserError, VideoEditor, hub_dir, load_motion, noise_levels, read_json, read_tensors, run, warn_if_slow)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The world set: pairs of frames drawn once, shared by all stages
 # ---------------------------------------------------------------------------------------------------------------
 
-STEPS = {"vae": 2500, "clip": 1000, "viclip": 1500, "image": 12000, "motion": 600,
-         "video": 150}                                             # optimizer steps of each stage
+STEPS = {"vae": 2500, "clip": 1000, "viclip": 1500, "image": 12000, "motion": 600}         # of the optimizer; video: see VIDEO
 SHARD = 500                                                        # pairs in a file
 # how often each task is drawn: the local ones are harder to learn than the global ones, so they come more often
 TASK_MIX = {"style": 1, "object": 2.4, "background": 1.3, "multiple": 1.2, "removal": 2, "addition": 1.6,
@@ -584,7 +583,7 @@ def stage_image(args, shards, out, base, weights=None):
     shards = cache_latents(vae, shards, args.data / f"latents-{encoder}", args.device)
     torch.manual_seed(args.seed)
     if weights:                                                    # go on from another editor, with a new schedule
-        ed = VideoEditor.from_pretrained(weights, device=args.device, dtype="float32")
+        ed = VideoEditor.from_pretrained(weights, motion=False, device=args.device, dtype="float32")
         unet, text = ed.unet.requires_grad_(True), ed.text_encoder.requires_grad_(True)
     else:
         unet, text = UNet(TINY_UNET), TextEncoder(read_json(base / "text_encoder" / "config.json"))
@@ -722,6 +721,13 @@ def run_base(weights):
     return read_json(meta)["base"] if meta.is_file() else portable(weights)
 
 
+def base_folder(weights):
+    """The directory of `run_base`, from the hub where it is there."""
+    base = run_base(weights)
+    base = {"tiny": "assets/tiny", "sd15": SD15}.get(base, base)
+    return Path(hub_dir(ROOT / base if (ROOT / base).is_dir() else base, VideoEditor.FILES))
+
+
 def portable(path):
     """A path inside the checkout as seen from there, so that a run can be moved along with it; others as they are."""
     path = Path(path)
@@ -739,7 +745,7 @@ def stage_motion(args, out, base):
     weights, name = args.weights or args.runs / "image", f"motion-{args.size}px"
     shards = first_process_first(lambda: world_set(args.data / name, args.motion_clips, args.size, draw_motion_clips,
                                                    MOTION_CLIPS))
-    ed = VideoEditor.from_pretrained(weights, device=args.device, dtype="float32")
+    ed = VideoEditor.from_pretrained(weights, motion=False, device=args.device, dtype="float32")
     encoder = hashlib.sha1(ed.vae.quant_conv.weight.cpu().numpy().tobytes()).hexdigest()[:8]
     clips = first_process_first(lambda: encode_motion_clips(ed, shards, args.data / f"{name}-{encoder}"))
     clips = clips[:args.motion_clips]
@@ -790,10 +796,10 @@ def recompute(unet):
 
 # Defaults that differ: `tiny` is trained from nothing and its empty instruction returns the source (see stage_image);
 # IP2P's is an average of all edits, which its guidance scales count on. 1e-5 is InsV2V's learning rate; the rest of
-# sd15's is our guess until someone has the GPU hours.
-VIDEO = {"tiny": dict(lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=1.0,
+# sd15's is our guess until someone has the GPU hours: 2,000 steps are 4 to 9 passes over the paper's clips.
+VIDEO = {"tiny": dict(steps=60, lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=1.0,
                       no_text="source", epm_start=-2.0, guided_loss=True),
-         "sd15": dict(lr=1e-5, lr_new=1e-4, same_noise=0.0, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0,
+         "sd15": dict(steps=2000, lr=1e-5, lr_new=1e-4, same_noise=0.0, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0,
                       no_text="edit", epm_start=-10.0, guided_loss=False)}
 # Flags for curate.py in the rounds. tiny: five sampling steps edit as well as twenty (README), and of clips that differ in
 # guidance alone there is nothing to choose.
@@ -875,9 +881,11 @@ def video_model(args, weights):
     """The video editor a round starts from, with its trainable parameters chosen.
 
     Round 0: the image editor `weights` plus the motion adapter, gamma 0 (it then is the image editor, exactly) and
-    untrained EPM; later rounds: the run `weights` as it is. --no-sma: gamma fixed at 1, the motion prior as it comes.
+    untrained EPM; later rounds: the video editor `weights` as it is, a run or exported. --no-sma: gamma fixed at 1, the
+    motion prior as it comes.
     """
     meta = read_json(Path(weights) / "meta.json") if (Path(weights) / "meta.json").is_file() else {}
+    exported = not meta and args.round and "motion" in read_json(base_folder(weights) / "unet" / "config.json")
     for flag in ("sma", "epm"):
         now = getattr(args, flag)
         before = meta.get("args", {}).get(flag, now)
@@ -886,12 +894,12 @@ def video_model(args, weights):
             raise UserError(f"{names[now]}: {weights} was trained with {names[before]}; pass that, or other --weights")
     motion = starting_point(args)[1]
     torch.manual_seed(args.seed)
-    ed = VideoEditor.from_pretrained(weights, device=args.device, dtype="float32", motion=None if meta else motion)
+    ed = VideoEditor.from_pretrained(weights, device=args.device, dtype="float32", motion=None if meta or exported else motion)
     if meta and "motion" not in meta:
         if not Path(motion).exists() and str(motion).count("/") != 1:
             raise UserError(f"{motion}: no motion adapter there; run --stage motion first, or pass --motion")
         load_motion(ed.unet, motion, 0.0, False, dict(device=ed.device, dtype=ed.dtype))
-    if "sma" not in meta.get("args", {}):                          # not a round: the image editor, or published weights
+    if "sma" not in meta.get("args", {}) and not exported:         # not a round: the image editor, or published weights
         ed.unet.set_gamma(0.0 if args.sma else 1.0)
         if args.epm:
             ed.unet.add_epm(args.epm_sites, FRAMES, args.epm_start)
@@ -958,7 +966,7 @@ def stage_video(args, out, weights, folders):
         return clip_loss(ed.unet, samples, ed.scheduler, args.device,
                          (*ed.guidance, states[texts[""]].float()) if args.guided_loss else None)
 
-    steps, lr, lr_new = args.steps or STEPS["video"], args.lr or defaults["lr"], args.lr_new or defaults["lr_new"]
+    steps, lr, lr_new = args.steps or defaults["steps"], args.lr or defaults["lr"], args.lr_new or defaults["lr_new"]
     meta = dict(stage=out.name, base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config)
     meta |= dict(same_noise=same_noise > 0.5, args=dict(
         weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
@@ -1010,7 +1018,7 @@ def refine(args):
     image, motion = starting_point(args)
     for n in range(args.round + 1):
         out, to = args.runs / f"round{n}", args.data / f"round{n}"
-        if finished(out, args.steps or STEPS["video"]):
+        if finished(out, args.steps or VIDEO[args.model]["steps"]):
             continue
         print(f"round {n}: curating into {to}")
         weights = image if n == 0 else args.runs / f"round{n - 1}"
@@ -1020,7 +1028,7 @@ def refine(args):
             curate_stage(args, "videos", weights, to, "--images", images, "--motion", motion)
         else:
             curate_stage(args, "real", weights, to, "--round", n, "--from", args.real_from, "--n", args.real_clips)
-        stage_video(args, out, weights, round_folders(args, n))
+        stage_video(argparse.Namespace(**vars(args) | {"round": n}), out, weights, round_folders(args, n))
 
 
 def round_folders(args, n):
@@ -1094,7 +1102,8 @@ def to_frames(video):
     return ((video[0].permute(0, 2, 3, 1).cpu().numpy() + 1) / 2).clip(0, 1)
 
 
-def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=None, steps=20, n_frames=1, mode="auto"):
+def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=None, steps=20, n_frames=1, mode="auto",
+             known=False):
     """Held-out table: per task the edit against the truth, inside and outside the region that the true edit changes.
 
     inside: where truth and source differ by more than 4 % (the whole frame for global edits). "bound" is the
@@ -1114,6 +1123,8 @@ def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=No
                 continue
             found += 1
             edit = curate.propose_edit(scene, k, task, "held")
+            if known and not edit.deterministic:
+                continue
             source, truth = (np.round(curate.render(s, n_frames, size, size, t0=k % 4) * 255) / 255 for s in (scene, edit.target))
             source, truth = source.astype(np.float32), truth.astype(np.float32)
             edited = to_frames(ed.edit(to_video(source), edit.instruction, steps, s_txt, s_src, seed=k,
@@ -1243,7 +1254,8 @@ def tables(args):
     edits the same clips, so intervals are over clips, each the mean of its seeds; differences to the first row are
     taken clip by clip; the spread of the seeds' means stands beside them. Under torchrun the domains are shared.
     """
-    lines, first, (rank, world), steps = [], {}, processes(), args.steps or STEPS["video"]
+    steps, motion = args.steps or VIDEO[args.model]["steps"], starting_point(args)[1]
+    lines, first, (rank, world) = [], {}, processes()
     for name, flags, weights, folders, own in table_rows(args):
         results = {"synthetic": [], "real": []}
         for seed in range(args.seeds if flags is not None else 1):
@@ -1259,8 +1271,8 @@ def tables(args):
                 how = dict(n=args.n, guidance=list(guidance), sampling_steps=args.sampling_steps,
                            step=read_json(meta)["step"] if meta.is_file() else None)
                 if k % world == rank and not (done.is_file() and read_json(done)["how"] == how):
-                    ed = VideoEditor.from_pretrained(trained, device=args.device)
-                    rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, args.sampling_steps, FRAMES, mode)
+                    ed = VideoEditor.from_pretrained(trained, motion=motion if flags is None else None, device=args.device)
+                    rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, args.sampling_steps, FRAMES, mode, known=True)
                     out.mkdir(parents=True, exist_ok=True)
                     write_json(done, dict(how=how, clips=success(rows).tolist()))
             if dist.is_initialized():
@@ -1345,19 +1357,22 @@ def write_network(folder, config, tensors, name="model.safetensors", dtype=None)
 def export(base, run, target):
     """Networks of `base` and the U-Net of the trained `run` -> a directory in hub layout, float16: what `--model tiny` loads.
 
-    A video run's motion modules, gamma and EPM go into the one U-Net file; unet/config.json says so under "motion", "epm"
-    and "same_noise".
+    base: the repository that the run started from. A video run's motion modules, gamma and EPM go into the one U-Net
+    file; unet/config.json says so under "motion", "epm" and "same_noise".
     """
     import shutil
     run_meta, unet = read_json(run / "meta.json"), load_file(run / "model.safetensors")
     text = {k.removeprefix("text_encoder."): unet.pop(k) for k in list(unet) if k.startswith("text_encoder.")}
     for path in sorted(base.rglob("*")):
-        to = target / path.relative_to(base)
-        if "motion" in run_meta and path.relative_to(base).parts[0] == "motion_adapter":
-            continue                                               # the run has its own, trained further
+        to, part = target / path.relative_to(base), path.relative_to(base).parts[0]
+        own_text = path.suffix == ".safetensors" and part == "text_encoder" and text
+        # the run has its own U-Net, and its own motion modules, trained further
+        if part == "unet" or part == "motion_adapter" and "motion" in run_meta:
+            continue
+        if to.exists() and to.samefile(path) and not own_text:     # exported onto itself
+            continue
         to.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            own_text = path.relative_to(base).parts[0] == "text_encoder" and text
             save_tensors(to, own_text or load_file(path), torch.float16)
         elif path.is_file():
             shutil.copyfile(path, to)
@@ -1370,7 +1385,7 @@ def export(base, run, target):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--stage", default="all", choices=["all", *STEPS, "writer", "eval", "plot", *TABLES, "export"],
+    p.add_argument("--stage", default="all", choices=["all", *STEPS, "video", "writer", "eval", "plot", *TABLES, "export"],
                    help="what to train or do")
     p.add_argument("--round", type=int, help="bring the model up to this refinement round, curation included; with --stage "
                    "video, eval, plot, export: which round")
@@ -1380,7 +1395,8 @@ def parse_args(argv=None):
     p.add_argument("--force", action="store_true", help="resume a run although its settings changed")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     # training
-    p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}")
+    p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}, video "
+                   + ", ".join(f"{how['steps']} ({name})" for name, how in VIDEO.items()))
     p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others, video see VIDEO")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (weights stay in float32) and "
                    "curate in it; default on CUDA only. Faster on CPUs with AVX512-BF16 or AMX, slow on others")
@@ -1427,7 +1443,7 @@ def parse_args(argv=None):
     p.add_argument("--images-from", default="shapes", help="round 0: source images, as `curate.py images --from`")
     p.add_argument("--images", type=int, default=240, help="round 0: how many of them")
     p.add_argument("--real-from", default="shapes", help="rounds 1, 2: real clips, as `curate.py real --from`")
-    p.add_argument("--real-clips", type=int, default=160, help="rounds 1, 2: how many of them")
+    p.add_argument("--real-clips", type=int, default=120, help="rounds 1, 2: how many of them")
     for stage in ("images", "videos", "real"):
         p.add_argument(f"--curate-{stage}", default="", metavar="FLAGS", help=f"more flags for `curate.py {stage}`, quoted "
                        f"and after =, like --curate-real=\"--writer llava\"; tiny's own: {CURATE['tiny'][stage]}")
@@ -1446,7 +1462,7 @@ def parse_args(argv=None):
     p.add_argument("--to", type=Path, default=ROOT / "assets" / "tiny", help="export: target directory")
     args = p.parse_args(argv)
     for name, default in VIDEO[args.model].items():
-        if name not in ("lr", "lr_new", "same_noise") and getattr(args, name) is None:
+        if name not in ("steps", "lr", "lr_new", "same_noise") and getattr(args, name) is None:
             setattr(args, name, default)
     args.data, args.runs = args.data or ROOT / "data" / args.model, args.runs or ROOT / "runs" / args.model
     for name, low in (("steps", 1), ("batch", 1), ("pairs", 1), ("clips_drawn", 1), ("n", 1), ("frames", 1), ("round", 0),
@@ -1505,8 +1521,7 @@ def networks(args):
     if "image" in todo:
         weights = args.weights if args.stage == "image" else None  # without a stage: what to evaluate
         if weights:                                                # from another editor: its other networks as well
-            start = run_base(weights)
-            root = ROOT / {"tiny": "assets/tiny"}.get(start, start)
+            root = base_folder(weights)
             for path in sorted(p for p in root.rglob("*") if p.is_file() and "unet" not in p.relative_to(root).parts):
                 to = base / path.relative_to(root)
                 to.parent.mkdir(parents=True, exist_ok=True)
@@ -1558,7 +1573,7 @@ def main(argv=None):
         if args.clips:
             evaluate_clips(ed, args.clips, ed.size, 8, *how)
     if (args.stage == "export" or args.stage == "all" and args.round is None) and first:
-        export(args.runs / "base", run_of_round, args.to)
+        export(base_folder(run_of_round), run_of_round, args.to)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -519,6 +519,26 @@ def test_an_exported_video_run_edits_like_the_run(tmp_path):
         assert not torch.equal(z[:, 2], editor.noise(3, 4, 4, seed=1, mode="video")[:, 2])
 
 
+def test_an_exported_video_run_holds_the_image_editor_and_is_where_later_rounds_go_on(tmp_path):
+    curated(tmp_path / "data")
+    train_video(tmp_path, "round0")
+    hub = tmp_path / "hub"
+    train.export(IP2P, tmp_path / "round0", hub)
+    files = {p.name: p.read_bytes() for p in hub.rglob("*") if p.is_file()}
+    train.export(hub, tmp_path / "round0", hub)                    # onto itself
+    assert files == {p.name: p.read_bytes() for p in hub.rglob("*") if p.is_file()}
+    for source, motion in ((hub, False), (tmp_path / "round0", False), (hub, ADAPTER)):
+        ed, image = (VideoEditor.from_pretrained(x, motion=m, device="cpu") for x, m in ((source, motion), (IP2P, motion)))
+        assert ed.default_mode == "ffg" and ed.unet.state_dict().keys() == image.unet.state_dict().keys()
+        a, b = ed.unet(*unet_inputs()), image.unet(*unet_inputs())
+        assert (a - b).norm() < 1e-2 * b.norm()                    # float16 files
+    ed = VideoEditor.from_pretrained(hub, device="cpu")
+    for n, own in (("0", False), ("1", True)):
+        unet = train.video_model(train.parse_args(flags(tmp_path, "--round", n)), hub).unet
+        assert same(unet.state_dict(), ed.unet.state_dict()) == own
+        assert own or all(p == 0 for k, p in unet.named_parameters() if k.endswith(".gamma"))
+
+
 def pairs(folder, n=3):
     """A small folder of image-editing triples, and one line that no writer should learn."""
     folder.mkdir()
