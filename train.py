@@ -1239,7 +1239,8 @@ def table_rows(args):
         return [(name, dict(max_clips=least), image, [data / folder], None) for name, folder, *_ in rows]
     if args.stage == "table3":
         return [(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", dict(sma=sma, epm=epm), image,
-                 [data / "round0"], rounds[0] if sma and epm else None) for sma in (False, True) for epm in (False, True)]
+                 [data / "round0"], rounds[0] if sma and epm else None) for sma in (False, True) for epm in (False, True)
+                ] + [("SMA, EPM without the top level", dict(epm_sites="inner"), image, [data / "round0"], None)]
     return [("image editor, FFG-V2V", None, image, None, None),    # table4: every round from the one before
             ("round 0", {}, image, [data / "round0"], rounds[0]),
             ("round 1", {}, rounds[0], [data / "round1"], rounds[1]),

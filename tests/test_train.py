@@ -614,7 +614,7 @@ def test_a_table_counts_clips_once_and_compares_them_with_the_first_row(tmp_path
             folder = tmp_path / "table3" / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
             folder.mkdir(parents=True)
             train.write_json(folder / "meta.json", dict(step=5))
-            better = flags["sma"] and flags["epm"]
+            better = flags.get("sma", False) and flags["epm"]
             for domain in ("synthetic", "real"):
                 train.write_json(folder / f"eval-{domain}.json", dict(
                     how=dict(n=4, guidance=[None, None], sampling_steps=20, step=5),
