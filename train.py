@@ -880,12 +880,10 @@ def moved_copies(ed, clips, copies):
 def video_model(args, weights):
     """The video editor a round starts from, with its trainable parameters chosen.
 
-    Round 0: the image editor `weights` plus the motion adapter, gamma 0 (it then is the image editor, exactly) and
-    untrained EPM; later rounds: the video editor `weights` as it is, a run or exported. --no-sma: gamma fixed at 1, the
-    motion prior as it comes.
+    The image editor `weights` plus the motion adapter, gamma 0 (it then is the image editor, exactly) and untrained
+    EPM; a video run as it is, to go on from it. --no-sma: gamma fixed at 1, the motion prior as it comes.
     """
     meta = read_json(Path(weights) / "meta.json") if (Path(weights) / "meta.json").is_file() else {}
-    exported = not meta and args.round and "motion" in read_json(base_folder(weights) / "unet" / "config.json")
     for flag in ("sma", "epm"):
         now = getattr(args, flag)
         before = meta.get("args", {}).get(flag, now)
@@ -894,12 +892,12 @@ def video_model(args, weights):
             raise UserError(f"{names[now]}: {weights} was trained with {names[before]}; pass that, or other --weights")
     motion = starting_point(args)[1]
     torch.manual_seed(args.seed)
-    ed = VideoEditor.from_pretrained(weights, device=args.device, dtype="float32", motion=None if meta or exported else motion)
+    ed = VideoEditor.from_pretrained(weights, device=args.device, dtype="float32", motion=None if meta else motion)
     if meta and "motion" not in meta:
         if not Path(motion).exists() and str(motion).count("/") != 1:
             raise UserError(f"{motion}: no motion adapter there; run --stage motion first, or pass --motion")
         load_motion(ed.unet, motion, 0.0, False, dict(device=ed.device, dtype=ed.dtype))
-    if "sma" not in meta.get("args", {}) and not exported:         # not a round: the image editor, or published weights
+    if "sma" not in meta.get("args", {}):                          # not a round: the image editor, or published weights
         ed.unet.set_gamma(0.0 if args.sma else 1.0)
         if args.epm:
             ed.unet.add_epm(args.epm_sites, FRAMES, args.epm_start)
@@ -1014,6 +1012,10 @@ def refine(args):
 
     Round 0 (stage I): triples synthesised from images by the image editor and FFG-V2V. Rounds 1, 2, ... (stages II,
     III): real clips edited by the previous round's model. Curation and training skip or resume what is there.
+
+    PAPER: silent on where a round's training starts; Table 4 counts each stage's clips as a whole set (9k + 3.4k, 9k + 5k,
+    5k). So every round trains from the image editor: a model that goes on from the one that made its targets drifts a
+    bit further in every round.
     """
     image, motion = starting_point(args)
     for n in range(args.round + 1):
@@ -1021,19 +1023,20 @@ def refine(args):
         if finished(out, args.steps or VIDEO[args.model]["steps"]):
             continue
         print(f"round {n}: curating into {to}")
-        weights = image if n == 0 else args.runs / f"round{n - 1}"
         if n == 0:
             images = args.data / "images"
-            curate_stage(args, "images", weights, images, "--from", args.images_from, "--n", args.images)
-            curate_stage(args, "videos", weights, to, "--images", images, "--motion", motion)
+            curate_stage(args, "images", image, images, "--from", args.images_from, "--n", args.images)
+            curate_stage(args, "videos", image, to, "--images", images, "--motion", motion)
         else:
-            curate_stage(args, "real", weights, to, "--round", n, "--from", args.real_from, "--n", args.real_clips)
-        stage_video(argparse.Namespace(**vars(args) | {"round": n}), out, weights, round_folders(args, n))
+            curate_stage(args, "real", args.runs / f"round{n - 1}", to, "--round", n, "--from", args.real_from,
+                         "--n", args.real_clips)
+        stage_video(args, out, image, round_folders(args, n))
 
 
 def round_folders(args, n):
-    """What round n trains on: its own triples (the paper's Stage III with a dagger), with --mix the earlier ones too."""
-    return args.train_on or [args.data / f"round{k}" for k in range(0 if args.mix else n, n + 1)]
+    """What round n trains on, as in the paper's Table 4: 0 on the synthetic triples, 1 on those and its own, later ones
+    on their own alone (Stage III with a dagger), with --mix on the synthetic ones as well."""
+    return args.train_on or [args.data / f"round{k}" for k in dict.fromkeys((*[0] * (n < 2 or args.mix), n))]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1239,13 +1242,12 @@ def table_rows(args):
         return [(name, dict(max_clips=least), image, [data / folder], None) for name, folder, *_ in rows]
     if args.stage == "table3":
         return [(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", dict(sma=sma, epm=epm), image,
-                 [data / "round0"], rounds[0] if sma and epm else None) for sma in (False, True) for epm in (False, True)
-                ] + [("SMA, EPM without the top level", dict(epm_sites="inner"), image, [data / "round0"], None)]
-    return [("image editor, FFG-V2V", None, image, None, None),    # table4: every round from the one before
+                 [data / "round0"], rounds[0] if sma and epm else None) for sma in (False, True) for epm in (False, True)]
+    return [("image editor, FFG-V2V", None, image, None, None),    # table4: the paper's stages I to III
             ("round 0", {}, image, [data / "round0"], rounds[0]),
-            ("round 1", {}, rounds[0], [data / "round1"], rounds[1]),
-            ("round 2, with earlier data", {}, rounds[1], [data / f"round{k}" for k in range(3)], None),
-            ("round 2, real only", {}, rounds[1], [data / "round2"], rounds[2])]
+            ("round 1", {}, image, [data / "round0", data / "round1"], rounds[1]),
+            ("round 2, with synthetic data", {}, image, [data / "round0", data / "round2"], None),
+            ("round 2, real only", {}, image, [data / "round2"], rounds[2])]
 
 
 def tables(args):
@@ -1431,7 +1433,8 @@ def parse_args(argv=None):
                    "sampling makes it; default tiny yes, sd15 no")
     p.add_argument("--train-on", type=Path, nargs="+", help="video: curated directories; default the round's own")
     p.add_argument("--max-clips", type=int, default=-1, help="video: train on the first so many clips; -1 all")
-    p.add_argument("--mix", action="store_true", help="video: the earlier rounds' triples as well")
+    p.add_argument("--mix", action="store_true", help="video: from round 2 on the synthetic triples of "
+                   "round 0 as well")
     p.add_argument("--out", type=Path, help="video, writer: where the run goes; default runs/<model>/round<N>, "
                    "writer")
     p.add_argument("--seeds", type=int, default=3, help="tables: training seeds of every row")
@@ -1554,8 +1557,7 @@ def main(argv=None):
         refine(args)
     if args.stage == "video":
         n = args.round or 0
-        weights = args.runs / f"round{n - 1}" if n and not args.weights else starting_point(args)[0]
-        stage_video(args, args.out or args.runs / f"round{n}", weights, round_folders(args, n))
+        stage_video(args, args.out or args.runs / f"round{n}", starting_point(args)[0], round_folders(args, n))
     if args.stage == "writer":
         stage_writer(args, args.out or args.runs / "writer")
     if args.stage in TABLES:
