@@ -346,8 +346,9 @@ def edit_stream(ed, frames, instruction, steps=20, s_txt=None, s_src=None, seed=
     at the end, references fill the places that no new frame takes. A clip of up to 16 frames is one pass, `ed.edit`.
     Where frames do not see each other there is nothing to refer to, and windows just follow one another.
     with_source: yield (edited, source as the autoencoder returns it) instead, for `carry_detail`.
-    Source: InsV2V (Cheng et al. 2023), long video sampling correction; only for mode "video": with "ffg" the first
-    frame already ties windows together, and the correction, which copies mean errors in place, made joins visible.
+    Source: InsV2V (Cheng et al. 2023), long video sampling correction; only for mode "video" with noise of each frame's
+    own. With "ffg" the first frame already ties windows together, or else the one noise does, and the correction, which
+    copies mean errors in place, made joins visible and drawn clips worse from window to window.
     """
     mode, together = ed.default_mode if mode == "auto" else mode, frames_interact(ed, mode)
     frames, done, anchor = iter(frames), 0, None
@@ -364,7 +365,7 @@ def edit_stream(ed, frames, instruction, steps=20, s_txt=None, s_src=None, seed=
         z_T = ed.noise(z_src.shape[1], *z_src.shape[3:], seed, first=done - n_ref, mode=mode)
         if mode == "ffg" and anchor is None:
             anchor = ed.anchor(z_src[:, :1], instruction, z_T[:, :1], steps, s_txt, s_src, sampler)
-        z0_ref = torch.cat([z for _, z in refs], dim=1) if refs and mode == "video" else None
+        z0_ref = torch.cat([z for _, z in refs], dim=1) if refs and mode == "video" and not ed.same_noise else None
         z0 = ed.sample(z_src, instruction, z_T, steps, s_txt, s_src, mode, sampler, anchor=anchor, z0_ref=z0_ref,
                        on_step=on_step)[:, n_ref:]
         known.extend(zip(z_new.split(1, dim=1), z0.split(1, dim=1)))

@@ -223,6 +223,14 @@ def test_windows_of_frames_that_do_not_interact_leave_no_trace(editor):
     assert torch.allclose(torch.stack(edited[1]), one_pass, atol=1e-4)
 
 
+def test_with_one_noise_for_all_frames_a_still_clip_stays_still_from_window_to_window(editor, monkeypatch):
+    video = (torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1).expand(20, -1, -1, -1)
+    for one_noise in (True, False):
+        monkeypatch.setattr(editor, "same_noise", one_noise)
+        edited = torch.stack(list(edit_stream(editor, video, "make it snow", 4, mode="video")))
+        assert torch.allclose(edited, edited[:1].expand_as(edited), atol=1e-4) == one_noise
+
+
 def test_a_long_clip_is_read_only_as_far_as_it_is_edited(editor):
     taken = []
     frames = (taken.append(i) or torch.zeros(3, 16, 16) for i in range(10 ** 9))
