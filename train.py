@@ -293,7 +293,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
             for k, p in trained.items():
                 average[k].lerp_(p, 1 - decay)
         losses.append(mean.item())
-        if rank == 0 and ((step + 1) % 50 == 0 or step + 1 == steps):
+        if rank == 0 and ((step + 1) % min(50, max(5, steps // 12)) == 0 or step + 1 == steps):
             ms = (time.time() - last_log) * 1e3 / (step + 1 - logged)
             gb = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
             row = dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms)
