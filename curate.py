@@ -57,8 +57,8 @@ from tqdm import tqdm
 
 import metrics
 from metrics import to_video, write_aside
-from model import (ROOT, UserError, VideoEditor, attention, hub_dir, load_weights, read_json, read_tensors, run,
-                   timestep_embedding)
+from model import (ROOT, UserError, VideoEditor, attention, hub_dir, load_weights, read_json, read_tensors,
+                   repository, run, timestep_embedding)
 from sample import IMAGES, probe, read_frames, resize, to_rgb, to_tensor, write_video
 
 # ----------------------------------------------------------------------------------------------------------
@@ -414,10 +414,7 @@ def judge(ed, rows, z_src, source, edits, truth):
 def open_scorers(args):
     """({role: hub id or directory}, their family, square as score_clips takes it). `auto`: an editor whose repository
     holds its own scorers, as the embedded one's does, is judged by those; others by the published ones."""
-    path = Path(args.weights)
-    path = path.parent if path.suffix == ".safetensors" else path
-    base = read_json(path / "meta.json")["base"] if (path / "meta.json").is_file() else str(args.weights)
-    root = ROOT / {"tiny": "assets/tiny"}.get(base, base)           # an absolute path stays what it is
+    root = Path(repository(args.weights)[1])
     if args.scorers != "auto" or not (root / "clip").is_dir():
         scorers, square = metrics.choose_scorers(args)
         return scorers, square, "published" if square else "tiny"

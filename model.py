@@ -67,6 +67,20 @@ def hub_dir(source, patterns=None):
                         f"go online once, or pass --weights with a local copy of that repository") from None
 
 
+def repository(source):
+    """(meta.json of a trained run, None where `source` is none; the repository with its other networks: directory or hub id).
+
+    source: what VideoEditor.from_pretrained takes. A run is a directory with meta.json, or model.safetensors in one, and
+    names the repository that it was trained from; anything else is a repository itself. Our own are found from anywhere.
+    """
+    run = Path(source).parent if str(source).endswith("model.safetensors") else Path(source)
+    meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else None
+    base = str(meta["base"] if meta else source)
+    named = {"tiny": "assets/tiny", "sd15": SD15}.get(base, base)
+    ours = (meta or named != base) and (ROOT / named).is_dir()
+    return meta, str(ROOT / named) if ours else named
+
+
 def read_json(path):
     """A config file as a dict; UserError where it is missing or not JSON."""
     try:
@@ -920,13 +934,10 @@ class VideoEditor:
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.dtype = self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         warn_if_slow(self.dtype, self.device, "bfloat16")
-        meta = read_json(Path(source) / "meta.json") if (Path(source) / "meta.json").is_file() else None
-        base = str(meta["base"] if meta else source)               # a trained run names the repository it started from
-        if base == "sd15" and motion is None and not meta:
+        meta, self.base = repository(source)
+        root = hub_dir(self.base, cls.FILES)
+        if str(source) == "sd15" and motion is None:
             motion = SD15_MOTION
-        base = {"tiny": "assets/tiny", "sd15": SD15}.get(base, base)
-        known = base != str(source) and (ROOT / base).is_dir()     # our own folders, wherever the user stands
-        root = hub_dir(ROOT / base if known else base, cls.FILES)
         place = dict(device=self.device, dtype=self.dtype)
 
         with torch.device("meta"):

@@ -49,8 +49,9 @@ from tqdm import tqdm
 import curate
 from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer, psnr,
                      save_lora, succeeds, writer_loss, write_aside)
-from model import (EPM, ROOT, SD15, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
-                   UserError, VideoEditor, hub_dir, load_motion, noise_levels, read_json, read_tensors, run, warn_if_slow)
+from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
+                   UserError, VideoEditor, hub_dir, noise_levels, read_json, read_tensors, repository, run,
+                   warn_if_slow)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -715,19 +716,6 @@ def clip_loss(unet, samples, scheduler, device, guidance=None):
     return total / len(samples)
 
 
-def run_base(weights):
-    """The repository whose text encoder, VAE and scheduler a run uses; `weights` itself where it is one."""
-    meta = Path(weights) / "meta.json"
-    return read_json(meta)["base"] if meta.is_file() else portable(weights)
-
-
-def base_folder(weights):
-    """The directory of `run_base`, from the hub where it is there."""
-    base = run_base(weights)
-    base = {"tiny": "assets/tiny", "sd15": SD15}.get(base, base)
-    return Path(hub_dir(ROOT / base if (ROOT / base).is_dir() else base, VideoEditor.FILES))
-
-
 def portable(path):
     """A path inside the checkout as seen from there, so that a run can be moved along with it; others as they are."""
     path = Path(path)
@@ -772,7 +760,7 @@ def stage_motion(args, out, base):
         return clip_loss(ed.unet, samples, ed.scheduler, args.device)
 
     steps, lr = args.steps or STEPS["motion"], args.lr or 1e-3
-    meta = dict(stage="motion", base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config,
+    meta = dict(stage="motion", base=portable(ed.base), unet=ed.unet.config, motion=ed.unet.motion_config,
                 args=dict(weights=portable(weights), steps=steps, lr=lr, motion_clips=args.motion_clips, size=args.size,
                           clip_batch=batch * args.accumulate * processes()[1], same_noise=same_noise,
                           t_bias=args.t_bias, seed=args.seed))
@@ -890,13 +878,11 @@ def video_model(args, weights):
         if before != now:
             names = {True: f"--{flag}", False: f"--no-{flag}"}
             raise UserError(f"{names[now]}: {weights} was trained with {names[before]}; pass that, or other --weights")
-    motion = starting_point(args)[1]
+    motion = None if "motion" in meta else starting_point(args)[1]
+    if motion and not Path(motion).exists() and str(motion).count("/") != 1:
+        raise UserError(f"{motion}: no motion adapter there; run --stage motion first, or pass --motion")
     torch.manual_seed(args.seed)
-    ed = VideoEditor.from_pretrained(weights, device=args.device, dtype="float32", motion=None if meta else motion)
-    if meta and "motion" not in meta:
-        if not Path(motion).exists() and str(motion).count("/") != 1:
-            raise UserError(f"{motion}: no motion adapter there; run --stage motion first, or pass --motion")
-        load_motion(ed.unet, motion, 0.0, False, dict(device=ed.device, dtype=ed.dtype))
+    ed = VideoEditor.from_pretrained(weights, motion=motion, device=args.device, dtype="float32")
     if "sma" not in meta.get("args", {}):                          # not a round: the image editor, or published weights
         ed.unet.set_gamma(0.0 if args.sma else 1.0)
         if args.epm:
@@ -965,7 +951,7 @@ def stage_video(args, out, weights, folders):
                          (*ed.guidance, states[texts[""]].float()) if args.guided_loss else None)
 
     steps, lr, lr_new = args.steps or defaults["steps"], args.lr or defaults["lr"], args.lr_new or defaults["lr_new"]
-    meta = dict(stage=out.name, base=run_base(weights), unet=ed.unet.config, motion=ed.unet.motion_config)
+    meta = dict(stage=out.name, base=portable(ed.base), unet=ed.unet.config, motion=ed.unet.motion_config)
     meta |= dict(same_noise=same_noise > 0.5, args=dict(
         weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
         lr_new=lr_new, clip_batch=batch * args.accumulate * processes()[1], trainable=args.trainable, sma=args.sma,
@@ -1357,14 +1343,14 @@ def write_network(folder, config, tensors, name="model.safetensors", dtype=None)
     write_json(folder / "config.json", config)
 
 
-def export(base, run, target):
-    """Networks of `base` and the U-Net of the trained `run` -> a directory in hub layout, float16: what `--model tiny` loads.
-
-    base: the repository that the run started from. A video run's motion modules, gamma and EPM go into the one U-Net
-    file; unet/config.json says so under "motion", "epm" and "same_noise".
+def export(run, target):
+    """The U-Net of a trained run, with the other networks of the repository that it started from -> a directory in hub layout,
+    float16: what `--model tiny` loads. A video run's motion modules, gamma and EPM go into the one U-Net file;
+    unet/config.json says so under "motion", "epm" and "same_noise".
     """
     import shutil
     run_meta, unet = read_json(run / "meta.json"), load_file(run / "model.safetensors")
+    base = hub_dir(repository(run)[1], VideoEditor.FILES)
     text = {k.removeprefix("text_encoder."): unet.pop(k) for k in list(unet) if k.startswith("text_encoder.")}
     for path in sorted(base.rglob("*")):
         to, part = target / path.relative_to(base), path.relative_to(base).parts[0]
@@ -1525,7 +1511,7 @@ def networks(args):
     if "image" in todo:
         weights = args.weights if args.stage == "image" else None  # without a stage: what to evaluate
         if weights:                                                # from another editor: its other networks as well
-            root = base_folder(weights)
+            root = hub_dir(repository(weights)[1], VideoEditor.FILES)
             for path in sorted(p for p in root.rglob("*") if p.is_file() and "unet" not in p.relative_to(root).parts):
                 to = base / path.relative_to(root)
                 to.parent.mkdir(parents=True, exist_ok=True)
@@ -1576,7 +1562,7 @@ def main(argv=None):
         if args.clips:
             evaluate_clips(ed, args.clips, ed.size, 8, *how)
     if (args.stage == "export" or args.stage == "all" and args.round is None) and first:
-        export(base_folder(run_of_round), run_of_round, args.to)
+        export(run_of_round, args.to)
     if dist.is_initialized():
         dist.destroy_process_group()
 

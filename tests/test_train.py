@@ -512,7 +512,7 @@ def test_a_round_trains_on_what_the_papers_table_4_counts(n, mix, rounds):
 def test_an_exported_video_run_edits_like_the_run(tmp_path):
     curated(tmp_path / "data")
     train_video(tmp_path, "round0")
-    train.export(IP2P, tmp_path / "round0", tmp_path / "hub")
+    train.export(tmp_path / "round0", tmp_path / "hub")
     ed, run = (VideoEditor.from_pretrained(tmp_path / name, device="cpu") for name in ("hub", "round0"))
     assert ed.default_mode == "video"
     a, b = ed.unet(*unet_inputs()), run.unet(*unet_inputs())
@@ -529,9 +529,11 @@ def test_an_exported_video_run_holds_the_image_editor_from_which_rounds_start(tm
     curated(tmp_path / "data")
     train_video(tmp_path, "round0")
     hub = tmp_path / "hub"
-    train.export(IP2P, tmp_path / "round0", hub)
+    train.export(tmp_path / "round0", hub)
     files = {p.name: p.read_bytes() for p in hub.rglob("*") if p.is_file()}
-    train.export(hub, tmp_path / "round0", hub)                    # onto itself
+    meta = json.loads((tmp_path / "round0" / "meta.json").read_text())
+    (tmp_path / "round0" / "meta.json").write_text(json.dumps(meta | {"base": str(hub)}))
+    train.export(tmp_path / "round0", hub)                         # onto what it started from
     assert files == {p.name: p.read_bytes() for p in hub.rglob("*") if p.is_file()}
     for source, motion in ((hub, False), (tmp_path / "round0", False), (hub, ADAPTER)):
         ed, image = (VideoEditor.from_pretrained(x, motion=m, device="cpu") for x, m in ((source, motion), (IP2P, motion)))
