@@ -30,7 +30,7 @@ import struct
 import sys
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -59,7 +59,7 @@ import metrics
 from metrics import to_video, write_aside
 from model import (ROOT, UserError, VideoEditor, attention, hub_dir, load_weights, read_json, read_tensors,
                    repository, run, timestep_embedding)
-from sample import IMAGES, probe, read_frames, resize, to_rgb, to_tensor, write_video
+from sample import IMAGES, frame_files, probe, read_frames, resize, to_rgb, to_tensor, write_video
 
 # ----------------------------------------------------------------------------------------------------------
 # The pipeline (paper, section 3.2): one function per stage. A data set is a folder with
@@ -145,7 +145,7 @@ def whole_sources(path):
     rows, cut = read_lines(path)
     if not all(isinstance(row, dict) and {"id", "order", "candidate", "of"} <= row.keys() for row in rows):
         raise UserError(f"{path}: is no manifest of curate.py; pass the folder of a data set")
-    seen = Counter(row["id"] for row in rows)
+    seen = Counter(name for name, _ in {(row["id"], row["candidate"]) for row in rows})
     whole = [row for row in rows if seen[row["id"]] == row["of"]]
     return whole, len(rows) - len(whole) + cut
 
@@ -154,12 +154,20 @@ def read_manifest(where):
     """All lines [dict] of a data set (its folder, with all ranks' files) or of one manifest, in order of sources."""
     where, rows = Path(where), {}
     files = sorted(where.glob("manifest.*.jsonl")) + [where / "manifest.jsonl"] if where.is_dir() else [where]
+    found = False
     for path in files:                              # the merged file last: a rank that merges removes the others
-        if path.is_file():
-            rows |= {(row["id"], row["candidate"]): row for row in whole_sources(path)[0]}
-    if not any(path.is_file() for path in files):
+        with suppress(FileNotFoundError):
+            rows |= {(row["id"], row["candidate"]): row for row in whole_sources(path)[0]
+                     if (row["id"], 0) not in rows or not unreadable(row)}
+            found = True
+    if not found:
         raise UserError(f"{where}: holds no manifest.jsonl; pass a data set that curate.py made")
     return sorted(rows.values(), key=lambda row: (row["order"], row["candidate"]))
+
+
+def unreadable(row):
+    """True for the line of a source that could not be read. A run without --limit tries it again: a disk can come back."""
+    return row.get("why", "").startswith("unreadable:")
 
 
 def dump(rows):
@@ -219,8 +227,9 @@ class Unwritten(Unusable):
 
 
 def to_do(args, items):
-    """The sources without lines in the manifest so far, at most --limit of them."""
-    done = {row["id"] for row in read_manifest(args.to)} if any(args.to.glob("manifest*.jsonl")) else set()
+    """The sources without lines in the manifest so far, at most --limit of them; without a limit unreadable ones again."""
+    rows = read_manifest(args.to) if any(args.to.glob("manifest*.jsonl")) else []
+    done = {row["id"] for row in rows if args.limit != -1 or not unreadable(row)}
     items = [item for item in items if item["id"] not in done]
     return items if args.limit == -1 else items[:args.limit]
 
@@ -229,33 +238,46 @@ def out_of_memory(error):
     return "out of memory" in str(error) or "allocate memory" in str(error)         # as CUDA and the CPU say it
 
 
+GIVE_UP = 20            # sources one after another that cannot be read: it is not they that are broken
+
+
 def run_stage(args, config, items, work, per_source, unit):
     """Call work(item) -> (candidate rows, files) for every source not in the manifest yet, and append its lines.
 
     items: this rank's sources, dicts with id, order and the first columns of their lines. per_source: bytes on disk,
     at most. Killed at any moment, the same command goes on: a source's files are renamed into place, then its lines
-    are written at once. Raises UserError for a full disk, and where the filters keep nothing.
+    are written at once. Raises UserError for a full disk, where sources cannot be read any more, and where the filters
+    keep nothing.
     """
     folder, (rank, world) = args.to, shard()
     check_config(folder, config, args.force)
     log = folder / ("manifest.jsonl" if world == 1 else f"manifest.{rank}.jsonl")
     if world == 1 and list(folder.glob("manifest.*.jsonl")):
         merge(folder)
-    if log.is_file():
-        whole, cut = whole_sources(log)
-        if cut:
-            print(f"{log}: {cut} lines cut by a crash; their source is done again")
-            write_aside(log, dump(whole))
+    once = {item["id"]: item for item in reversed(items)}
+    if len(once) < len(items):
+        print(f"{folder}: {len(items) - len(once)} {unit}s are there twice; each is done once")
+        items = list(once.values())[::-1]
+    for path in {folder / "manifest.jsonl", log}:
+        if path.is_file():
+            whole, cut = whole_sources(path)
+            if cut:
+                print(f"{path}: {cut} lines cut by a crash; their source is done again")
+            again = {item["id"] for item in items if args.limit == -1}
+            keep = [row for row in whole if not (unreadable(row) and row["id"] in again)]       # see `to_do`
+            if cut or len(keep) < len(whole):
+                write_aside(path, dump(keep))
     log.touch()
     todo = to_do(args, items)
-    need, free = len(todo) * per_source, shutil.disk_usage(folder).free
+    need, free = len(todo) * per_source * world, shutil.disk_usage(folder).free                 # other ranks need as much
     print(f"{folder}: {len(todo)} of {len(items)} {unit}s to do, {len(items) - len(todo)} done or left for later; "
-          f"at most {need / 1e6:.0f} MB on disk ({per_source / 1e3:.0f} KB a {unit}), {free / 1e9:.1f} GB free")
+          f"at most {need / 1e6:.0f} MB on disk ({per_source / 1e3:.0f} KB a {unit}{', all processes' * (world > 1)}), "
+          f"{free / 1e9:.1f} GB free")
     if need > free:
         raise UserError(f"--to {folder}: needs up to {need / 1e9:.1f} GB, {free / 1e9:.1f} are free; "
                         "pass --limit, fewer sources, or another disk")
     shared = {"round": config["round"], "code": code_version()}
-    kept = 0
+    kept = lost = 0
     bar = tqdm(todo, unit=unit, desc=folder.name, smoothing=0.1)
     for item in bar:
         try:
@@ -281,15 +303,21 @@ def run_stage(args, config, items, work, per_source, unit):
                             "when there is room") from None
         kept += any(row["kept"] for row in rows)
         bar.set_postfix(kept=kept)
+        lost = lost + 1 if unreadable(rows[0]) else 0
+        if lost == GIVE_UP:
+            raise UserError(f"{folder}: {lost} {unit}s one after another could not be read, the last: {rows[0]['why']}; see "
+                            "that the disk is there and run the same again, which tries them once more")
     if world > 1:
         (folder / f"manifest.{rank}.done").touch()
-        if len(list(folder.glob("manifest.*.done"))) == world:      # the last one to finish
-            merge(folder)
+        if not all((folder / f"manifest.{k}.done").is_file() for k in range(world)):            # not the last to finish
+            return
+        merge(folder)
     report(folder, unit, finished=args.limit == -1 or len(todo) < args.limit)
 
 
 def report(folder, unit, finished):
-    """Prints what was kept and which threshold removed how many; UserError where in the end nothing is."""
+    """Prints what was kept and which threshold removed how many; UserError where in the end nothing is. Under torchrun
+    the last rank to finish says it for all."""
     rows = read_manifest(folder)
     sources = {row["id"] for row in rows}
     kept = {row["id"] for row in rows if row["kept"]}
@@ -298,7 +326,9 @@ def report(folder, unit, finished):
                       ([part.split(" ")[0] for part in row["why"].split("; ") if " below " in part] if row["scores"]
                        else [row["why"].split(":")[0]]))
     lines = [f"{key} removed {n} of {len(rows)} candidates" for key, n in reasons.most_common()]
-    if rows and not kept and finished:
+    if finished and not rows:
+        raise UserError(f"{folder}: no {unit} to work on")
+    if finished and not kept:
         raise UserError(f"{folder}: none of {len(sources)} {unit}s kept: {', '.join(lines)}; lower a threshold with "
                         "--min NAME=VALUE, or see them with curate.py look")
     print(f"{folder}: {len(kept)} of {len(sources)} {unit}s kept" + "".join(f"\n  {line}" for line in lines))
@@ -434,7 +464,12 @@ def open_filter(args, family, weights):
                             "curate.py calibrate writes them")
         limits["total"] = fitted["min_total"]
     limits |= dict.fromkeys(metrics.JUDGED, 0.5) if args.judge else {}          # ours: yes is likelier than no
-    limits |= named_values("--min", args.min, "clip_sim_dir=0.1 or ssim=-inf")
+    asked = named_values("--min", args.min, "clip_sim_dir=0.1 or ssim=-inf")
+    known = {"total", metrics.HELD_OUT, *weights["published"], *weights["tiny"], *limits}
+    known |= {*metrics.SCORES, *VIDEO_SCORES} if args.command != "images" else {*IMAGE_SCORES}
+    if asked.keys() - known:
+        raise UserError(f"--min {', '.join(sorted(asked.keys() - known))}: no such score; known are {', '.join(sorted(known))}")
+    limits |= asked
     if metrics.HELD_OUT in limits or metrics.HELD_OUT in fitted["weights"]:
         raise UserError(f"{metrics.HELD_OUT} is kept for judging: a filter by it would flatter its own results")
     return limits, fitted
@@ -493,11 +528,15 @@ def out_of_the_way(ed):
         net.to(ed.device)
 
 
-def prepare(rgb, ed):
-    """rgb (H, W, 3) uint8 of any size -> short side ed.size, both sides multiples of ed.multiple."""
-    scale = ed.size / min(rgb.shape[:2])
-    height, width = (max(1, round(side * scale / ed.multiple)) * ed.multiple for side in rgb.shape[:2])
-    return to_rgb(resize(to_tensor(rgb), height, width))
+def prepare(frames, ed):
+    """Frames [(H, W, 3) uint8] of one size, any -> (F, h, w, 3): short side ed.size, both sides multiples of ed.multiple."""
+    sizes = {rgb.shape[:2] for rgb in frames}
+    if len(sizes) > 1:
+        raise Unusable("frames of " + " and ".join(f"{w}x{h}" for h, w in sorted(sizes)) + " in one clip")
+    [sides] = sizes
+    scale = ed.size / min(sides)
+    height, width = (max(1, round(side * scale / ed.multiple)) * ed.multiple for side in sides)
+    return np.stack([to_rgb(resize(to_tensor(rgb), height, width)) for rgb in frames])
 
 
 # ---- steps 1 and 2: images -------------------------------------------------------------------------------
@@ -507,7 +546,7 @@ def stage_images(args):
 
     Paper, section 3.2, step 2: 30 samples of 20 steps under various text and source guidance, six scores.
     """
-    st = open_stage(args, IMAGE_WEIGHTS, args.source, steps=args.steps)
+    st = open_stage(args, IMAGE_WEIGHTS, args.source, steps=args.steps, **({"dino": args.dino} if args.dino else {}))
     ed, n = st.ed, args.candidates
     if "clip" not in st.scorers:
         raise UserError("curate.py images: the six scores need CLIP; pass --clip DIR")
@@ -516,11 +555,11 @@ def stage_images(args):
     dino = args.dino or (DINO if st.square else "none")            # the embedded scorers have none
     dino = None if dino == "none" else metrics.DINOv2.from_pretrained(dino, device=args.device, dtype=dtype)
     items = (drawn_sources(args.n if args.n != -1 else 20, "synthetic", args.seed) if args.source == "shapes" else
-             list(islice(read_pairs(args.source), args.n if args.n != -1 else None)))
+             first_of(read_pairs(args.source), args.n, f"--from {args.source}"))
 
     def work(item):
         drawn = "draw" in item
-        source = item["draw"](1, ed.size) if drawn else prepare(item["load"]()[0], ed)[None]      # (1, H, W, 3) uint8
+        source = item["draw"](1, ed.size) if drawn else prepare(item["load"]()[:1], ed)           # (1, H, W, 3) uint8
         z_src = ed.encode(to_video(source))                         # (1, 1, c, h, w)
         seeds, s_txt, s_src = draw_candidates(ed, item["id"], n, f"images {args.seed}")
         edits, latents = [], []                                     # K images, K trajectories (steps + 1, c, h, w)
@@ -544,7 +583,8 @@ def stage_images(args):
         return rows, files | ({"trajectory.safetensors": {"trajectory": latents[best]}} if rows[best]["kept"] else {})
 
     h, c = ed.size // ed.multiple, ed.vae.config["latent_channels"]
-    per_source = 4 * ed.size ** 2 + 2 * c * h * h * (args.steps + 1) + 700 * n
+    long = 1 if args.source == "shapes" else LONGEST
+    per_source = long * (6 * ed.size ** 2 + 2 * c * h * h * (args.steps + 1)) + 700 * n
     run_stage(args, st.config, mine(items), work, per_source, "image")
 
 
@@ -601,8 +641,12 @@ def animate_by_cogvideox(args, items):
     if rows:
         latents = 2 * 13 * cog.config["transformer"]["out_channels"] * height * width // 64         # bytes, float16
         states = cog.dtype.itemsize * 226 * cog.config["text_encoder"]["d_model"]
+        need, free = (latents + states) * len(rows) * shard()[1], shutil.disk_usage(args.to).free
         print(f"{args.to}/animated: {len(rows)} images to animate; {latents * len(rows) / 1e6:.0f} MB of latents, at "
               f"most {states * len(rows) / 1e6:.0f} MB of text states")
+        if need > free:
+            raise UserError(f"--to {args.to}: the animated clips need up to {need / 1e9:.1f} GB, {free / 1e9:.1f} are free; "
+                            "pass --limit, fewer images, or another disk")
     bar = tqdm(total=len(rows), unit="clip", desc="CogVideoX", disable=not rows)
     for k in range(0, len(rows), TEACHER_GROUP):
         jobs = []
@@ -648,6 +692,7 @@ def stage_videos(args):
     st = open_stage(args, VIDEO_WEIGHTS, args.images, mode=args.mode if made else "pairs", motion=motion,
                     animate=args.animate, **teacher)
     ed, animate = st.ed, {"world": animate_by_world, "camera": animate_by_camera}.get(args.animate)
+    undrawn = []
     if made:
         rows = [row for row in read_manifest(args.images) if row["kept"]]
         if not rows:
@@ -668,7 +713,7 @@ def stage_videos(args):
         raise UserError(f"--animate {args.animate}: {args.images} holds no images of curate.py; pass such a data set, "
                         "or leave --animate out")
     else:
-        items = mine(list(read_insv2v(args.images)))
+        items = mine(first_of(read_insv2v(args.images), -1, f"--images {args.images}"))
 
     def edit(item):
         folder = args.images / item["origin"]["image"]
@@ -698,11 +743,11 @@ def stage_videos(args):
         return finish_clip(st, item, source, z_src, z0, [item["seed"]] * args.candidates, s_txt, s_src, truth)
 
     def take(item):                                                 # a pair that others made
-        source, target = (np.stack([prepare(x, ed) for x in frames]) for frames in item["load"]())
+        source, target = (prepare(frames, ed) for frames in item["load"]())
         z_src, z0 = ed.encode(to_video(source)), ed.encode(to_video(target)) * ed.vae.scaling_factor
         return finish_clip(st, item, source, z_src, z0, [None], [None], [None])
 
-    run_stage(args, st.config, items, edit if made else take, clip_bytes(st), "clip")
+    run_stage(args, st.config, items, edit if made else take, clip_bytes(st, made and not undrawn), "clip")
 
 
 def true_clip(origin, source):
@@ -756,10 +801,14 @@ def finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth=None):
     return rows, files
 
 
-def clip_bytes(st):
-    """Of one clip on disk: two mp4, two sets of latents, its lines."""
+LONGEST = 2             # long side of a frame in short ones, at most, where it is reckoned how much a data set takes
+
+
+def clip_bytes(st, drawn):
+    """Of one clip on disk, at most: two mp4, two sets of latents, its lines. drawn: all are square."""
     size, h = st.ed.size, st.ed.size // st.ed.multiple
-    return N_FRAMES * (size ** 2 // 4 + 4 * st.ed.vae.config["latent_channels"] * h * h) + 800 * st.args.candidates
+    frame = size ** 2 // 4 + 4 * st.ed.vae.config["latent_channels"] * h * h
+    return N_FRAMES * frame * (1 if drawn else LONGEST) + 800 * st.args.candidates
 
 
 # ---- stages II and III: real clips -----------------------------------------------------------------------
@@ -779,7 +828,7 @@ def stage_real(args):
     teacher = (dict(llava=args.llava, lora=args.lora and str(args.lora), task_mix=mix)
                if args.writer == "llava" else {})
     st = open_stage(args, VIDEO_WEIGHTS, args.source, round=args.round, steps=args.steps, per_video=args.per_video,
-                    writer="clip" if args.writer == "tiny" else args.writer, **teacher)
+                    writer={"tiny": "clip", "llava": "llava"}.get(args.writer) or file_mark(args.writer), **teacher)
     ed, mode = st.ed, st.ed.default_mode
     items = (mine(drawn_sources(args.n if args.n != -1 else 20, "real", args.seed)) if args.source == "shapes" else
              cut_videos(args, find_videos(args.source)))
@@ -791,8 +840,7 @@ def stage_real(args):
         write = write_by_clip(st) if args.writer == "tiny" else write_from_file(args.writer)
 
     def work(item):
-        source = (item["draw"](N_FRAMES, ed.size) if "draw" in item else
-                  np.stack([prepare(x, ed) for x in item["load"]()]))
+        source = item["draw"](N_FRAMES, ed.size) if "draw" in item else prepare(item["load"](), ed)
         item |= write(source, item)
         z_src = ed.encode(to_video(source))
         seeds, s_txt, s_src = draw_candidates(ed, item["id"], args.candidates, f"real {args.seed}")
@@ -803,7 +851,7 @@ def stage_real(args):
             truth = quantise(truth(source.astype(np.float32) / 255)), np.ones(source.shape[:3], bool)
         return finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth)
 
-    run_stage(args, st.config, items, work, clip_bytes(st), "clip")
+    run_stage(args, st.config, items, work, clip_bytes(st, args.source == "shapes"), "clip")
 
 
 def write_by_clip(st):
@@ -892,6 +940,13 @@ def write_by_llava(args, items, mix):
             raise Unwritten(record["why"])
         return {k: record[k] for k in metrics.FIELDS}
     return write
+
+
+def file_mark(path):
+    """A file's name and what tells its contents from others'; the name alone where it cannot be read."""
+    with suppress(OSError):
+        return f"{path} {hashlib.sha1(Path(path).read_bytes()).hexdigest()[:8]}"
+    return str(path)
 
 
 def write_from_file(path):
@@ -2074,6 +2129,8 @@ def read_pairs(where):
     lines = [where] if where.suffix == ".jsonl" else sorted(where.glob("*.jsonl"))
     if parquet:
         return read_parquet(parquet)
+    if len(lines) > 1:
+        raise UserError(f"--from {where}: {len(lines)} files of pairs in it ({', '.join(p.name for p in lines[:3])}); pass one")
     if lines:
         return read_jsonl(lines[0])
     if next(where.glob("*/prompt.json"), None):
@@ -2084,6 +2141,17 @@ def read_pairs(where):
 
 PARQUET = (("source_image", "edited_image", "edit_prompt", "source_caption", "target_caption"),         # UltraEdit
            ("original_image", "edited_image", "edit_prompt", "original_prompt", "edited_prompt"))       # IP2P
+
+
+def first_of(sources, n, where):
+    """The first n of a reader's sources (-1: all) as a list; says so where there are more. UserError for none."""
+    sources = iter(sources)
+    items = list(islice(sources, n if n != -1 else None))
+    if not items:
+        raise UserError(f"{where}: holds no pairs")
+    if next(sources, None) is not None:
+        print(f"{where}: the first {n}; there are more")
+    return items
 
 
 def read_parquet(files):
@@ -2132,6 +2200,8 @@ def read_jsonl(path):
     if cut:
         raise UserError(f"{path}: its last line has no end; is the file cut short?")
     for n, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {n + 1}: is no JSON object")
         lacks = [k for k in ("source", "instruction", "source_caption", "target_caption") if k not in row]
         if lacks:
             raise UserError(f"{path}, line {n + 1}: lacks {', '.join(lacks)}; it has {', '.join(row)}")
@@ -2141,13 +2211,20 @@ def read_jsonl(path):
                           load=lambda f=files: [None if p is None else read_image(p, p) for p in f])
 
 
+def read_prompt(path):
+    prompt = read_json(path)
+    if not isinstance(prompt, dict) or not prompt.keys() >= {"input", "edit", "output"}:
+        raise UserError(f"{path}: needs input, edit and output, as in InstructPix2Pix's and InsV2V's data")
+    return prompt
+
+
 def read_ip2p(where):
     """InstructPix2Pix's layout: seeds.json names what passed its filter; without it, every pair counts."""
     folders = [p.parent for p in sorted(where.glob("*/prompt.json"))]
     listed = (read_json(where / "seeds.json") if (where / "seeds.json").is_file() else
               [[p.name, sorted(f.name[:-6] for f in p.glob("*_0.jpg"))] for p in folders])
     for n, (name, seeds) in enumerate(listed):
-        prompt = read_json(where / name / "prompt.json")
+        prompt = read_prompt(where / name / "prompt.json")
         for seed in seeds:
             files = [where / name / f"{seed}_{k}.jpg" for k in (0, 1)]
             captions = prompt["input"], prompt["output"]
@@ -2163,7 +2240,7 @@ def read_insv2v(where):
                         "(<name>/prompt.json, <name>/image/<seed>_0_0000.jpg)")
     for n, path in enumerate(found):
         folder, seed = path.parent, path.name.split("_")[0]
-        prompt = read_json(folder.parent / "prompt.json")
+        prompt = read_prompt(folder.parent / "prompt.json")
         clips = [[folder / f"{seed}_{k}_{i:04d}.jpg" for i in range(N_FRAMES)] for k in (0, 1)]
         yield source_item(ident(folder.parent.name, seed), [n], prompt["edit"], (prompt["input"], prompt["output"]),
                           {"file": f"{folder.parent.name}/image/{seed}", "frames": [0, N_FRAMES]},
@@ -2191,14 +2268,16 @@ def find_videos(where):
     return [(str(p.relative_to(where)), p) for p in found]
 
 
-def frame_files(folder):
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
-
-
 def video_frames(path, start=0, count=-1):
     """Frames (H, W, 3) uint8 from frame `start` on: of a file at FPS, of a folder as they are."""
     if path.is_dir():
-        yield from (read_image(p, p) for p in frame_files(path)[start:None if count == -1 else start + count])
+        size = None
+        for file in frame_files(path)[start:None if count == -1 else start + count]:
+            rgb = read_image(file, file)
+            if size not in (None, rgb.shape):
+                raise Unusable(f"{file}: {rgb.shape[1]}x{rgb.shape[0]}, the frames before it {size[1]}x{size[0]}")
+            size = rgb.shape
+            yield rgb
         return
     try:
         clip, fps = probe(path), Fraction(FPS)
@@ -2252,7 +2331,8 @@ def cut_videos(args, videos):
     where a video is cut, so that a rerun does not decode it again."""
     rank, world = shard()
     log = args.to / ("cuts.jsonl" if world == 1 else f"cuts.{rank}.jsonl")
-    known = {row["video"]: row for path in sorted(args.to.glob("cuts*.jsonl")) for row in read_lines(path)[0]}
+    known = {row["video"]: row for path in sorted(args.to.glob("cuts*.jsonl")) for row in read_lines(path)[0]
+             if "error" not in row}                                 # unreadable ones are tried again
     if log.is_file() and read_lines(log)[1]:
         write_aside(log, dump(read_lines(log)[0]))
     items, left_out, used = [], Counter(), mine(enumerate(videos[:None if args.n == -1 else args.n]))
@@ -2275,7 +2355,7 @@ def cut_videos(args, videos):
                               load=lambda p=path, s=s: list(video_frames(p, s, N_FRAMES))) for s in starts]
     print(f"{len(used)} videos: {len(items)} clips of {N_FRAMES} frames; left out: " +
           (", ".join(f"{n} {why}" for why, n in left_out.items()) or "none"))
-    if not items:
+    if not items and world == 1:                                    # another rank may have some; else `report` says it
         raise UserError(f"--from {args.source}: no usable clip in {len(used)} videos")
     return items
 
@@ -2404,6 +2484,8 @@ def yields(folder):
     and of those beside it."""
     table = []
     for path in sorted(p for p in folder.resolve().parent.iterdir() if (p / "dataset.json").is_file()):
+        if not any(path.glob("manifest*.jsonl")):                   # its teacher is still at work
+            continue
         rows, config = read_manifest(path), read_json(path / "dataset.json")
         stage = config["stage"] + (f" {config['round']}" if config["round"] else "")
         ids = [{row["id"] for row in rows if test(row)} for test in
@@ -3269,7 +3351,7 @@ def parse(argv=None):
 
     def command(name, text):
         p = commands.add_parser(name, help=text, description=text,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=metrics.Defaults)
         p.error = fail
         return p
 
@@ -3313,7 +3395,7 @@ def parse(argv=None):
     judge_flag(p)
 
     p = stage("real", "stages II and III: real videos edited by the previous round's model", 4, 4)
-    p.add_argument("--round", type=int, required=True, help="1 or 2")
+    p.add_argument("--round", type=int, required=True, help="which round it is for: 1, 2, ...")
     p.add_argument("--from", dest="source", default="shapes", help="shapes, or a folder of videos or JPEGImages")
     p.add_argument("--n", "--sources", type=int, default=-1, help="videos, or drawn scenes (-1: all; of shapes: 20)")
     p.add_argument("--steps", type=int, default=20, help="sampling steps")

@@ -689,7 +689,8 @@ JUDGED = {                                              # as SCORES; only with -
 # The judge that curation never filters by. Both models have it, and doing nothing does not win it; but its
 # network also gives ViCLIP_out, so it is not fully independent of the filter.
 HELD_OUT = "viclip_dir"
-WEIGHTS = {"viclip_out": 1, "pick_score": 1, "clip_frame": 1, "clip_text": 1}   # of the filter's total: equal
+# of the total that `agreement` prints: the paper's four but ViCLIP_dir, equal. The filter's are in curate.py, VIDEO_WEIGHTS
+WEIGHTS = {"viclip_out": 1, "pick_score": 1, "clip_frame": 1, "clip_text": 1}
 TRUTH = {                                               # as SCORES; only where the true edit is known
     "psnr_truth": ("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
     "ssim_truth": ("SSIM to truth", "up", 3, "structure of the true edit inside its region"),
@@ -891,6 +892,13 @@ def choose_scorers(args):
     return scorers, 480 if kind == "published" else 0
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
+
+
 def command(name, description):
     """An argument parser whose errors are UserErrors."""
     parser = argparse.ArgumentParser(prog=f"metrics.py {name}".strip(), description=description)
@@ -903,7 +911,8 @@ def command(name, description):
 
 def scorer_flags(parser):
     parser.add_argument("--scorers", choices=["auto", "tiny", "published"], default="auto",
-                        help="embedded networks or the hub's (default: the hub's if there is a GPU)")
+                        help="embedded networks or the hub's; auto: for curation those that lie with the editor, else the hub's "
+                        "if there is a GPU")
     for role in ("clip", "pick", "viclip"):
         parser.add_argument(f"--{role}", metavar="DIR",
                             help=f"hub id or directory of another {role} network, or none")
@@ -1338,8 +1347,11 @@ def write_aside(path, text):
     """A text file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")           # two processes may write the same
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)                                    # of a full disk
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ Shapes: video (B, F, 3, H, W) in [-1, 1]; latents z (B, F, c, h, w); N = B*F whe
 tokens (N, L, D) with L = h*w. Attribute names are the keys of the published files (diffusers layout), so weights need
 no translation table.
 """
+import errno
 import gzip
 import html
 import json
@@ -43,11 +44,16 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call a script's `main()`; a UserError becomes one line on stderr and exit status 2."""
+    """Call a script's `main()`; a UserError, or a full disk, becomes one line on stderr and exit status 2."""
     try:
         main()
     except UserError as e:
         sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except (OSError, RuntimeError, SafetensorError) as e:           # a full disk has many names
+        if getattr(e, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(e):
+            raise
+        where = getattr(e, "filename", None) or "a file"
+        sys.exit(print(f"error: {where} cannot be written: the disk is full; make room and run the same again", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("interrupted; nothing half-written", file=sys.stderr) or 130)
 

@@ -82,6 +82,12 @@ def open_video(path):
         yield container, streams[0]
 
 
+def frame_files(folder):
+    """The pictures of a folder in the order of their numbers: 2.png before 10.png."""
+    return sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != "."),
+                  key=lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)])
+
+
 def probe(path, rate=24):
     """Clip of a file, or of a folder of frames, which play at `rate` per second. Reads packets, decodes one frame.
 
@@ -89,9 +95,7 @@ def probe(path, rate=24):
     """
     path = Path(path)
     try:
-        files = [path] if not path.is_dir() else sorted(
-            (f for f in path.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != "."),
-            key=lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)])
+        files = frame_files(path) if path.is_dir() else [path]
         size = files[0].stat().st_size if files else 0
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -11,12 +11,12 @@
     python train.py --stage plot        gamma and EPM bias over a round's training as a PNG
     python train.py --stage table3      the ablation tables of the README: table2, table3, table4
     python train.py --stage export      copy the finished networks into assets/tiny as float16
-    python train.py                     vae to image, then eval and export, skipping what is finished
+    python train.py                     vae to image, then eval, skipping what is finished
     python train.py --round 2           bring the model up to refinement round 2: all of it, curation included
 
 Contents: the world set (drawn once, shared by all stages), the loop, one loss per stage, the rounds, evaluation and
 tables, export, flags. A run lives in runs/<model>/<stage>/: model.safetensors (EMA), state.pt (to resume), meta.json,
-log.jsonl. Under torchrun the stages motion and video share their batch among the processes.
+log.jsonl. Under torchrun the stages motion, video and writer share their batch among the processes.
 """
 import argparse
 import hashlib
@@ -47,8 +47,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import curate
-from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer, psnr,
-                     save_lora, succeeds, writer_loss, write_aside)
+from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, Defaults, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer,
+                     psnr, save_lora, succeeds, writer_loss, write_aside)
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, hub_dir, noise_levels, read_json, read_tensors, repository, run,
                    warn_if_slow)
@@ -236,7 +236,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     average = {k: v.detach().clone() if k in trained else v for k, v in net.state_dict().items()}
     start = 0
     if (out / "state.pt").is_file():
-        state = torch.load(out / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)        # a resumed run needs no more memory
         changed = [k for k in meta["args"] if k in state["args"] and state["args"][k] != meta["args"][k]]
         if changed and not resume_any:
             names = [f"--{k.replace('_', '-')} {state['args'].get(k)} (now {meta['args'][k]})" for k in changed]
@@ -247,7 +247,10 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
             opt.load_state_dict(state["opt"])
         else:                                                      # --force with another --trainable or --optimizer
             print(f"{out}: other parameters or another optimizer now, which starts anew")
-        average, start = state["ema"], state["step"]
+        for k in trained:
+            average[k].copy_(state["ema"][k])
+        start = state["step"]
+        del state
     log = out / "log.jsonl"
     if rank == 0 and log.is_file():                                # lines after the checkpoint will come again
         lines = [x for x in log.read_text().splitlines(keepends=True)
@@ -365,7 +368,7 @@ def stage_vae(args, shards, out):
         return d.abs().mean() + 2 * d.square().mean() + 0.5 * edges + 1e-4 * kl
 
     steps, lr = args.steps or STEPS["vae"], args.lr or 2e-3
-    meta = dict(stage="vae", config=TINY_VAE, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=lr))
+    meta = dict(stage="vae", config=TINY_VAE, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, size=args.size, lr=lr))
     fit(vae, loss_fn, out, meta, steps, lr, 64, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
     # the factor that brings the latents to unit variance goes into the published place, the config
     with torch.no_grad():
@@ -581,7 +584,7 @@ def stage_image(args, shards, out, base, weights=None):
     vae.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     tokenizer = Tokenizer(base / "tokenizer" / "vocab.json", base / "tokenizer" / "merges.txt")
     encoder = hashlib.sha1(vae.quant_conv.weight.cpu().numpy().tobytes()).hexdigest()[:8]      # another encoder, another cache
-    shards = cache_latents(vae, shards, args.data / f"latents-{encoder}", args.device)
+    shards = cache_latents(vae, shards, args.data / f"latents-{args.size}px-{encoder}", args.device)
     torch.manual_seed(args.seed)
     if weights:                                                    # go on from another editor, with a new schedule
         ed = VideoEditor.from_pretrained(weights, motion=False, device=args.device, dtype="float32")
@@ -621,7 +624,7 @@ def stage_image(args, shards, out, base, weights=None):
     steps, lr = args.steps or STEPS["image"], args.lr or 1e-3
     meta = dict(stage="image", base=str(base.relative_to(ROOT)) if base.is_relative_to(ROOT) else str(base), unet=TINY_UNET,
                 args=dict(weights=weights and portable(weights), steps=steps, seed=args.seed, pairs=args.pairs,
-                          lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight,
+                          size=args.size, lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight,
                           optimizer=args.optimizer))
     fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
         optimizer=args.optimizer)
@@ -766,9 +769,12 @@ def stage_motion(args, out, base):
                           t_bias=args.t_bias, seed=args.seed))
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
         accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips")
-    write_network(base / "motion_adapter", ed.unet.motion_config, {
-        k: v for k, v in ed.unet.state_dict().items() if "motion_modules" in k and not k.endswith(".gamma")},
-        "diffusion_pytorch_model.safetensors")
+    if processes()[0] == 0:
+        write_network(base / "motion_adapter", ed.unet.motion_config, {
+            k: v for k, v in ed.unet.state_dict().items() if "motion_modules" in k and not k.endswith(".gamma")},
+            "diffusion_pytorch_model.safetensors")
+    if dist.is_initialized():
+        dist.barrier()                                             # the others read it next
 
 
 def recompute(unet):
@@ -980,13 +986,13 @@ def said_as(flag):
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("--from ", f"{flag} ")) from None
+        raise UserError(str(error).replace("--from ", f"{flag} ").replace("another --to", "another --data")) from None
 
 
 def curate_stage(args, stage, weights, to, *more):
     """curate.py's command `stage`; under torchrun every process does its share, then waits for the others."""
     dtype = {True: ["--dtype", "bfloat16"], False: ["--dtype", "float32"], None: []}[args.bf16]
-    flags = [*dtype, *shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}")), *map(str, more)]
+    flags = [*dtype, *["--force"] * args.force, *shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}")), *map(str, more)]
     with said_as("--real-from" if stage == "real" else "--images-from"):
         curate.main([stage, "--weights", str(weights), "--to", str(to), "--device", args.device, *flags])
     if dist.is_initialized():
@@ -1007,6 +1013,7 @@ def refine(args):
     for n in range(args.round + 1):
         out, to = args.runs / f"round{n}", args.data / f"round{n}"
         if finished(out, args.steps or VIDEO[args.model]["steps"]):
+            print(f"round {n}: finished, in {out}")
             continue
         print(f"round {n}: curating into {to}")
         if n == 0:
@@ -1017,6 +1024,23 @@ def refine(args):
             curate_stage(args, "real", args.runs / f"round{n - 1}", to, "--round", n, "--from", args.real_from,
                          "--n", args.real_clips)
         stage_video(args, out, image, round_folders(args, n))
+
+
+def check_finished_rounds(args):
+    """UserError where a round that --round would skip as finished was trained in another way than the flags now say."""
+    for n in range(args.round + 1):
+        out = args.runs / f"round{n}"
+        if args.force or not finished(out, args.steps or VIDEO[args.model]["steps"]):
+            continue
+        old = read_json(out / "meta.json")["args"]
+        now = {k: getattr(args, k) for k in ("sma", "epm", "epm_sites", "epm_start", "trainable", "camera_moves", "t_bias",
+                                             "region_weight", "no_text", "guided_loss", "seed")}
+        now |= dict(train_on=[portable(folder) for folder in round_folders(args, n)], weights=portable(starting_point(args)[0]))
+        now |= {k: getattr(args, k) for k in ("lr", "lr_new", "same_noise") if getattr(args, k) is not None}
+        changed = [f"--{k.replace('_', '-')} {old[k]} (now {v})" for k, v in now.items() if k in old and old[k] != v]
+        if changed:
+            raise UserError(f"{out}: finished with {', '.join(changed)}; pass the same, --force to keep it as it is, or "
+                            "another --runs folder")
 
 
 def round_folders(args, n):
@@ -1373,7 +1397,9 @@ def export(run, target):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def defaults(name):
+        return ", ".join(f"{how[name]:g} ({model})" for model, how in VIDEO.items())
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Defaults)
     p.add_argument("--stage", default="all", choices=["all", *STEPS, "video", "writer", "eval", "plot", *TABLES, "export"],
                    help="what to train or do")
     p.add_argument("--round", type=int, help="bring the model up to this refinement round, curation included; with --stage "
@@ -1384,9 +1410,9 @@ def parse_args(argv=None):
     p.add_argument("--force", action="store_true", help="resume a run although its settings changed")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     # training
-    p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}, video "
-                   + ", ".join(f"{how['steps']} ({name})" for name, how in VIDEO.items()))
-    p.add_argument("--lr", type=float, help="peak learning rate; default 2e-3 vae, 1e-3 the others, video see VIDEO")
+    p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}, writer {WRITER_STEPS}, video {defaults('steps')}")
+    p.add_argument("--lr", type=float, help=f"peak learning rate; default 2e-3 vae, {WRITER_LR:g} writer, video {defaults('lr')}, "
+                   "1e-3 the others")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (weights stay in float32) and "
                    "curate in it; default on CUDA only. Faster on CPUs with AVX512-BF16 or AMX, slow on others")
     p.add_argument("--optimizer", default="muon", choices=["muon", "adamw"], help="image stage, for matrices inside the network; "
@@ -1396,17 +1422,21 @@ def parse_args(argv=None):
     p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")
     p.add_argument("--size", type=int, default=64, help="short side of the editor's frames in pixels, a multiple of 32")
     p.add_argument("--seed", type=int, default=0, help="initialisation; also of eval's scenes")
-    p.add_argument("--t-bias", type=float, help="time steps are T*u^bias: 1 uniform, below 1 more noise")
-    p.add_argument("--region-weight", type=float, help="extra loss weight where the true edit changes the latents")
+    p.add_argument("--t-bias", type=float, help="time steps are T*u^bias: 1 uniform, below 1 more noise; default "
+                   + defaults("t_bias"))
+    p.add_argument("--region-weight", type=float, help="extra loss weight where the true edit changes the latents; default "
+                   + defaults("region_weight"))
     # motion and video
-    p.add_argument("--clip-batch", type=int, help="clips of 16 frames in a micro-batch of one process")
-    p.add_argument("--accumulate", type=int, help="micro-batches a step")
+    p.add_argument("--clip-batch", type=int, help="clips of 16 frames in a micro-batch of one process; default "
+                   + defaults("clip_batch"))
+    p.add_argument("--accumulate", type=int, help="micro-batches a step; default " + defaults("accumulate"))
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: slower, less memory")
     p.add_argument("--save-minutes", type=float, default=5, help="minutes between checkpoints")
     p.add_argument("--same-noise", type=float, help="share of clips whose frames have one noise; default motion 0.5, "
                    "video 1 (tiny) or 0 (sd15)")
     p.add_argument("--motion-clips", type=int, default=2000, help="motion: unedited clips to draw")
-    p.add_argument("--lr-new", type=float, help="video: peak learning rate of EPM; gamma's is ten times that")
+    p.add_argument("--lr-new", type=float, help="video: peak learning rate of EPM; gamma's is ten times that; "
+                   "default " + defaults("lr_new"))
     p.add_argument("--trainable", default="temporal", choices=["temporal", "all"], help="video: motion modules, or the whole "
                    "U-Net; gamma and EPM always")
     p.add_argument("--sma", action=argparse.BooleanOptionalAction, default=True, help="video: trained gamma from 0; else fixed at 1")
@@ -1431,24 +1461,24 @@ def parse_args(argv=None):
     # curation for --round
     p.add_argument("--motion", help="motion adapter; default sd15: AnimateDiff's, tiny: stage motion's")
     p.add_argument("--images-from", default="shapes", help="round 0: source images, as `curate.py images --from`")
-    p.add_argument("--images", type=int, default=240, help="round 0: how many of them")
+    p.add_argument("--images", type=int, default=240, help="round 0 and table2: how many of them")
     p.add_argument("--real-from", default="shapes", help="rounds 1, 2: real clips, as `curate.py real --from`")
-    p.add_argument("--real-clips", type=int, default=120, help="rounds 1, 2: how many of them")
+    p.add_argument("--real-clips", type=int, default=120, help="rounds 1, 2: how many of them; of a folder how many videos")
     for stage in ("images", "videos", "real"):
         p.add_argument(f"--curate-{stage}", default="", metavar="FLAGS", help=f"more flags for `curate.py {stage}`, quoted "
                        f"and after =, like --curate-real=\"--writer llava\"; tiny's own: {CURATE['tiny'][stage]}")
     # evaluation
     p.add_argument("--weights", help="what to evaluate or to start from, as VideoEditor.from_pretrained; default the run, else tiny "
                    "(image: from nothing)")
-    p.add_argument("--n", type=int, default=24, help="eval: edits per task")
+    p.add_argument("--n", type=int, default=24, help="eval, tables: edits per task")
     p.add_argument("--frames", type=int, default=1, help="eval: frames a clip; 1 edits single frames")
     p.add_argument("--sampling-steps", type=int, default=20, help="eval, tables: of every edit")
     p.add_argument("--mode", default="auto", choices=["auto", "image", "ffg", "video"], help="eval: how clips are edited")
     p.add_argument("--ffg-keys", default="beside", choices=["beside", "instead"], help="eval: a frame's own keys in FFG-V2V")
     p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="eval: which scenes")
     p.add_argument("--clips", type=Path, help="eval: also a folder of real clips")
-    p.add_argument("--text-cfg", type=float, help="eval: text guidance; default the checkpoint's")
-    p.add_argument("--source-cfg", type=float, help="eval: source guidance; default the checkpoint's")
+    p.add_argument("--text-cfg", type=float, help="eval, tables: text guidance; default the checkpoint's")
+    p.add_argument("--source-cfg", type=float, help="eval, tables: source guidance; default the checkpoint's")
     p.add_argument("--to", type=Path, default=ROOT / "assets" / "tiny", help="export: target directory")
     args = p.parse_args(argv)
     for name, default in VIDEO[args.model].items():
@@ -1533,6 +1563,8 @@ def main(argv=None):
     join_processes(args.device)
     up_to_round, first = args.stage == "all" and args.round is not None, processes()[0] == 0
     run_of_round = args.out or args.runs / ("image" if args.round is None else f"round{args.round}")
+    if up_to_round:
+        check_finished_rounds(args)
     if args.model == "tiny" and first and not (up_to_round and args.weights):              # minutes, so one process is enough
         networks(args)
     if dist.is_initialized():
@@ -1561,7 +1593,7 @@ def main(argv=None):
         words_heard(ed, 5 * args.n // 2, args.seed, ed.size)
         if args.clips:
             evaluate_clips(ed, args.clips, ed.size, 8, *how)
-    if (args.stage == "export" or args.stage == "all" and args.round is None) and first:
+    if args.stage == "export" and first:
         export(run_of_round, args.to)
     if dist.is_initialized():
         dist.destroy_process_group()

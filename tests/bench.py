@@ -365,8 +365,9 @@ def transformers_clip(net, config, clip):
 # ---- --training: one step of stage video, one candidate of curation ----------------------------------------------
 
 def bench_training(model, size, n_frames, runs, steps, device):
-    """Forward and backward of one clip as stage video has it (motion, gamma and EPM trained, no optimizer step), and
-    curation's candidates: sampling and decoding, of one image in a batch, of one clip with FFG-V2V."""
+    """A step of stage video on one clip as `train.fit` has it (float32 weights, bfloat16 arithmetic on CUDA; motion, gamma and
+    EPM trained; optimizer and EMA counted), and curation's candidates: sampling and decoding, of one image in a batch, of
+    one clip with FFG-V2V."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_hub_folder(model, folder)
@@ -397,9 +398,12 @@ def bench_training(model, size, n_frames, runs, steps, device):
 
     unet = ed.unet
     unet.add_epm()
-    unet.to(device)
+    unet.to(device, torch.float32)
     for name, p in unet.named_parameters():
         p.requires_grad_(train.is_new(name) or "motion_modules" in name)
+    params = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-6, fused=True)
+    average = [p.detach().clone() for p in params]
     sample = (z_src[0], z_src[0], ed.encode_text(["make it snow"])[0].float(), torch.tensor(500, device=device),
               z_T[0], torch.ones(1, 1, 1, 1))
     sites = [(m, m.epm) for m in unet.modules() if hasattr(m, "epm")]
@@ -412,7 +416,11 @@ def bench_training(model, size, n_frames, runs, steps, device):
                 m._modules.update(epm=layer) if epm else m._modules.pop("epm", None)
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 train.clip_loss(unet, [sample], ed.scheduler, device, guidance).backward()
-            unet.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for mean, p in zip(average, params):
+                    mean.lerp_(p, 1e-3)
         return call
     if model == "tiny" or device == "cuda":                        # full-size activations do not fit a CPU's memory
         row("training step, a clip, EPM", *timed([step(True)], runs, device))

@@ -487,6 +487,56 @@ def test_an_image_that_does_not_decode_gets_a_line_and_the_run_goes_on(hub, tmp_
     assert Image.open(tmp_path / "x" / rows[1]["id"] / "source.png").size == (48, 32)     # 56x40, in eights
 
 
+    images(hub, tmp_path / "x", "--from", tmp_path, "--limit", 1, n=-1)               # only new ones
+    assert len(C.read_manifest(tmp_path / "x")) == 4
+    Image.fromarray(picture()).save(tmp_path / "bad.png")            # it can be read again
+    images(hub, tmp_path / "x", "--from", tmp_path, n=-1)
+    rows = C.read_manifest(tmp_path / "x")
+    assert len(rows) == 6 and sum(row["kept"] for row in rows) == 2 and not any(C.unreadable(row) for row in rows)
+    images(hub, tmp_path / "x", "--from", tmp_path, n=-1)
+    assert C.read_manifest(tmp_path / "x") == rows
+
+
+def test_a_disk_that_is_gone_stops_the_run(hub, tmp_path):
+    captions = {"instruction": "make it snow", "source_caption": "a street", "target_caption": "a street in the snow"}
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"source": f"{i}.png"} | captions) + "\n" for i in range(30)))
+    with pytest.raises(UserError, match="20 images one after another could not be read.*not a readable image"):
+        images(hub, tmp_path / "x", "--from", tmp_path, n=-1)
+
+
+def test_a_source_that_is_listed_twice_is_done_once_and_told(hub, tmp_path, capsys):
+    folder = tmp_path / "pairs" / "7"
+    folder.mkdir(parents=True)
+    for k in (0, 1):
+        Image.fromarray(picture()).save(folder / f"3_{k}.jpg")
+    (folder / "prompt.json").write_text(json.dumps({"input": "a street", "edit": "make it snow", "output": "a snowy street"}))
+    (tmp_path / "pairs" / "seeds.json").write_text(json.dumps([["7", [3]], ["7", [3]]]))
+    for _ in range(2):
+        images(hub, tmp_path / "x", "--from", tmp_path / "pairs", n=-1)
+        assert "1 images are there twice" in capsys.readouterr().out
+        assert [row["candidate"] for row in C.read_manifest(tmp_path / "x")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("videos_there", [0, 1])
+def test_a_rank_without_a_usable_video_waits_for_the_others(hub, tmp_path, monkeypatch, videos_there):
+    (tmp_path / "in").mkdir()
+    x = torch.rand(1, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    write_video(tmp_path / "in" / "a.mp4", x if videos_there else x[:, :4], 8)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ["real", "--weights", str(hub), "--round", "1", "--from", str(tmp_path / "in"), "--to", str(tmp_path / "x"),
+             "--candidates", "1", "--steps", "2", "--writer", str(tmp_path / "words.txt"), *OPEN]
+    (tmp_path / "words.txt").write_text("make it snow\n")
+    monkeypatch.setenv("RANK", "1")
+    C.main(flags)
+    monkeypatch.setenv("RANK", "0")
+    if videos_there:
+        C.main(flags)
+        assert len(C.read_manifest(tmp_path / "x")) == 1
+    else:
+        with pytest.raises(UserError, match="no clip to work on"):
+            C.main(flags)
+
+
 # clips
 
 @pytest.fixture(scope="session")
@@ -716,6 +766,16 @@ def test_frame_folders_of_all_four_sets_and_plain_videos_are_found(tmp_path, lay
         assert [p.name for _, p in C.find_videos(tmp_path)] == ["a", "b", "c.mp4"]
 
 
+def test_frames_of_a_folder_come_in_the_order_of_their_numbers_and_in_one_size(tmp_path):
+    for i in (1, 2, 10):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "._3.png").write_bytes(b"left by a file manager")
+    assert [int(rgb[0, 0, 0]) for rgb in C.video_frames(tmp_path)] == [1, 2, 10]
+    Image.fromarray(picture()).save(tmp_path / "11.png")
+    with pytest.raises(C.Unusable, match="11.png: 56x40, the frames before it 8x8"):
+        C.cut_video(tmp_path)
+
+
 def test_real_clips_are_cut_written_edited_and_a_broken_video_is_told(hub, tmp_path, capsys):
     write_video(tmp_path / "a.mp4", C.to_video(np.stack(moving(34, 1))), 8)
     (tmp_path / "b.mp4").write_bytes(b"no video")
@@ -790,6 +850,11 @@ def test_parquet_without_the_expected_columns_or_cut_short_is_refused(tmp_path):
     (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/empty"], "no image pairs in it"),
     (["images", "--weights", "HUB", "--to", "T/x", "--candidates", "0"], "--candidates 0: must be at least 1"),
     (["images", "--weights", "HUB", "--to", "T/x", "--min", "ssim"], "--min ssim: needs NAME=VALUE"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--min", "clip_sim_dri=0.2"], "--min clip_sim_dri: no such score; known"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/two"], "2 files of pairs in it .a.jsonl, b.jsonl."),
+    (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/two/a.jsonl"], "a.jsonl: holds no pairs"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/two/b.jsonl"], "line 1: is no JSON object"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/ip2p"], "prompt.json: needs input, edit and output"),
     (["images", "--weights", "HUB"], "--to"),
     (["videos", "--weights", "HUB", "--to", "T/x", "--images", "T/none"], "--images .*run curate.py images first"),
     (["videos", "--weights", "HUB", "--to", "T/x", "--images", "T/empty"], "holds neither a manifest"),
@@ -815,8 +880,13 @@ def test_parquet_without_the_expected_columns_or_cut_short_is_refused(tmp_path):
     (["images", "--weights", "HUB", "--to", "T/x", "--device", "abacus"], "--device abacus: not on this machine"),
 ])
 def test_bad_input_is_one_line_that_names_it(hub, made, tmp_path, command, match):
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "two", "ip2p/7"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "file").write_text("{}\n")
+    (tmp_path / "two" / "a.jsonl").write_text("")
+    (tmp_path / "two" / "b.jsonl").write_text("[]\n")
+    (tmp_path / "ip2p" / "7" / "prompt.json").write_text('{"input": "a street"}')
+    (tmp_path / "ip2p" / "7" / "3_0.jpg").write_text("")
     with pytest.raises(UserError, match=match) as error:
         C.main([x.replace("HUB", str(hub)).replace("MADE", str(made)).replace("LLAVA", str(LLAVA))
                 .replace("T/", f"{tmp_path}/") for x in command])
@@ -898,6 +968,8 @@ def test_the_page_holds_every_source_and_no_text_can_end_its_script(made, tmp_pa
     C.main(["look", str(tmp_path / "x"), "--to", str(tmp_path / "a.html")])
     page = (tmp_path / "a.html").read_text()
     assert page.count("</script>") == 1 and "http" not in page and '"sources"' in page.lower()
+    (made.parent / "round0").mkdir()
+    (made.parent / "round0" / "dataset.json").write_text("{}")       # a teacher's stage that has made no clip yet
     C.main(["look", str(made), "--to", str(tmp_path / "b.html")])
     page = (tmp_path / "b.html").read_text()
     data = json.loads(page.split("const data = ")[1].split(", $ = id =>")[0])

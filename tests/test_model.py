@@ -5,6 +5,7 @@ CPU in float32 (`instruct-pix2pix`, the two motion adapters, AnimateDiff's .ckpt
 network, v-prediction; `dpm-solver`: DPMSolverMultistepScheduler's trajectories); `<network>.json`: names and shapes of
 the published files. Each tolerance is ten times the reference's own distance between float32 and float64.
 """
+import errno
 import json
 import pickle
 import shutil
@@ -613,6 +614,20 @@ def test_a_scripts_user_error_is_one_line_and_status_2(capsys):
         model.run(main)
     out = capsys.readouterr()
     assert stop.value.code == 2 and out.err == "error: --frames 40: too many\n" and out.out == ""
+
+
+def test_a_full_disk_is_one_line_and_status_2_and_other_faults_keep_their_traceback(capsys):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "out/log.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        model.run(full)
+    assert stop.value.code == 2 and capsys.readouterr().err == (
+        "error: out/log.jsonl cannot be written: the disk is full; make room and run the same again\n")
+
+    def broken():
+        raise OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output"):
+        model.run(broken)
 
 
 @pytest.mark.parametrize("causal", [False, True])

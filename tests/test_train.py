@@ -503,6 +503,19 @@ def test_a_finished_round_is_neither_curated_nor_trained_again(tmp_path):
     assert (tmp_path / "round0" / "state.pt").stat().st_mtime_ns == before and not (tmp_path / "d").exists()
 
 
+def test_flags_that_contradict_a_finished_round_are_refused_by_name_before_any_work(tmp_path, capsys):
+    curated(tmp_path / "data")
+    train_video(tmp_path, "round0")
+    command = flags(tmp_path, "--round", "0", "--data", str(tmp_path / "d"))
+    command[1] = "all"
+    for more, match in ((["--no-epm"], "--epm True .now False."), (["--lr", "1"], "--lr .* .now 1.0."), (["--seed", "3"], "--seed")):
+        with pytest.raises(UserError, match=match):
+            train.main([*command, *more])
+    assert not (tmp_path / "d").exists() and "curating" not in capsys.readouterr().out
+    train.refine(train.parse_args([*command, "--no-epm", "--force"]))
+    assert f"round 0: finished, in {tmp_path / 'round0'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("n, mix, rounds", [(0, [], "0"), (1, [], "01"), (2, [], "2"), (2, ["--mix"], "02"), (3, ["--mix"], "03")])
 def test_a_round_trains_on_what_the_papers_table_4_counts(n, mix, rounds):
     folders = train.round_folders(train.parse_args(["--data", "d", *mix]), n)
