@@ -5,6 +5,7 @@
     python tests/bench.py --long               tiny on a 2,000-frame clip: is memory flat?
     python tests/bench.py --training           a training step of stage video, candidates of curation
     python tests/bench.py --teachers           CogVideoX and LLaVA-OneVision: full size on a GPU, else miniatures
+    python tests/bench.py --cost               operations and disk of the paper's schedule, counted, not timed
     python tests/bench.py --detail             what carrying an edit up to the source's resolution gains
 
 Where diffusers or transformers is installed, its modules are timed on the same weights in the same run, in turns.
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import curate
 import metrics
@@ -435,6 +437,47 @@ def bench_training(model, size, n_frames, runs, steps, device):
     row("training step, a clip, no EPM, checkpointing", *timed([step(False)], runs, device, warm=model == "tiny"))
 
 
+# ---- --cost: the paper's schedule, counted ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def operations(net, *inputs):
+    """Floating-point operations of a call, a multiplication and its addition counted as two; on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        net(*inputs)
+    return counter.get_total_flops()
+
+
+def bench_cost(size, tflops, n_frames=16, steps=20, branches=3):
+    """The paper's numbers (sections 3.2, 3.3, 4.1), this repository's defaults where it gives none: candidates of a clip
+    and training steps."""
+    unet, vae, _, motion = configs("sd15")
+    with torch.device("meta"):
+        net, coder = UNet(unet), VAE(vae)
+        net.add_motion(motion)
+        net.add_epm("all", n_frames)
+        c, h = vae["latent_channels"], size // 8
+
+        def unet_call(n, mode):
+            return operations(net, torch.empty(1, n, unet["in_channels"], h, h), torch.zeros(1), torch.empty(1, 77, 768), mode)
+        image, ffg, video = unet_call(1, "image"), unet_call(n_frames + 1, "ffg"), unet_call(n_frames, "video")
+        decoded = operations(coder.decode, torch.empty(1, c, h, h))
+        encoded = operations(coder.encode, torch.empty(1, 3, size, size))
+    defaults = train.VIDEO["sd15"]
+    clips = defaults["steps"] * defaults["clip_batch"] * defaults["accumulate"]
+    picture = 6 * size ** 2 + 2 * c * h * h * (steps + 1)
+    clip = n_frames * (size ** 2 // 4 + 4 * c * h * h)
+    sample = steps * branches
+    print(f"\n**sd15, {size}x{size}: a U-Net call takes {image / 1e12:.2f} TFLOP for an image, {video / 1e12:.1f} for a clip of "
+          f"{n_frames} frames**\n\n| stage | operations | hours at {tflops:g} TFLOP/s | disk, GB, at most |\n|---|---|---|---|")
+    for what, flop, disk in (
+            ("50 K images, 30 candidates", 50e3 * (encoded + 30 * (sample * image + decoded)), 50e3 * picture),
+            ("25 K clips by FFG-V2V, 4 candidates", 25e3 * (n_frames * encoded + 4 * (sample * ffg + n_frames * decoded)), 25e3 * clip),
+            ("two rounds of 16 K real clips, 4 candidates", 32e3 * (n_frames * encoded + 4 * (sample * video + n_frames * decoded)),
+             32e3 * clip),
+            (f"three trainings of {defaults['steps']} steps of {clips // defaults['steps']} clips", 3 * clips * 3 * video, 0)):
+        print(f"| {what} | {flop:.2g} | {flop / tflops / 3.6e15:.0f} | {disk / 1e9:.0f} |")
+
+
 # ---- --teachers: CogVideoX and LLaVA-OneVision ---------------------------------------------------------------------
 
 # Without a GPU: the published layers, fewer and narrower; clips of 17 frames of 128x192, frames of 84x84
@@ -598,6 +641,9 @@ def main():
     p.add_argument("--long", action="store_true", help="instead: tiny on a 2,000-frame clip")
     p.add_argument("--training", action="store_true", help="instead: a training step, and candidates of curation")
     p.add_argument("--teachers", action="store_true", help="instead: CogVideoX and LLaVA-OneVision")
+    p.add_argument("--cost", action="store_true", help="instead: what the paper's schedule takes, counted")
+    p.add_argument("--tflops", type=float, default=100, help="--cost: operations a second of the GPU, in 1e12; the default "
+                   "is a guess for a large one")
     p.add_argument("--detail", action="store_true", help="instead: edits carried to the source's resolution")
     p.add_argument("--n", type=int, default=24, help="--detail: scenes per kind of edit")
     p.add_argument("--seed", type=int, default=0, help="--detail: which scenes")
@@ -614,6 +660,10 @@ def main():
         return bench_long(args.device, args.size or 64, args.steps or 2)
     if args.teachers:
         return bench_teachers(args.runs, args.device)
+    if args.cost:
+        for size in (args.size,) if args.size else (256, 512):
+            bench_cost(size, args.tflops)
+        return
     if args.detail:
         return bench_detail(args.device, args.n, args.seed, args.domain, args.size or 64, args.steps or 20)
     for model in ("tiny", "sd15") if args.model == "both" else (args.model,):
