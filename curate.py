@@ -2396,7 +2396,8 @@ def calibrate(args):
         if not isinstance(data, dict) or not data.get("rating") or "answers" not in data:
             raise UserError(f"--ratings {path}: holds no ratings; pass what the page of metrics.py study --rate saved")
         for name, answers in data["answers"].items():               # named after the folder of the clip
-            ratings.setdefault(name.split("/")[0], []).append(np.mean(list(answers.values())))
+            if name.endswith("/target"):
+                ratings.setdefault(name.split("/")[0], []).append(np.mean(list(answers.values())))
     if args.ratings:
         rows = [row | {"y": float(np.mean(ratings[row["id"]])), "good": np.mean(ratings[row["id"]]) > 3}
                 for row in rows if row["id"] in ratings and row["kept"]]
@@ -2420,7 +2421,7 @@ def calibrate(args):
         centre, spread = x[train].mean(0), np.maximum(x[train].std(0), 1e-6)
         z = (x - centre) / spread
         w = fit_weights(z[train], good[train])
-        out["fitted"][~train], out["equal"][~train] = z[~train] @ w, z[~train].mean(1)
+        out["fitted"][~train], out["equal"][~train] = z[~train] @ w / max(w.sum(), 1e-9), z[~train].mean(1)
     print(f"{args.manifest}: {len(rows)} candidates of {len(sources)} sources, {good.mean():.0%} good; five folds")
     print("| total | Spearman | AUC | Spearman within a source |", "|---|---|---|---|", sep="\n")
     groups = [np.flatnonzero([row["id"] == name for row in rows]) for name in sources]
@@ -2483,10 +2484,12 @@ def yields(folder):
     """[stage, sources, candidates, sources with a candidate above all thresholds, kept, the paper's] of this data set
     and of those beside it."""
     table = []
-    for path in sorted(p for p in folder.resolve().parent.iterdir() if (p / "dataset.json").is_file()):
-        if not any(path.glob("manifest*.jsonl")):                   # its teacher is still at work
+    for path in sorted(p for p in folder.resolve().parent.iterdir() if p.is_dir() and os.access(p, os.R_OK | os.X_OK)):
+        if not (path / "dataset.json").is_file() or not any(path.glob("manifest*.jsonl")):          # a teacher is still at work
             continue
         rows, config = read_manifest(path), read_json(path / "dataset.json")
+        if "stage" not in config:                                   # somebody else's
+            continue
         stage = config["stage"] + (f" {config['round']}" if config["round"] else "")
         ids = [{row["id"] for row in rows if test(row)} for test in
                (lambda row: True, lambda row: " below " not in row["why"] and row["scores"], lambda row: row["kept"])]

@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
                    find_tensors, hub_dir, load_weights, read_json, read_tensors, run)
-from sample import (choose_model, edit_stream, model_size, plan, probe, read_frames, resize, seam_score,
+from sample import (choose_model, edit_stream, model_size, open_video, plan, probe, read_frames, resize, seam_score,
                     to_rgb, to_tensor, window_starts, write_video)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -709,10 +709,10 @@ SCORERS = {                                                             # role: 
 
 
 def load_frames(path):
-    """A video file or a folder of numbered frames -> (frames (F, H, W, 3) uint8, frames per second)."""
+    """A video file or a folder of numbered frames -> (frames (F, H, W, 3) uint8, frames per second; None of a folder)."""
     clip = probe(path)
     plan(clip)                                                          # refuses a file that is cut short
-    return np.stack([rgb for _, rgb in read_frames(clip)]), float(clip.rate)
+    return np.stack([rgb for _, rgb in read_frames(clip)]), None if Path(path).is_dir() else float(clip.rate)
 
 
 def stretch(frame, width, height):
@@ -722,7 +722,9 @@ def stretch(frame, width, height):
 
 
 def align(source, edited, source_fps, edited_fps):
-    """Source and edit as clips of one length, size and rate: (source, edited, notes on what was done)."""
+    """Source and edit as clips of one length, size and rate: (source, edited, notes on what was done). A rate of None, of a
+    folder of frames, is the other's."""
+    source_fps, edited_fps = source_fps or edited_fps or 1, edited_fps or source_fps or 1
     notes, rate = [], min(source_fps, edited_fps)
     if max(source_fps, edited_fps) > 1.01 * rate:
         notes.append(f"source has {source_fps:g} frames a second, edit {edited_fps:g}: compared at {rate:g}")
@@ -926,14 +928,27 @@ def judge_flags(parser):
 
 
 def judge_mark(source):
-    """Eight digits that tell one LLaVA from another, wherever it lies: of its weight files' sizes and beginnings."""
+    """Eight digits that tell one LLaVA from another, wherever it lies."""
     try:
-        folder, crc = hub_dir(source, LLAVA_FILES), 0
+        return weights_mark(hub_dir(source, LLAVA_FILES))
     except UserError as error:
         raise UserError(f"--judge {source}: {error}") from None
-    for path in sorted(folder.glob("model*.safetensors")):
+
+
+def weights_mark(folder):
+    """Eight digits of the sizes and beginnings of a network's weight files."""
+    crc = 0
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin", ".pth")):
         with open(path, "rb") as f:
             crc = zlib.crc32(f.read(1 << 20), zlib.crc32(str(path.stat().st_size).encode(), crc))
+    return f"{crc:08x}"
+
+
+def content_mark(path):
+    """Eight digits of a file's bytes, or of those of all files in a folder."""
+    path, crc = Path(path), 0
+    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        crc = zlib.crc32(file.read_bytes(), zlib.crc32(file.name.encode(), crc) if path.is_dir() else crc)
     return f"{crc:08x}"
 
 
@@ -1027,6 +1042,8 @@ def read_tgve(folder, prompts=None):
         raise UserError(f"{folder}: holds no CSV; expected LOVEU-TGVE-2023_Dataset.csv and its video folders")
     prompts = prompts or next(iter(sorted(folder.glob("*prompt*.json"))), None)
     prompts = read_json(prompts) if prompts else {}
+    if not isinstance(prompts, dict) or not all(isinstance(x, dict) for x in prompts.values()):
+        raise UserError(f"{folder}: its prompts need to be a JSON object, {{video: {{\"edit_style\": instruction, …}}}}")
     with open(file, encoding="utf-8-sig", newline="") as f:
         header, *rows = [[cell.strip() for cell in row] for row in csv.reader(f)] or [[]]
     wanted = ["Video name", "Our GT caption", *TASKS]
@@ -1090,11 +1107,21 @@ def thin(frames, n=32):
     return frames[::max(1, len(frames) // n)][:n]
 
 
-def edit_benchmark(items, folder, edit, ending=".jpg"):
+def edit_benchmark(items, folder, edit, settings, ending=".jpg"):
     """Write edit(item), rgb frames, of every item as <folder>/<id>/00000.jpg, …, the submission layout.
 
-    Folders appear whole, and those that are there already are kept: a run continues where it stopped."""
-    todo = [i for i in items if not i["problem"] and not (folder / i["id"]).is_dir()]
+    Folders appear whole, and those that are there already are kept: a run continues where it stopped. <folder>/made.jsonl
+    says what made each: an edit by other settings, of another source or by another instruction is refused, not passed off."""
+    log = folder / "made.jsonl"
+    made = {row["id"]: row for row in read_log(log)}
+    wanted = {i["id"]: {"id": i["id"], "instruction": i["instruction"], "source": i["mark"], "settings": settings} for i in items
+              if not i["problem"]}
+    there = {name for name in wanted if (folder / name).is_dir()}
+    other = [name for name in there if made.get(name) != wanted[name]]
+    if other:
+        raise UserError(f"{folder / other[0]}: was made with other settings or from another clip, {made.get(other[0])}, now "
+                        f"{wanted[other[0]]}; pass another --out")
+    todo = [i for i in items if i["id"] in wanted.keys() - there]
     for item in tqdm(todo, desc=folder.name, unit="clip", disable=not todo):
         if not item["instruction"]:
             item["problem"] = "no instruction for it in the prompts"
@@ -1103,8 +1130,14 @@ def edit_benchmark(items, folder, edit, ending=".jpg"):
         aside = target.with_name(f".{target.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for i, rgb in enumerate(edit(item)):
-            Image.fromarray(rgb).save(aside / f"{i:05d}{ending}", quality=95)
+        try:
+            for i, rgb in enumerate(edit(item)):
+                Image.fromarray(rgb).save(aside / f"{i:05d}{ending}", quality=95)
+        except UserError as error:                                      # a source that cannot be read
+            shutil.rmtree(aside)
+            item["problem"] = str(error)
+            continue
+        append_line(log, wanted[item["id"]])
         os.replace(aside, target)
 
 
@@ -1126,35 +1159,59 @@ def stamp(ed, crc=0):
     return f"{zlib.crc32(repr((sorted(ed.scheduler.items()), ed.deadband)).encode(), crc):08x}"
 
 
-def read_log(path, head):
-    """{id: {row: scores}} of a results file that starts with `head`; a line that a crash cut is dropped."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    if lines and json.loads(lines[0]) != head:
-        raise UserError(f"{path}: was made with other scorers or settings, {lines[0]}; pass another --out")
-    write_aside(path, "\n".join(lines or [json.dumps(head)]) + "\n")
-    return {r["id"]: r["scores"] for r in map(json.loads, lines[1:])}
+def read_log(path):
+    """[dict] of a file of JSON lines, none where it is not there; a line that a crash cut is dropped."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[:text.rfind("\n") + 1]
+    if whole != text:
+        write_aside(path, whole)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
-def score_benchmark(items, folders, scorers, square, device, log, head, read, chunk=16):
+def append_line(path, row):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def score_benchmark(items, folders, scorers, square, device, log, read, chunk=16):
     """Scores of every item's edits, of its untouched source and of its first edited frame, frozen.
 
     folders: {row's name: folder in the submission layout}, the first the one that matters. read(item) -> what
-    `score_clips` takes, `source` and perhaps `truth` and `mask`. Every finished chunk of clips is appended to
-    `log` at once. Returns {id: {row: scores}}; what cannot be read gets a "problem".
+    `score_clips` takes, `source` and perhaps `truth` and `mask`, and `length`, the source's frames before it was thinned.
+    Every finished chunk of clips is appended to `log` at once, with a mark of all that the scores depend on: scorers, texts,
+    source and edits. Returns {id: {row: scores}}; what cannot be read gets a "problem".
     """
-    done, kept = read_log(log, head), {} if torch.device(device).type == "cuda" else None
+    kept = {} if torch.device(device).type == "cuda" else None
     main, rows = next(iter(folders)), [*folders, "untouched source", "frozen first edit"]
-    todo = [i for i in items if not i["problem"] and set(rows) - set(done.get(i["id"], ()))]
+    names = {role: (str(where), weights_mark(where) if Path(where).is_dir() else "") for role, where in scorers.items()}
+
+    def mark(item):
+        edits = {name: content_mark(folder / item["id"]) for name, folder in folders.items() if (folder / item["id"]).is_dir()}
+        what = names, square, item["mark"], [item[k] for k in ("instruction", "source_caption", "target_caption")], edits
+        return f"{zlib.crc32(json.dumps(what, sort_keys=True).encode()):08x}"
+    known, marks, done, todo = {(r["id"], r["mark"]): r for r in read_log(log)}, {}, {}, []
+    for item in (i for i in items if not i["problem"]):
+        marks[item["id"]] = mark(item)
+        row = known.get((item["id"], marks[item["id"]]))
+        if row and not set(rows) - set(row["scores"]):
+            done[item["id"]], item["notes"] = row["scores"], row["notes"]
+        else:
+            todo.append(item)
     for at in tqdm(range(0, len(todo), chunk), unit="chunk", disable=not todo):
         clips = []
         for item in todo[at:at + chunk]:
             try:
-                clip, edits = read(item), {}
+                clip, edits, notes = read(item), {}, []
+                length = clip.pop("length", None)
                 for name, folder in folders.items():
                     if not (folder / item["id"]).is_dir():
                         raise UserError(f"no edit at {folder / item['id']}")
                     edited = load_frames(folder / item["id"])[0]
-                    _, edits[name], item["notes"] = align(clip["source"], edited, 1, 1)
+                    edited = thin(edited) if len(edited) == length else edited          # of all of the source's frames
+                    _, edits[name], found = align(clip["source"], edited, 1, 1)
+                    notes += found
+                item["notes"] = list(dict.fromkeys(notes))
             except UserError as error:
                 item["problem"] = str(error)
                 continue
@@ -1164,12 +1221,10 @@ def score_benchmark(items, folders, scorers, square, device, log, head, read, ch
                       "frozen first edit": np.broadcast_to(edits[main][:1], clip["source"].shape)}
             clips.append((item, item | clip | {"edits": edits}))
         scored = score_clips([clip for _, clip in clips], scorers, device, square, kept)
-        with open(log, "a") as f:
-            for (item, _), result in zip(clips, scored):
-                add_success(result)
-                done[item["id"]] = {row: {k: v for k, v in scores.items() if math.isfinite(v)}
-                                    for row, scores in result.items()}
-                f.write(json.dumps({"id": item["id"], "scores": done[item["id"]]}) + "\n")
+        for (item, _), result in zip(clips, scored):
+            add_success(result)
+            done[item["id"]] = {row: {k: v for k, v in scores.items() if math.isfinite(v)} for row, scores in result.items()}
+            append_line(log, {"id": item["id"], "mark": marks[item["id"]], "notes": item["notes"], "scores": done[item["id"]]})
     return done
 
 
@@ -1196,16 +1251,22 @@ def add_success(result):
             scores["success"] = succeeds(scores["truth_gain"], scores["psnr_outside"], coded)
 
 
-def interval(values):
-    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples of clips, fixed seed)."""
-    rng = np.random.default_rng(0)
-    found = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=rng)
+def interval(values, groups=None):
+    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples, fixed seed). groups: a name for each value; those
+    of one name, such as edits of one video, are not independent and are drawn together."""
+    _, place = np.unique(np.arange(len(values)) if groups is None else groups, return_inverse=True)
+    sums, counts = np.bincount(place, values), np.bincount(place)
+
+    def mean(sums, counts, axis):
+        return sums.sum(axis) / counts.sum(axis)
+    found = scipy.stats.bootstrap((sums, counts), mean, n_resamples=2000, method="percentile", paired=True, vectorized=True,
+                                  rng=np.random.default_rng(0))
     return found.confidence_interval
 
 
-def mean_cell(x, digits, intervals, sign=""):
+def mean_cell(x, digits, intervals, sign="", groups=None):
     shown = [x.mean()] if len(x) else []
-    shown += interval(x) if intervals and len(x) > 1 else []
+    shown += interval(x, groups) if intervals and len(x if groups is None else set(groups)) > 1 else []
     shown = [f"{value:{sign}.{digits}f}" for value in shown]
     return (shown[0] if shown else "-") + (f" [{shown[1]}, {shown[2]}]" if len(shown) > 1 else "")
 
@@ -1219,12 +1280,13 @@ def column_name(key):
     return name + (" (held out)" if key == HELD_OUT else "") + {"up": " ↑", "down": " ↓"}.get(better, "")
 
 
-def table_row(name, rows, columns, intervals=False, sign=""):
-    """One Markdown row of means over clips; where some clips lack a score, it says over how many."""
+def table_row(name, rows, columns, intervals=False, sign="", groups=None):
+    """One Markdown row of means over clips; where some clips lack a score, it says over how many. groups: see `interval`."""
     cells = []
     for key in columns:
-        x = np.array([r[key] for r in rows if math.isfinite(r.get(key, math.nan))])
-        cell = mean_cell(x, (SCORES | TRUTH | JUDGED)[key][2], intervals, sign)
+        has = [i for i, r in enumerate(rows) if math.isfinite(r.get(key, math.nan))]
+        x = np.array([rows[i][key] for i in has])
+        cell = mean_cell(x, (SCORES | TRUTH | JUDGED)[key][2], intervals, sign, groups and [groups[i] for i in has])
         cells.append(cell + (f" (n={len(x)})" if 0 < len(x) < len(rows) else ""))
     return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
 
@@ -1236,7 +1298,10 @@ def table(items, done, folders, title, columns, paper=()):
     main, *controls = by_row
     ours = by_row[main]
     lines = [table_head(title, columns)]
-    lines.append(table_row("this run [95 %]", list(ours.values()), columns, intervals=True))
+
+    def video_of(names):                                                # several edits of it are not independent
+        return [name.rsplit("/", 1)[0] for name in names]
+    lines.append(table_row("this run [95 %]", list(ours.values()), columns, intervals=True, groups=video_of(ours)))
     for by in ("task", "domain"):
         for value in dict.fromkeys(i[by] for i in items if by in i):
             part = [ours[i["id"]] for i in items if i.get(by) == value and i["id"] in ours]
@@ -1244,9 +1309,9 @@ def table(items, done, folders, title, columns, paper=()):
     for name in controls:
         lines.append(table_row(f"control: {name}", list(by_row[name].values()), columns))
     for name in controls:                                               # paired: clip by clip
-        gains = [{key: ours[k].get(key, math.nan) - by_row[name][k].get(key, math.nan) for key in columns}
-                 for k in ours if k in by_row[name]]
-        lines.append(table_row(f"this run − {name} [95 %]", gains, columns, intervals=True, sign="+"))
+        both = [k for k in ours if k in by_row[name]]
+        gains = [{key: ours[k].get(key, math.nan) - by_row[name][k].get(key, math.nan) for key in columns} for k in both]
+        lines.append(table_row(f"this run − {name} [95 %]", gains, columns, intervals=True, sign="+", groups=video_of(both)))
     for name, values in dict(paper).items():
         row = table_row(f"copied from the paper: {name}", [dict(zip(IN_PAPER, values))], columns)
         lines.append(row.replace("| 1 |", "| |", 1))
@@ -1283,14 +1348,16 @@ def open_editor(args):
     cfg = [d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance)]
     mark = stamp(ed)
     title = f"{source} {mark}, text {cfg[0]:g}, source {cfg[1]:g}, {args.steps} steps, seed {args.seed}"
-    name = f"{Path(source).name}-{mark}_t{cfg[0]:g}_s{cfg[1]:g}_n{args.steps}_seed{args.seed}"
-    return ed, cfg, ed.size if args.size == -1 else args.size, title, name
+    size = ed.size if args.size == -1 else args.size
+    title += f", {size} px"
+    name = f"{Path(source).name}-{mark}_t{cfg[0]:g}_s{cfg[1]:g}_n{args.steps}_seed{args.seed}_{size}px"
+    return ed, cfg, size, title, name
 
 
 def finish(items, folders, scorers, square, device, out, title, read, report):
     """Score, print the lines that report(done) gives, and write them beside every clip's scores."""
     head = {"title": title, "scorers": {k: str(v) for k, v in scorers.items()}, "square": square}
-    done = score_benchmark(items, folders, scorers, square, device, out / "scores.jsonl", head, read)
+    done = score_benchmark(items, folders, scorers, square, device, out / "scores.jsonl", read)
     lines = report(done) + [f"scorers: {', '.join(f'{k} {v}' for k, v in head['scorers'].items())}"]
     write_aside(out / "table.md", "\n".join(lines) + "\n")
     clips = [item | {"scores": done.get(item["id"], {})} for item in items]
@@ -1316,13 +1383,17 @@ def main_tgve(argv):
     name = "tgve_plus" if args.plus else "tgve"
     items = read_tgve_plus(args.dir) if args.plus else read_tgve(args.dir, args.prompts)
     items = items if args.limit == -1 else items[:args.limit]
+    marks = {path: content_mark(path) for path in {item["path"] for item in items} if path}
+    items = [item | {"mark": marks.get(item["path"], "")} for item in items]
     scorers, square = choose_scorers(args)
     scorers |= {"judge": args.judge} if args.judge else {}
     columns = (*COLUMNS[:-1], *JUDGED, HELD_OUT) if args.judge else COLUMNS
     if args.outputs:
         if not args.outputs.is_dir():
             raise UserError(f"--outputs {args.outputs}: no such directory")
-        out, title = args.out or ROOT / "results" / name / args.outputs.resolve().name, str(args.outputs)
+        place = args.outputs.resolve()
+        label = f"{place.name}-{zlib.crc32(str(place).encode()):08x}"
+        out, title = args.out or ROOT / "results" / name / label, str(args.outputs)
         folders = {"edit": args.outputs}
     else:
         ed, (s_txt, s_src), size, title, label = open_editor(args)
@@ -1333,14 +1404,15 @@ def main_tgve(argv):
         options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
         for folder, mode in zip(folders.values(), ("auto", "image")):
             edit_benchmark(items, folder, lambda item: run_editor(ed, item, read_source(item)["source"], size,
-                                                                  options | {"mode": mode}))
+                                                                  options | {"mode": mode}), f"{title}, {mode}")
         del ed                                      # its memory is the scorers' now
     finish(items, folders, scorers, square, args.device, out, title, read_source,
            lambda done: table(items, done, folders, title, columns, PAPER[name]))
 
 
 def read_source(item):
-    return {"source": thin(load_frames(item["path"])[0])}
+    frames = load_frames(item["path"])[0]
+    return {"source": thin(frames), "length": len(frames)}
 
 
 def write_aside(path, text):
@@ -1435,7 +1507,7 @@ def agreement(items, done, candidates):
     lines = ["| score | clips | inside, within a clip [95 %] | inside, pooled | whole, within a clip [95 %] "
              "| whole, pooled |", "|---|---|---|---|---|---|"]
     for name, x in scores.items():
-        full = np.isfinite(x).all(1)                                    # clips for which this score exists
+        full = np.isfinite(x).all(1) & (np.ptp(x, axis=1) > 1e-9)       # clips that this score tells apart
         cells = [str(full.sum())]
         for gain in ("truth_gain", "whole_gain"):                       # inside the true region, overall
             y = values(gain)
@@ -1532,11 +1604,12 @@ def main_shapes(argv):
     if size % ed.multiple:
         raise UserError(f"--size {size}: drawn clips need a multiple of {ed.multiple}")
     items = world_items(n, args.clips, ["synthetic", "real"] if args.domain == "both" else [args.domain])
-    title += f", {args.frames} frames of {size}x{size}, clips {args.clips}"
-    out = args.out or ROOT / f"results/shapes/{label}_f{args.frames}_{size}px{'_grid' * in_grid}"
+    title += f", {args.frames} frames, clips {args.clips}"
+    out = args.out or ROOT / f"results/shapes/{label}_f{args.frames}_clips{args.clips}{'_grid' * in_grid}"
 
     def clip(item):
         return world_clip(item, args.frames, size)
+    items = [item | {"mark": f"{zlib.crc32(b''.join(x.tobytes() for x in clip(item)[:2])):08x}"} for item in items]
 
     if in_grid:
         texts = args.grid_text or [round(cfg[0] * f, 2) for f in (2 / 3, 1, 1.5, 2.5)]
@@ -1552,10 +1625,10 @@ def main_shapes(argv):
         grid.setdefault((s_txt, s_src), []).append(row)
         options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=1_000_003 * seed, mode=mode)
         edit_benchmark(items, folders[row],
-                       lambda item: run_editor(ed, item, clip(item)[0], size, options), ".png")
+                       lambda item: run_editor(ed, item, clip(item)[0], size, options), f"{title}, {row}, {mode}", ".png")
     for k, row in enumerate(CODED):                 # source, truth
         folders[row] = out / row.replace(" ", "_")
-        edit_benchmark(items, folders[row], lambda item: through_autoencoder(ed, clip(item)[k]), ".png")
+        edit_benchmark(items, folders[row], lambda item: through_autoencoder(ed, clip(item)[k]), f"{title}, {row}", ".png")
     del ed                                          # its memory is the scorers' now
 
     def read(item):
@@ -1587,21 +1660,26 @@ QUESTIONS = {"text": "Which video follows the caption better?",
 def find_clips(folder):
     """{name: video file or folder of frames} of everything below a folder: edited/cat.mp4 -> "cat"."""
     videos = {str(p.relative_to(folder).with_suffix("")): p for p in folder.rglob("*")
-              if p.suffix.lower() in (".mp4", ".webm", ".mov", ".mkv", ".gif")}
+              if p.suffix.lower() in (".mp4", ".webm", ".mov", ".mkv", ".gif") or p.name in ("source.png", "target.png")}
     frames = {str(p.parent.relative_to(folder)): p.parent for p in folder.rglob("*")
-              if p.suffix.lower() in (".jpg", ".jpeg", ".png") and p.parent != folder}
+              if p.suffix.lower() in (".jpg", ".jpeg", ".png") and p.parent != folder and p.name not in ("source.png", "target.png")}
     return frames | videos
 
 
+def plays_in_browsers(path):
+    with open_video(path) as (_, stream):
+        return stream.codec_context.name in ("h264", "vp8", "vp9", "av1", "libdav1d", "libvpx-vp9")
+
+
 def data_url(path, fps=8):
-    """A clip as a data: URL that browsers play; frames and other containers are written as mp4 first."""
-    if path.suffix.lower() in (".mp4", ".webm"):
+    """A clip as a data: URL that browsers play; frames, other containers and other codecs are written as mp4 first."""
+    if path.suffix.lower() in (".mp4", ".webm") and plays_in_browsers(path):
         blob, kind = path.read_bytes(), path.suffix[1:].lower()
     else:
         with tempfile.TemporaryDirectory() as folder:
             frames, rate = load_frames(path)
             video = torch.stack([to_tensor(f) for f in frames])[None]
-            write_video(Path(folder) / "clip.mp4", video, fps if path.is_dir() else rate)
+            write_video(Path(folder) / "clip.mp4", video, rate or fps)
             blob, kind = (Path(folder) / "clip.mp4").read_bytes(), "mp4"
     return f"data:video/{kind};base64,{base64.b64encode(blob).decode()}"
 
@@ -1621,7 +1699,14 @@ def main_study(argv):
     for folder in args.dirs:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such directory")
-    clips = [find_clips(folder) for folder in args.dirs]
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a folder; name the page")
+    clips, said = [find_clips(folder) for folder in args.dirs], {}
+    if args.rate and len(clips) == 1 and any(args.dirs[0].glob("manifest*.jsonl")):         # a data set of curate.py
+        import curate
+        rows = {f"{row['id']}/target": row for row in curate.read_manifest(args.dirs[0]) if row["kept"]}
+        clips = [{name: clips[0][name.replace("target", key)] for name in rows} for key in ("target", "source")]
+        said = {name: row["instruction"] for name, row in rows.items()}
     names = sorted(set.intersection(*map(set, clips[:n_edits])))
     if not names:
         raise UserError(f"{args.dirs[0]}, {args.dirs[n_edits - 1]}: no clips of the same name in both")
@@ -1629,14 +1714,16 @@ def main_study(argv):
     if alone:
         print(f"left out, in one folder only: {', '.join(alone)}")
     file = args.captions or args.dirs[0] / "captions.json"
-    captions = read_json(file) if args.captions or file.is_file() else {}
+    captions = read_json(file) if args.captions or file.is_file() else said
+    if not isinstance(captions, dict):
+        raise UserError(f"{file}: needs a JSON object, {{clip's name: caption}}")
     items = []
     for name in names:
+        paths = {key: found.get(name) or found.get(str(Path(name).parent))      # one source for several tasks
+                 for key, found in zip(("a", "source") if args.rate else ("a", "b", "source"), clips)}
+        rates = [float(probe(path).rate) for path in paths.values() if path and not path.is_dir()]
         item = {"name": name, "caption": str(captions.get(name, ""))}
-        for key, found in zip(("a", "source") if args.rate else ("a", "b", "source"), clips):
-            path = found.get(name) or found.get(str(Path(name).parent))         # one source for several tasks
-            item |= {key: data_url(path)} if path else {}
-        items.append(item)
+        items.append(item | {key: data_url(path, rates[0] if rates else 8) for key, path in paths.items() if path})
     labels = [folder.resolve().name for folder in args.dirs[:n_edits]]
     digest = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
     data = {"id": f"{'-'.join(labels)}-{digest}", "rating": args.rate,
@@ -1663,8 +1750,10 @@ def main_votes(argv):
         raise UserError(f"votes: files of several studies, {', '.join(sorted(studies))}; pass those of one")
     if files[0][1]["rating"]:
         raise UserError(f"{files[0][0]}: holds ratings, not votes; curate.py calibrate reads them")
+    files = list({file.get("person", str(path)): (path, file) for path, file in files}.items())         # the last of each
+    files = [found for _, found in files]
     a, b = files[0][1]["names"]
-    print(f"{a} against {b}: {len(files)} people")
+    print(f"{a} against {b}: {len(files)} {'person' if len(files) == 1 else 'people'}")
     print("| question | n | wins, % | 95 % |", "|---|---|---|---|", sep="\n")
     rates = []
     for question in QUESTIONS:

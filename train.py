@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import curate
 from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, Defaults, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer,
-                     psnr, save_lora, succeeds, writer_loss, write_aside)
+                     psnr, save_lora, stamp, succeeds, writer_loss, write_aside)
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, hub_dir, noise_levels, read_json, read_tensors, repository, run,
                    warn_if_slow)
@@ -1026,21 +1026,25 @@ def refine(args):
         stage_video(args, out, image, round_folders(args, n))
 
 
+def changed_flags(args, out, weights, folders):
+    """["--flag old (now new)"] where the finished run `out` was trained in another way than `args` say."""
+    old = read_json(out / "meta.json")["args"]
+    now = {k: getattr(args, k) for k in ("sma", "epm", "epm_sites", "epm_start", "trainable", "camera_moves", "t_bias",
+                                         "region_weight", "no_text", "guided_loss", "seed")}
+    now |= dict(train_on=[portable(folder) for folder in folders], weights=portable(weights))
+    now |= {k: getattr(args, k) for k in ("steps", "lr", "lr_new", "same_noise") if getattr(args, k) is not None}
+    return [f"--{k.replace('_', '-')} {old[k]} (now {v})" for k, v in now.items() if k in old and old[k] != v]
+
+
 def check_finished_rounds(args):
     """UserError where a round that --round would skip as finished was trained in another way than the flags now say."""
     for n in range(args.round + 1):
         out = args.runs / f"round{n}"
-        if args.force or not finished(out, args.steps or VIDEO[args.model]["steps"]):
-            continue
-        old = read_json(out / "meta.json")["args"]
-        now = {k: getattr(args, k) for k in ("sma", "epm", "epm_sites", "epm_start", "trainable", "camera_moves", "t_bias",
-                                             "region_weight", "no_text", "guided_loss", "seed")}
-        now |= dict(train_on=[portable(folder) for folder in round_folders(args, n)], weights=portable(starting_point(args)[0]))
-        now |= {k: getattr(args, k) for k in ("lr", "lr_new", "same_noise") if getattr(args, k) is not None}
-        changed = [f"--{k.replace('_', '-')} {old[k]} (now {v})" for k, v in now.items() if k in old and old[k] != v]
-        if changed:
-            raise UserError(f"{out}: finished with {', '.join(changed)}; pass the same, --force to keep it as it is, or "
-                            "another --runs folder")
+        if not args.force and finished(out, args.steps or VIDEO[args.model]["steps"]):
+            changed = changed_flags(args, out, starting_point(args)[0], round_folders(args, n))
+            if changed:
+                raise UserError(f"{out}: finished with {', '.join(changed)}; pass the same, --force to keep it as it is, or "
+                                "another --runs folder")
 
 
 def round_folders(args, n):
@@ -1207,15 +1211,15 @@ def words_heard(ed, n=60, seed=0, size=64):
     return heard
 
 
-def evaluate_clips(ed, folder, size=96, n_frames=8, s_txt=None, s_src=None, steps=20):
+def evaluate_clips(ed, folder, size=96, n_frames=8, s_txt=None, s_src=None, steps=20, mode="auto"):
     """Real clips at tiny's resolution: global edits against the exact operation; an empty instruction against the source."""
     from sample import read_video
     print("| clip | grayscale | sepia | night | empty | autoencoder |\n|---|---|---|---|---|---|")
-    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".mp4", ".mov", ".webm", ".gif")):
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in curate.VIDEOS):
         source = read_video(path, size=size, frames=n_frames)[0]
         frames = to_frames(source)
         truth = {f"make it {k}": curate.EFFECTS[k](frames, np.arange(len(frames)) / 10, 0) for k in ("grayscale", "sepia", "night")}
-        out = [psnr(to_frames(ed.edit(source, text, steps, s_txt, s_src)), frame) for text, frame in (truth | {"": frames}).items()]
+        out = [psnr(to_frames(ed.edit(source, text, steps, s_txt, s_src, mode=mode)), frame) for text, frame in (truth | {"": frames}).items()]
         out.append(psnr(to_frames(ed.decode(ed.encode(source) * ed.vae.scaling_factor)), frames))
         print(f"| {path.stem} | " + " | ".join(f"{x:.1f}" for x in out) + " |", flush=True)
 
@@ -1260,12 +1264,24 @@ def table_rows(args):
             ("round 2, real only", {}, image, [data / "round2"], rounds[2])]
 
 
+def table_line(name, domain, seeds, first):
+    """One line: seeds [(clips, 3) of `success`], first (clips, 3): the first row's mean over its seeds."""
+    v = np.mean(seeds, axis=0)
+    gain, means = v - first, [x[:, 0].mean() for x in seeds]
+    half, half_gain = (1.96 * x.std(axis=0) / math.sqrt(len(x)) for x in (v, gain))
+    return (f"| {name} | {domain} | {len(v)} x {len(seeds)} | {v[:, 0].mean():.1%} ± {half[0]:.1%} | "
+            f"{min(means):.1%} to {max(means):.1%} | {gain[:, 0].mean():+.1%} ± {half_gain[0]:.1%}, {(gain[:, 0] != 0).sum()} differ | "
+            f"{v[:, 1].mean():+.1f} ± {half[1]:.1f} | {gain[:, 1].mean():+.2f} ± {half_gain[1]:.2f} | "
+            f"{v[:, 2].mean():.2f} ± {half[2]:.2f} | {gain[:, 2].mean():+.2f} ± {half_gain[2]:.2f} |")
+
+
 def tables(args):
     """Train every row of a table with --seeds seeds and measure it on held-out clips of 16 frames, both domains.
 
     Runs lie in runs/<model>/<table>/<row>-<seed>; what is trained or measured already is not done again. Every seed
     edits the same clips, so intervals are over clips, each the mean of its seeds; differences to the first row are
-    taken clip by clip; the spread of the seeds' means stands beside them. Under torchrun the domains are shared.
+    taken clip by clip, with how many clips differ in success: where none does, ± 0 only says that, not that none would.
+    The spread of the seeds' means stands beside them. Under torchrun the domains are shared.
     """
     steps, motion = args.steps or VIDEO[args.model]["steps"], starting_point(args)[1]
     lines, first, (rank, world) = [], {}, processes()
@@ -1273,18 +1289,24 @@ def tables(args):
         results = {"synthetic": [], "real": []}
         for seed in range(args.seeds if flags is not None else 1):
             out = args.runs / args.stage / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-            if seed == 0 and own and finished(own, steps) and read_json(own / "meta.json")["args"]["steps"] == steps:
-                out = own
-            if flags is not None and not finished(out, steps):
-                stage_video(argparse.Namespace(**vars(args) | flags | {"seed": seed}), out, weights, folders)
+            if flags is not None:
+                row = argparse.Namespace(**vars(args) | {"steps": steps} | flags | {"seed": seed})
+                if seed == 0 and own and finished(own, steps) and not changed_flags(row, own, weights, folders):
+                    out = own
+                if not finished(out, steps):
+                    stage_video(row, out, weights, folders)
+                elif not args.force and (changed := changed_flags(row, out, weights, folders)):
+                    raise UserError(f"{out}: finished with {', '.join(changed)}; pass the same, --force to keep it as it is, "
+                                    "or another --runs folder")
             files, guidance = {domain: out / f"eval-{domain}.json" for domain in results}, (args.text_cfg, args.source_cfg)
             for k, (domain, done) in enumerate(files.items()):
                 trained, mode = (weights, "ffg") if flags is None else (out, "video")
-                meta = Path(trained) / "meta.json"                 # published weights have none
-                how = dict(n=args.n, guidance=list(guidance), sampling_steps=args.sampling_steps,
-                           step=read_json(meta)["step"] if meta.is_file() else None)
-                if k % world == rank and not (done.is_file() and read_json(done)["how"] == how):
-                    ed = VideoEditor.from_pretrained(trained, motion=motion if flags is None else None, device=args.device)
+                if k % world != rank:
+                    continue
+                ed = VideoEditor.from_pretrained(trained, motion=motion if flags is None else None, device=args.device)
+                how = dict(n=args.n, guidance=list(guidance), sampling_steps=args.sampling_steps, size=ed.size, frames=FRAMES,
+                           stamp=stamp(ed))
+                if not (done.is_file() and read_json(done)["how"] == how):
                     rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, args.sampling_steps, FRAMES, mode, known=True)
                     out.mkdir(parents=True, exist_ok=True)
                     write_json(done, dict(how=how, clips=success(rows).tolist()))
@@ -1292,15 +1314,8 @@ def tables(args):
                 dist.barrier()
             for domain, done in files.items():
                 results[domain].append(np.array(read_json(done)["clips"], dtype=float))
-        for domain, seeds in results.items():
-            v = np.mean(seeds, axis=0)                             # (clips, 3)
-            gain = v - first.setdefault(domain, v)
-            half, half_gain = (1.96 * x.std(axis=0) / math.sqrt(len(x)) for x in (v, gain))
-            means = [x[:, 0].mean() for x in seeds]
-            lines.append(f"| {name} | {domain} | {len(v)} x {len(seeds)} | {v[:, 0].mean():.1%} ± {half[0]:.1%} | "
-                         f"{min(means):.1%} to {max(means):.1%} | {gain[:, 0].mean():+.1%} ± {half_gain[0]:.1%} | "
-                         f"{v[:, 1].mean():+.1f} ± {half[1]:.1f} | {gain[:, 1].mean():+.2f} ± {half_gain[1]:.2f} | "
-                         f"{v[:, 2].mean():.2f} ± {half[2]:.2f} | {gain[:, 2].mean():+.2f} ± {half_gain[2]:.2f} |")
+        lines += [table_line(name, domain, seeds, first.setdefault(domain, np.mean(seeds, axis=0)))
+                  for domain, seeds in results.items()]
     if rank == 0:
         head = ("row", "domain", "clips x seeds", "success", "seeds' means", "to first row", "gain inside, dB", "to first row",
                 "flicker", "to first row")
@@ -1492,6 +1507,8 @@ def parse_args(argv=None):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs {low} or more")
     if args.model != "tiny" and args.stage in ("vae", "clip", "viclip", "image", "motion"):
         raise UserError(f"--stage {args.stage} --model {args.model}: published weights take its place; it is for --model tiny")
+    if args.clips and not args.clips.is_dir():
+        raise UserError(f"--clips {args.clips}: no such folder")
     if args.size % 32 or args.size < 32:
         raise UserError(f"--size {args.size}: needs a multiple of 32")
     return args
@@ -1584,7 +1601,9 @@ def main(argv=None):
         folder = Path(args.weights or run_of_round)
         plot(folder, folder / "training.png")
     if args.stage in ("all", "image", "eval") and first:
-        found = run_of_round if (run_of_round / "model.safetensors").is_file() else "tiny"
+        found = run_of_round if (run_of_round / "model.safetensors").is_file() else args.model
+        if found == args.model and not args.weights and (args.out or args.round is not None):
+            raise UserError(f"{run_of_round}: no finished run there to evaluate; pass --weights, or train it first")
         ed = VideoEditor.from_pretrained(found if up_to_round or args.stage == "image" else args.weights or found, device=args.device)
         ed.unet.ffg_keys = args.ffg_keys
         n_frames, mode = (FRAMES, "video") if up_to_round else (args.frames, args.mode)
@@ -1592,7 +1611,7 @@ def main(argv=None):
         evaluate(ed, args.n, args.seed, ed.size, args.domain, *how, n_frames, mode)
         words_heard(ed, 5 * args.n // 2, args.seed, ed.size)
         if args.clips:
-            evaluate_clips(ed, args.clips, ed.size, 8, *how)
+            evaluate_clips(ed, args.clips, ed.size, 8, *how, mode)
     if args.stage == "export" and first:
         export(run_of_round, args.to)
     if dist.is_initialized():

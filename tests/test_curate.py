@@ -936,6 +936,16 @@ def test_calibration_says_how_often_the_first_the_chosen_and_any_candidate_is_go
             in capsys.readouterr().out)
 
 
+def test_rating_a_data_set_shows_its_kept_edits_beside_their_sources(made, clips, tmp_path):
+    for folder, kind in ((made, "mp4"), (clips, "mp4")):
+        metrics.main_study(["--rate", str(folder), "--out", str(tmp_path / "a.html")])
+        text = (tmp_path / "a.html").read_text().split('type="application/json">')[1].split("</script>")[0]
+        kept = {f"{row['id']}/target": row["instruction"] for row in C.read_manifest(folder) if row["kept"]}
+        items = json.loads(text)["items"]
+        assert {item["name"]: item["caption"] for item in items} == kept
+        assert all(item[key].startswith(f"data:video/{kind}") for item in items for key in ("a", "source"))
+
+
 def test_ratings_of_the_study_page_calibrate_what_was_kept(tmp_path, capsys):
     rows = ranked(tmp_path / "x")
     answers = {f"{row['id']}/target": {"text": 1 + 4 * row["truth"]["success"], "quality": 2 + row["truth"]["success"]}

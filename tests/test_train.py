@@ -1,4 +1,5 @@
 """train.py: a cut run goes on exactly where it was, and what goes wrong says so."""
+import argparse
 import json
 import math
 import os
@@ -625,24 +626,30 @@ def test_a_tables_success_counts_clips_with_a_known_truth():
     assert clips.tolist() == [[1, 5, .5], [0, 1, .7]]
 
 
-def test_a_table_counts_clips_once_and_compares_them_with_the_first_row(tmp_path, capsys):
-    args = train.parse_args(["--stage", "table3", "--seeds", "2", "--steps", "5", "--n", "4", "--runs", str(tmp_path)])
-    for name, flags, *_ in train.table_rows(args):
-        for seed in range(2):
-            folder = tmp_path / "table3" / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-            folder.mkdir(parents=True)
-            train.write_json(folder / "meta.json", dict(step=5))
-            better = flags["sma"] and flags["epm"]
-            for domain in ("synthetic", "real"):
-                train.write_json(folder / f"eval-{domain}.json", dict(
-                    how=dict(n=4, guidance=[None, None], sampling_steps=20, step=5),
-                    clips=[[float(better or k == seed), 2.0 + better, 0.5] for k in range(4)]))
-    train.tables(args)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "| synthetic |" in line]
-    assert lines[0] == ("| no SMA, no EPM | synthetic | 4 x 2 | 25.0% ± 24.5% | 25.0% to 25.0% | +0.0% ± 0.0% | +2.0 ± 0.0 | "
-                        "+0.00 ± 0.00 | 0.50 ± 0.00 | +0.00 ± 0.00 |")
-    assert lines[3].startswith("| SMA, EPM | synthetic | 4 x 2 | 100.0% ± 0.0% | 100.0% to 100.0% | +75.0% ± 24.5% | "
-                               "+3.0 ± 0.0 | +1.00 ± 0.00 |")
+def test_a_table_counts_clips_once_and_compares_them_with_the_first_row():
+    seeds = [np.array([[float(k == seed), 2.0, 0.5] for k in range(4)]) for seed in range(2)]
+    better = [np.array([[1.0, 3.0, 0.5]] * 4)] * 2
+    first = np.mean(seeds, axis=0)
+    assert train.table_line("none", "real", seeds, first) == (
+        "| none | real | 4 x 2 | 25.0% ± 24.5% | 25.0% to 25.0% | +0.0% ± 0.0%, 0 differ | +2.0 ± 0.0 | +0.00 ± 0.00 | "
+        "0.50 ± 0.00 | +0.00 ± 0.00 |")
+    assert train.table_line("both", "real", better, first).startswith(
+        "| both | real | 4 x 2 | 100.0% ± 0.0% | 100.0% to 100.0% | +75.0% ± 24.5%, 4 differ | +3.0 ± 0.0 | +1.00 ± 0.00 |")
+
+
+def test_a_table_does_not_take_runs_of_other_settings_for_its_own(tmp_path, capsys):
+    curated(tmp_path / "data" / "round0")
+    command = ["--stage", "table3", "--weights", str(IP2P), "--motion", str(ADAPTER), "--runs", str(tmp_path), "--data",
+               str(tmp_path / "data"), "--steps", "2", "--clip-batch", "1", "--seeds", "1", "--device", "cpu"]
+    args = train.parse_args(command)
+    for name, flags_of_row, weights, folders, own in train.table_rows(args):
+        run = tmp_path / "table3" / f"{name.replace(',', '').replace(' ', '-')}-0"
+        train.stage_video(argparse.Namespace(**vars(args) | flags_of_row), run, weights, folders)
+        assert train.changed_flags(argparse.Namespace(**vars(args) | flags_of_row), run, weights, folders) == []
+    with pytest.raises(UserError, match="no-SMA-no-EPM-0: finished with --lr 0.0002 .now 0.1."):
+        train.tables(train.parse_args([*command, "--lr", "0.1"]))
+    with pytest.raises(UserError, match="finished with --weights"):
+        train.tables(train.parse_args([*command, "--weights", str(tmp_path)]))
 
 
 def test_table_2_makes_other_data_of_the_same_sources_and_trains_on_equally_many_clips(tmp_path):
