@@ -68,7 +68,7 @@ def hub_dir(source, patterns=None):
     from huggingface_hub import snapshot_download                  # slow to import, and a local model needs none of it
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
-    except (OSError, ValueError) as e:          # HfHubHTTPError and LocalEntryNotFoundError are OSErrors
+    except Exception as e:                                         # its HTTP library's errors come through, too
         raise UserError(f"{source}: not in the local cache and the hub cannot give it ({type(e).__name__}); "
                         f"go online once, or pass --weights with a local copy of that repository") from None
 
@@ -90,7 +90,7 @@ def repository(source):
 def read_json(path):
     """A config file as a dict; UserError where it is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the directory is not a complete copy in hub layout") from None
     except (ValueError, OSError) as e:
@@ -291,6 +291,8 @@ class Tokenizer:
 
     def __init__(self, vocab, merges, pad=None):
         if not isinstance(vocab, dict):                            # two file names, as published
+            if not Path(merges).is_file():
+                raise UserError(f"{merges}: missing; the directory is not a complete copy in hub layout")
             vocab, lines = read_json(vocab), Path(merges).read_text(encoding="utf-8").split("\n")
             merges = [tuple(m.split()) for m in lines if m and not m.startswith("#version")]
         self.vocab, self.cache = vocab, {}
@@ -851,6 +853,8 @@ class DDIM:
             self.timesteps = torch.linspace(0, self.T - 1, steps, dtype=torch.float64).round().long().flip(0)
         else:
             raise UserError(f"spacing {spacing}: needs leading, trailing or linspace")
+        if spacing != "leading" and steps > 250 and self.T % steps:        # `levels` goes T // steps down, as diffusers does
+            raise UserError(f"--steps {steps}: with {spacing} steps more than 250 have to divide {self.T}")
         self.final = torch.tensor(1.0) if set_alpha_to_one else self.abar[0]
 
     def levels(self, i):
@@ -987,9 +991,14 @@ class VideoEditor:
 
         self.tokenizer = Tokenizer(root / "tokenizer" / "vocab.json", root / "tokenizer" / "merges.txt")
         self.scheduler = read_json(root / "scheduler" / "scheduler_config.json")
-        if self.scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-            raise UserError(f"{root / 'scheduler'}: prediction_type {self.scheduler['prediction_type']}; "
-                            "known are epsilon and v_prediction")
+        for key, known in (("prediction_type", ("epsilon", "v_prediction")), ("beta_schedule", ("scaled_linear", "linear")),
+                           ("rescale_betas_zero_snr", (False,))):
+            if self.scheduler.get(key, known[0]) not in known:
+                raise UserError(f"{root / 'scheduler'}: {key} {self.scheduler[key]}; known are {' and '.join(map(str, known))}")
+        c, channels = self.vae.config["latent_channels"], [how["unet"][f"{k}_channels"] for k in ("in", "out")]
+        if channels != [2 * c, c]:
+            raise UserError(f"{root / 'unet'}: takes {channels[0]} channels and gives {channels[1]}; an editor of latents with {c} "
+                            f"channels takes {2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
         # what a checkpoint may say about itself; published ones say nothing and get Stable Diffusion's usual values
         about = (read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {})
         about = about.get("instructvedit", {}) | ((meta or {}).get("about", {}))

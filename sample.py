@@ -47,12 +47,14 @@ class Clip:
     width: int              # upright, after the rotation that the metadata asks for
     height: int
     turns: int              # quarter turns counterclockwise that make a decoded frame upright
+    mirrored: bool          # and a flip after them
     pixel: Fraction         # width / height of one pixel; 1 for nearly all files
     rate: Fraction          # average frames per second
     tick: Fraction          # seconds per tick
     start: Fraction         # the first frame's time stamp in the file, seconds
     times: list             # ticks of every frame, ascending from 0
     last: int               # ticks that the last frame is shown
+    stamped: bool           # packets say when each frame is shown; else frames come in the order of `times`
     audio: bool
     missing: str            # "" or why the file's end cannot be read
 
@@ -82,6 +84,31 @@ def open_video(path):
         yield container, streams[0]
 
 
+# EXIF's orientation -> (quarter turns counterclockwise, mirrored): what makes a picture upright
+EXIF_TURNS = {2: (2, True), 3: (2, False), 4: (0, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
+
+
+def orientation(file, frame):
+    """(quarter turns counterclockwise, mirrored) that make a decoded frame of `file` upright; see `upright`."""
+    if file.suffix.lower() in IMAGES:
+        try:
+            with Image.open(file) as picture:
+                return EXIF_TURNS.get(picture.getexif().get(0x0112), (0, False))
+        except (OSError, ValueError, SyntaxError):                  # FFmpeg reads it, so it is a picture nevertheless
+            return round(frame.rotation / 90) % 4, False
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:                                              # side data of a kind that PyAV does not know
+        matrix = None
+    m = np.frombuffer(bytes(matrix), np.int32).astype(float) if matrix else np.ones(9)
+    return round(frame.rotation / 90) % 4, bool(m[0] * m[4] - m[1] * m[3] < 0)
+
+
+def upright(rgb, turns, mirrored):
+    rgb = np.rot90(rgb, turns)
+    return np.ascontiguousarray(np.flip(rgb, turns % 2) if mirrored else rgb)
+
+
 def frame_files(folder):
     """The pictures of a folder in the order of their numbers: 2.png before 10.png."""
     return sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != "."),
@@ -91,7 +118,7 @@ def frame_files(folder):
 def probe(path, rate=24):
     """Clip of a file, or of a folder of frames, which play at `rate` per second. Reads packets, decodes one frame.
 
-    Raises UserError for a path that is missing, empty, no video, or without frames.
+    Raises UserError for a path that is missing, empty, no video, without frames, or with time stamps that start anew.
     """
     path = Path(path)
     try:
@@ -103,13 +130,19 @@ def probe(path, rate=24):
         raise UserError(f"{path}: no frames in this folder; it should hold numbered png or jpg files")
     if size == 0:
         raise UserError(f"{files[0]}: an empty file (0 bytes)")
-    frame, times, final, cut = None, [], 0.0, False
+    frame, times, final, cut, packets, stamped, decoding = None, [], 0.0, False, 0, True, None
     with open_video(files[0]) as (container, stream):
         try:
             for packet in container.demux():
                 if packet.stream_index == stream.index and frame is None:
                     frame = next(iter(packet.decode()), None)
                 stamp = packet.dts if packet.pts is None else packet.pts
+                if packet.stream_index == stream.index and packet.size:
+                    packets, stamped = packets + (not packet.is_discard), stamped and packet.pts is not None
+                    if None not in (decoding, packet.dts) and (decoding - packet.dts) * packet.time_base > 1:
+                        raise UserError(f"{path}: its time stamps start anew after {float(decoding * packet.time_base):.1f} s, like "
+                                        "those of files joined end to end; write it anew first (ffmpeg -i IN -c copy OUT.mp4)")
+                    decoding = packet.dts
                 if stamp is not None:
                     final = max(final, float((stamp + (packet.duration or 0)) * packet.time_base))
                     if packet.stream_index == stream.index and not packet.is_discard:
@@ -120,41 +153,52 @@ def probe(path, rate=24):
             raise UserError(f"{files[0]}: holds no frames" + " that can be decoded" * bool(times or cut))
         tick, pixel = stream.time_base, stream.sample_aspect_ratio or Fraction(1)
         average = stream.average_rate or stream.guessed_rate or Fraction(25)
+        stamped = stamped and container.format.name != "avi"        # which counts packets, not what they show
         audio = any(s.codec_context is not None for s in container.streams.audio)
         length = ((container.duration or 0) + (container.start_time or 0)) / av.time_base
         cut = cut or any(entry.pos + entry.size > size for entry in stream.index_entries)
         if container.format.name.startswith("matroska"):            # has no table of frames, but tells its length
             cut = cut or length - final > max(0.25, 1.5 / average)
-    turns, width, height = round(frame.rotation / 90) % 4, frame.width, frame.height
+    (turns, mirrored), width, height = orientation(files[0], frame), frame.width, frame.height
     if turns % 2:
         width, height, pixel = height, width, 1 / pixel
     if path.is_dir():
         rate, times = Fraction(rate), list(range(len(files)))
-        return Clip(path, files, width, height, turns, pixel, rate, 1 / rate, Fraction(0), times, 1, False, "")
-    last = max(times)[1] if times else 0
-    times = sorted({t for t, _ in times}) or [0]
-    return Clip(path, files, width, height, turns, pixel, average, tick, times[0] * tick,
-                [t - times[0] for t in times], last or max(1, round(1 / average / tick)), audio,
+        return Clip(path, files, width, height, turns, mirrored, pixel, rate, 1 / rate, Fraction(0), times, 1, True, False, "")
+    last, one = max(times)[1] if times else 0, max(1, round(1 / average / tick))
+    times = sorted({t for t, _ in times}) or [k * one for k in range(packets)]              # a bare stream has no times
+    return Clip(path, files, width, height, turns, mirrored, pixel, average, tick, times[0] * tick,
+                [t - times[0] for t in times], last or one, stamped, audio,
                 f"cut short, it announces {length:.1f} s and ends at {final:.1f} s" if cut else "")
 
 
 def decode(clip, since=0):
-    """Yields (ticks, av.VideoFrame) in display order; seeks to the key frame before `since` seconds where it can."""
+    """Yields (ticks, (av.VideoFrame, its `orientation`)) in display order; seeks to the key frame before `since` seconds where it can."""
     before = -1
     for i, file in enumerate(clip.files):
         with open_video(file) as (container, stream):
-            if since > 1 and container.format.name.startswith(("mov", "matroska")):
+            sought = since > 1 and container.format.name.startswith(("mov", "matroska"))
+            if sought:
                 container.seek(int((clip.start + since) * av.time_base))
             try:
-                for frame in container.decode(stream):
-                    ticks = i if clip.path.is_dir() else (frame.pts or 0) - round(clip.start / clip.tick)
+                for k, frame in enumerate(container.decode(stream)):
+                    if clip.path.is_dir():
+                        ticks = i
+                    elif clip.stamped and frame.pts is not None:
+                        ticks = frame.pts - round(clip.start / clip.tick)
+                    else:
+                        ticks = clip.times[k] if k < len(clip.times) else before + 1
+                    if sought and k == 0 and ticks * clip.tick > since:     # some containers seek too far
+                        break
                     before = max(ticks, before + 1)                 # broken files repeat time stamps
-                    yield before, frame
+                    yield before, (frame, orientation(file, frame) if clip.path.is_dir() else (clip.turns, clip.mirrored))
                     if clip.path.is_dir():
                         break
             except av.FFmpegError as error:
                 raise UserError(f"{file}: damaged after {float((before + 1) * clip.tick):.2f} s ({error.strerror}); "
                                 "pass --end to edit what comes before") from None
+        if sought and before == -1:
+            yield from decode(clip)
 
 
 def select(frames, clip, start=0, end=None, fps=None, count=-1):
@@ -163,10 +207,11 @@ def select(frames, clip, start=0, end=None, fps=None, count=-1):
     Yields (ticks, x) with start <= time < end as they are; with fps, (k, x) where x is shown at start + k / fps.
     """
     end, k, held = min(end or clip.seconds, clip.seconds), 0, None
+    slack = min(clip.tick / 2, Fraction(1, 1000))                   # webm rounds its times to milliseconds, mov to 1/600 s
     for ticks, x in frames:
         t = ticks * clip.tick
         if fps:
-            due = min(t - clip.tick, end)           # one tick of slack: webm rounds its times to milliseconds
+            due = min(t - slack, end)
             while held is not None and start + k / fps < due and k != count:
                 yield k, held
                 k += 1
@@ -202,12 +247,12 @@ def plan(clip, start=0, end=None, fps=None, count=-1):
 
 def read_frames(clip, start=0, end=None, fps=None, count=-1):
     """Yields (ticks, rgb) of the frames that `select` chooses, upright. One frame in memory at a time."""
-    for ticks, frame in select(decode(clip, start), clip, start, end, fps, count):
-        width, height = (clip.height, clip.width) if clip.turns % 2 else (clip.width, clip.height)
+    for ticks, (frame, how) in select(decode(clip, start), clip, start, end, fps, count):
+        width, height = (clip.height, clip.width) if how[0] % 2 else (clip.width, clip.height)
         untagged_hd = frame.colorspace == 2 and height > 576 and frame.format.name.startswith("yuv")
         rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=EXACT,
                                src_colorspace="itu709" if untagged_hd else None)
-        yield ticks, np.ascontiguousarray(np.rot90(rgb, clip.turns))
+        yield ticks, upright(rgb, *how)
 
 
 def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple=8):
@@ -255,22 +300,35 @@ def audio_packets(clip, out, begin=0, end=None):
     """The clip's first sound track between begin and end (seconds; None: all of it), shifted to start at 0.
 
     Generator of (seconds, packet); its first item is (None, None), after the track has been added to `out`. Packets
-    that mp4 can hold are copied bit for bit, others encoded to AAC. A cut falls on the nearest packet (about 20 ms).
+    that mp4 can hold are copied bit for bit, others encoded to AAC. A cut falls on the nearest packet (about 20 ms). What
+    cannot be decoded, or comes with a time that has passed, is left out and said: a picture is not lost for its sound.
     """
     with av.open(f"file:{clip.path}", metadata_errors="replace") as container:
-        source = container.streams.audio[0]
-        copied, shift = source.codec_context.name in MP4_AUDIO, clip.start + begin
+        source = next(s for s in container.streams.audio if s.codec_context is not None)
+        name, shift, before, lost = source.codec_context.name, clip.start + begin, None, 0
+        copied = name in MP4_AUDIO and (source.rate >= 16000 or not name.startswith("mp3"))        # slower mp3 is not for mp4
         if copied:
             track = out.add_stream_from_template(source)
         else:
             rate = source.rate if source.rate in (16000, 22050, 24000, 32000, 44100, 48000) else 48000
             layout = {1: "mono", 2: "stereo"}.get(source.channels, source.layout.name)      # wav files leave it open
+            if layout.endswith("channels"):                         # nobody says which: the first two
+                layout = "stereo"
             track = out.add_stream("aac", rate=rate, layout=layout)
         yield None, None
         for packet in container.demux(source):
-            for x in [packet] if copied else packet.decode():       # a packet, or the frames in it
+            try:
+                found = [packet] if copied else packet.decode()     # a packet, or the frames in it
+            except av.FFmpegError:
+                lost += 1
+                continue
+            for x in found:
                 if x.pts is None:
                     continue
+                if before is not None and x.pts <= before:
+                    lost += 1
+                    continue
+                before = x.pts
                 seconds = x.pts * x.time_base - shift
                 middle = seconds + (x.duration or 0) * x.time_base / 2
                 if (begin and middle < 0) or (end is not None and middle >= end - begin):
@@ -280,6 +338,8 @@ def audio_packets(clip, out, begin=0, end=None):
                     x.dts, x.stream = x.pts, track
                 yield from ((seconds, y) for y in ([x] if copied else track.encode(x)))
         yield from () if copied else ((seconds, y) for y in track.encode(None))
+    if lost:
+        print(f"warning: {clip.path}: {lost} packets of its sound cannot be used and are left out", file=sys.stderr)
 
 
 @contextmanager
@@ -458,9 +518,12 @@ def fail(message):
 def number(text):
     """Exact seconds or frames per second: "8", "29.97" or "30000/1001"."""
     try:
-        return Fraction(text)
+        value = Fraction(text)
     except ZeroDivisionError:
         raise ValueError(text) from None
+    if abs(value) > 1e9:
+        raise ValueError(text)
+    return value.limit_denominator(60000)                           # more digits of 30000/1001 than a container's clock takes
 
 
 def parse(argv=None):
@@ -484,7 +547,7 @@ def parse(argv=None):
     add("--steps", type=int, default=20, help="sampling steps")
     add("--text-cfg", type=float, help="how strongly to follow the instruction, 0 to 30 (default: the model's)")
     add("--source-cfg", type=float, help="how closely to keep to the source, 0 to 10 (default: the model's)")
-    add("--deadband", type=number, help="latent cells that change by less, 0 to 2, stay the source's; 0: off (default: the model's)")
+    add("--deadband", type=float, help="latent cells that change by less, 0 to 2, stay the source's; 0: off (default: the model's)")
     add("--seed", type=int, default=0, help="same seed, same file")
     add("--sampler", default="ddim", choices=["ddim", "dpm"], help="dpm is good with 10 to 12 steps")
     add("--mode", default="auto", choices=["auto", "image", "ffg", "video"],
@@ -508,8 +571,10 @@ def parse(argv=None):
     if not all(text.strip() for text in args.instruction):
         raise UserError('instruction "": is empty; say what to change, e.g. "make it snow"')
     known = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
-    name, _, index = (args.device or "cpu").partition(":")
-    if not (index or "0").isdigit() or int(index or 0) >= known.get(name, 0):
+    name, colon, index = (args.device or "cpu").partition(":")
+    if args.grid and (args.compare or args.no_detail or args.mode != "auto"):
+        raise UserError("--grid: shows the first frame, edited by itself; leave out --compare, --mode and --no-detail")
+    if not (index if colon else "0").isdigit() or int(index or 0) >= known.get(name, 0):
         raise UserError(f"--device {args.device}: this machine has {', '.join(k for k in known if known[k])}")
     return args
 
@@ -517,6 +582,8 @@ def parse(argv=None):
 def choose_model(model, weights, device, root=Path(__file__).parent):
     """(source for VideoEditor.from_pretrained, why): what --weights or --model say, else the newest trained run that
     the device can carry, else sd15 on a GPU, else tiny."""
+    if weights and model != "auto":
+        raise UserError(f"--model {model} --weights {weights}: pass one of them")
     if weights:
         if weights not in ("tiny", "sd15") and not Path(weights).exists():
             raise UserError(f"--weights {weights}: no such file or directory; "
@@ -535,7 +602,11 @@ def choose_model(model, weights, device, root=Path(__file__).parent):
     return "tiny", "no GPU in use; --model sd15 is the large one"
 
 
-def output_paths(clip, instructions, out, ending):
+def comparison(path):
+    return path.with_stem(path.stem + "_compare")
+
+
+def output_paths(clip, instructions, out, ending, compare=False):
     """One path per instruction: video_make-it-snow.mp4 beside the source, or where --out says."""
     source, out = clip.path.resolve(), Path(out) if out else None
     if out and not out.is_dir():
@@ -548,7 +619,7 @@ def output_paths(clip, instructions, out, ending):
             slug = re.sub(r"\W+", "-", text.lower())[:60].strip("-_") or "edit"
             path = (source.parent if source.is_dir() and not out else folder) / f"{stem}_{slug}{ending}"
             paths.append(path if path not in paths else path.with_stem(f"{path.stem}-{len(paths) + 1}"))
-    for path in paths:
+    for path in [*paths, *map(comparison, paths if compare else ())]:
         if not os.access(path.parent, os.W_OK) or path.is_dir() or path.resolve() == source:
             raise UserError(f"{path}: cannot be written there (no such folder, read-only, or the source); see --out")
     return paths
@@ -556,8 +627,7 @@ def output_paths(clip, instructions, out, ending):
 
 def check_words(ed, instruction):
     """Print a warning for an instruction that the model cannot take as it is."""
-    words = instruction.split()
-    if len(words) > 1 and torch.equal(*(ed.tokenize([" ".join(w)]) for w in (words, words[:-1]))):
+    if len(ed.tokenizer.encode(instruction)) > 75:                   # and a start and an end
         print(f'warning: "{instruction[:40]}..." has more than 77 tokens, its end is cut off', file=sys.stderr)
     new = sorted({w for w in re.findall(r"[^\W\d]+", instruction.lower()) if ed.words and w not in ed.words})
     if new:
@@ -598,15 +668,16 @@ def edit_file(ed, clip, span, size, instruction, path, compare, detail, options)
     """
     (start, end, fps, count), (times, tick, lengths) = span, plan(clip, *span)
     first = times[0] if start and not fps else 0                    # a cut clip starts at 0
+    lasts = times[-1] + lengths[-1]
     begin = start if fps else first * tick
     until = None if end is None and count == -1 else begin + (times[-1] - first + lengths[-1]) * tick
     joins = window_starts(len(times), "video" if frames_interact(ed, options["mode"]) else "image")[1:]
     waiting, changes, before = deque(), ([], []), None              # waiting: source frames inside the window
 
     def small_frames():
-        for _, rgb in read_frames(clip, *span):
-            waiting.append((rgb, resize(to_tensor(rgb), *size)))
-            yield waiting[-1][1]
+        for ticks, rgb in read_frames(clip, *span):
+            waiting.append((ticks, rgb, resize(to_tensor(rgb), *size)))
+            yield waiting[-1][2]
 
     def writer(path, width):
         return video_writer(path, width, clip.height, fps or clip.rate, tick, clip.pixel,
@@ -617,20 +688,34 @@ def edit_file(ed, clip, span, size, instruction, path, compare, detail, options)
     with bar, writer(path, clip.width) as write, both as write_both:
         edits = edit_stream(ed, small_frames(), instruction, **options, with_source=True,
                             on_step=lambda i: bar.update())
-        for n, (ticks, length, (edit, source_low)) in enumerate(zip(times, lengths, edits), 1):
-            rgb, small = waiting.popleft()
+        held = None                                                 # (ticks, frame, comparison): shown until the next one
+
+        def show(until):
+            ticks, full, pair = held
+            write(full, ticks - first, until - ticks)
+            if compare:
+                write_both(pair, ticks - first, until - ticks)
+        for n, (edit, source_low) in enumerate(edits, 1):
+            ticks, rgb, small = waiting.popleft()
             if detail:
                 full = carry_detail(source_low[None], edit[None], to_tensor(rgb)[None].to(edit.device))[0]
             else:
                 full = resize(edit, clip.height, clip.width)
             full = to_rgb(full)
-            write(full, ticks - first, length)
-            if compare:
-                write_both(np.concatenate([rgb, full], axis=1), ticks - first, length)
+            if held:
+                show(ticks)
+            else:                                                   # where a stream begins in the middle of a scene
+                ticks = min(ticks, times[0])
+            held = ticks, full, np.concatenate([rgb, full], axis=1) if compare else None
             now = (edit.cpu(), small)
             for change, a, b in zip(changes, before or (), now):
                 change.append(float((a - b).abs().mean()))
             before = now
+        if held is None:
+            raise UserError(f"{clip.path}: none of {len(times)} frames there could be decoded")
+        show(max(lasts, ticks + 1))
+    if n < len(times):
+        print(f"warning: {clip.path}: {n} of {len(times)} frames could be decoded", file=sys.stderr)
     return n, seam_score(*changes, joins)
 
 
@@ -638,7 +723,10 @@ def peak_memory(device):
     """The most memory held so far, for printing."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GB on the GPU"
-    import resource                                                 # Windows has none, hence here
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return "unknown on Windows"
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # bytes on a Mac, else KB
     return f"{used / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20):.2f} GB"
 
@@ -647,7 +735,7 @@ def main(argv=None):
     args, began = parse(argv), time.time()
     clip, span = probe(args.video, args.fps or 24), (args.start, args.end, args.fps, args.frames)
     n_frames = len(plan(clip, *span)[0])
-    paths = output_paths(clip, args.instruction, args.out, "_grid.png" if args.grid else ".mp4")
+    paths = output_paths(clip, args.instruction, args.out, "_grid.png" if args.grid else ".mp4", args.compare)
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
     try:
@@ -668,7 +756,7 @@ def main(argv=None):
                 grid_sheet(ed, frame, instruction, path, **options)
                 print(f"{path}: choose a cell and pass its --text-cfg and --source-cfg")
                 continue
-            compare = path.with_stem(path.stem + "_compare") if args.compare else None
+            compare = comparison(path) if args.compare else None
             n, seam = edit_file(ed, clip, span, (height, width), instruction, path, compare, not args.no_detail,
                                 options | {"mode": args.mode})
             print(f"{path}: {n} frames in {time.time() - began:.1f} s, peak memory {peak_memory(ed.device)}"

@@ -574,6 +574,39 @@ def test_an_unknown_prediction_type_is_refused(tmp_path):
         load(tmp_path / "copy")
 
 
+def test_what_is_no_editor_is_refused_when_it_is_loaded(tmp_path):
+    def changed(name, **more):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(OTHER, tmp_path / "copy")
+        path = tmp_path / "copy" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    changed("scheduler/scheduler_config.json", beta_schedule="squaredcos_cap_v2")
+    with pytest.raises(UserError, match="beta_schedule squaredcos_cap_v2; known are scaled_linear and linear"):
+        load(tmp_path / "copy")
+    changed("scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
+    with pytest.raises(UserError, match="rescale_betas_zero_snr True"):
+        load(tmp_path / "copy")
+    changed("scheduler/scheduler_config.json")
+    (tmp_path / "copy" / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(UserError, match="merges.txt: missing"):
+        load(tmp_path / "copy")
+    changed("unet/config.json")
+    config = json.loads((tmp_path / "copy" / "unet" / "config.json").read_text())
+    c = config["out_channels"]
+    changed("unet/config.json", in_channels=c)                      # Stable Diffusion itself
+    tensors = load_file(tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(tensors | {"conv_in.weight": tensors["conv_in.weight"][:, :c].contiguous()},
+              tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=f"takes {c} channels and gives {c}; .* is it InstructPix2Pix's kind"):
+        load(tmp_path / "copy")
+
+
+def test_trailing_steps_that_would_not_end_at_the_picture_are_refused():
+    DDIM(300, spacing="leading"), DDIM(500, spacing="trailing"), DDIM(30, spacing="trailing")
+    with pytest.raises(UserError, match="--steps 300: .* have to divide 1000"):
+        DDIM(300, spacing="trailing")
+
+
 @pytest.mark.parametrize("kw, message", [
     (dict(steps=0), "--steps 0: needs 1 to 1000"), (dict(steps=1001), "--steps 1001"), (dict(mode="both"), "mode both: needs"),
     (dict(sampler="dpm", steps=1000), "--steps 1000"), (dict(sampler="euler"), "--sampler euler: needs ddim or dpm"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 import sample
 from model import UserError, VideoEditor
@@ -27,14 +27,14 @@ def picture(i, height=48, width=64):
 
 
 def make_clip(path, n=20, codec="libx264", pix="yuv420p", height=48, width=64, tick=Fraction(1, 25), times=None,
-              rotation=None, audio=None, options=None, pixel=1):
+              rotation=None, audio=None, options=None, pixel=1, gop=None):
     """Write a small video; times: ticks of the frames; audio: codec of a 440 Hz tone as long as the pictures."""
     with av.open(str(path), "w", options=options or {}) as out:
         quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
         stream = out.add_stream(codec, rate=Fraction(25), options=quiet)
         stream.width, stream.height, stream.pix_fmt = width, height, pix
         stream.time_base = stream.codec_context.time_base = tick
-        stream.codec_context.sample_aspect_ratio = pixel
+        stream.codec_context.sample_aspect_ratio, stream.codec_context.gop_size = pixel, gop or 12
         stream.codec_context.colorspace, stream.codec_context.color_range = 1, 1
         if rotation:
             stream.set_display_rotation(rotation)
@@ -109,6 +109,66 @@ def test_rotation_metadata_turns_the_frames_upright(tmp_path):
         assert np.abs(rgb.astype(int) - upright).mean() < 6
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_lie_as_their_exif_says_mirrored_ones_too(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(picture(9)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")).convert("RGB")).astype(int)
+    for path in (tmp_path / "a.jpg", tmp_path):
+        rgb = next(read_frames(probe(path)))[1]
+        assert rgb.shape == want.shape and np.abs(rgb - want).mean() < 3
+
+
+def test_every_picture_of_a_folder_is_turned_by_its_own_exif(tmp_path):
+    for i in range(2):
+        exif = Image.Exif()
+        exif[0x0112] = (1, 3)[i]
+        Image.fromarray(picture(0) if i == 0 else picture(0)[::-1, ::-1]).save(tmp_path / f"{i}.jpg", exif=exif, quality=95)
+    a, b = [rgb.astype(int) for _, rgb in read_frames(probe(tmp_path))]
+    assert np.abs(a - b).mean() < 3
+
+
+@pytest.mark.parametrize("fps, want", [(12, [0, 0, 1, 1, 2, 2]), (6, [0, 1, 2, 3, 4, 5]), (3, [0, 2, 4, 6, 8, 10])])
+def test_resampling_a_folder_or_an_avi_loses_no_first_frame(tmp_path, fps, want):
+    (tmp_path / "f").mkdir()
+    for i in range(12):
+        Image.fromarray(picture(i)).save(tmp_path / "f" / f"{i}.png")
+    clip = probe(tmp_path / "f", rate=6)
+    assert [int(np.abs(np.stack([picture(i) for i in range(12)]).astype(int) - x).sum((1, 2, 3)).argmin())
+            for _, x in read_frames(clip, fps=Fraction(fps), count=6)] == want[:6]
+    avi = probe(make_clip(tmp_path / "a.avi", n=12, codec="mjpeg", pix="yuvj420p", tick=Fraction(1, 25)))
+    assert [t for t, _ in select(((t, t) for t in avi.times), avi, fps=Fraction(25, 2))] == list(range(6))
+    assert [x for _, x in select(((t, t) for t in avi.times), avi, fps=Fraction(25, 2))] == [0, 2, 4, 6, 8, 10]
+
+
+def test_streams_without_time_stamps_keep_all_their_frames(tmp_path):
+    bare, avi = (probe(make_clip(tmp_path / name, n=20)) for name in ("a.h264", "a.avi"))        # with B-frames
+    for clip in (bare, avi):
+        rgb = [x for _, x in read_frames(clip)]
+        assert len(clip.times) == len(rgb) == 20 and clip.seconds == pytest.approx(0.8, abs=0.05)
+        assert all(np.abs(x.astype(int) - picture(i)).mean() < 8 for i, x in enumerate(rgb))
+
+
+def test_a_stream_that_begins_between_key_frames_stays_in_time_with_its_sound(tmp_path, capsys):
+    whole = make_clip(tmp_path / "a.ts", n=60, audio="aac", gop=25).read_bytes()
+    (tmp_path / "b.ts").write_bytes(whole[len(whole) // 4 // 188 * 188:])                # packets of 188 bytes
+    clip = probe(tmp_path / "b.ts")
+    read = [float(t * clip.tick) for t, _ in read_frames(clip)]
+    assert read[0] > 0.2 and len(read) < len(clip.times)
+    command(tmp_path / "b.ts", "make it snow")
+    got, end = seconds(tmp_path / "b_make-it-snow.mp4")
+    assert got == pytest.approx([0, *read[1:]], abs=1e-3) and end == pytest.approx(float(clip.seconds), abs=1e-3)
+    assert f"{len(read)} of {len(clip.times)} frames could be decoded" in capsys.readouterr().err
+
+
+def test_joined_files_whose_times_start_anew_are_refused(tmp_path):
+    part = make_clip(tmp_path / "a.ts", n=50).read_bytes()
+    (tmp_path / "b.ts").write_bytes(part + part)
+    with pytest.raises(UserError, match="time stamps start anew after"):
+        probe(tmp_path / "b.ts")
+
+
 def test_start_end_and_frames_choose_by_time(tmp_path):
     clip = probe(make_clip(tmp_path / "a.mp4", n=25))
     times, tick, lengths = plan(clip, Fraction("0.2"), Fraction("0.6"))
@@ -178,6 +238,20 @@ def test_variable_frame_rate_keeps_every_time(tmp_path):
     command(path, "make it snow", "--mode", "image")
     assert np.allclose(seconds(tmp_path / "a_make-it-snow.mp4")[0], np.array(times) / 1000)
     assert seconds(tmp_path / "a_make-it-snow.mp4")[1] == pytest.approx(seconds(path)[1])
+
+
+def test_a_picture_is_not_lost_for_its_sound(tmp_path, capsys):
+    command(make_clip(tmp_path / "a.mkv", n=8, audio="mp2"), "make it snow", "--out", tmp_path / "b.mp4")
+    assert len(seconds(tmp_path / "b.mp4")[0]) == 8
+    data = bytearray((tmp_path / "a.mkv").read_bytes())
+    with av.open(str(tmp_path / "a.mkv")) as container:
+        packets = [p for p in container.demux(audio=0) if p.size]
+        at = data.find(bytes(packets[len(packets) // 2]))
+    data[at:at + 4] = b"\0\0\0\0"                                   # no header where one should be
+    (tmp_path / "c.mkv").write_bytes(data)
+    capsys.readouterr()
+    command(tmp_path / "c.mkv", "make it snow", "--out", tmp_path / "d.mp4")
+    assert len(seconds(tmp_path / "d.mp4")[0]) == 8 and "packets of its sound cannot be used" in capsys.readouterr().err
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
@@ -310,6 +384,16 @@ def test_several_instructions_and_comparison_in_one_call(tmp_path, capsys):
     assert "seam score" in capsys.readouterr().out
 
 
+def test_a_comparison_does_not_overwrite_the_source_and_a_deadband_edits(tmp_path):
+    source = make_clip(tmp_path / "z_compare.mp4", n=2)
+    before = source.read_bytes()
+    with pytest.raises(UserError, match="z_compare.mp4: cannot be written there"):
+        command(source, "make it snow", "--out", tmp_path / "z.mp4", "--compare")
+    assert source.read_bytes() == before and not (tmp_path / "z.mp4").exists()
+    command(source, "make it snow", "--out", tmp_path / "z.mp4", "--deadband", "0.5")
+    assert len(seconds(tmp_path / "z.mp4")[0]) == 2
+
+
 def test_grid_writes_one_labelled_picture(tmp_path):
     command(make_clip(tmp_path / "a.mp4", n=2), "make it snow", "--grid", "--steps", "1")
     sheet = Image.open(tmp_path / "a_make-it-snow_grid.png")
@@ -365,6 +449,8 @@ def test_inputs_that_hold_no_pictures_are_named(tmp_path):
     (["--source-cfg", "99"], "--source-cfg 99"), (["--deadband", "3"], "--deadband 3"),
     (["--fps", "1/0"], "--fps"), (["--seed", "-3"], "--seed -3"),
     (["--start", "9"], "--start 9.*lasts 0.12 s"), (["--start", "1", "--end", "0.5"], "--end 0.5"),
+    (["--start", "1e400"], "--start"), (["--fps", "1e400"], "--fps"), (["--device", "cpu:"], "--device cpu:"),
+    (["--grid", "--compare"], "--grid: "), (["--model", "tiny"], "--model tiny --weights .*pass one"),
     (["--device", "tpu"], "--device tpu"), (["--weights", "nowhere"], "--weights nowhere"),
     (["--out", "nowhere/x.mp4"], "cannot be written"), (["--out", "x.avi"], "--out x.avi"),
     (["--sampler", "euler"], "--sampler")])
@@ -379,8 +465,9 @@ def test_empty_instructions_are_refused_and_long_ones_cut_with_a_warning(tmp_pat
     path = make_clip(tmp_path / "a.mp4", n=1)
     with pytest.raises(UserError, match="is empty"):
         command(path, "  ")
-    command(path, "make it snow " * 170)
-    assert "more than 77 tokens" in capsys.readouterr().err
+    for text in ("make it snow " * 170, "雪" * 200, "make it " + "x" * 900):
+        command(path, text)
+        assert "more than 77 tokens" in capsys.readouterr().err
     command(path, "make it snow")
     assert "77" not in capsys.readouterr().err
 
