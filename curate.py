@@ -304,9 +304,9 @@ def run_stage(args, config, items, work, per_source, unit):
         kept += any(row["kept"] for row in rows)
         bar.set_postfix(kept=kept)
         lost = lost + 1 if unreadable(rows[0]) else 0
-        if lost == GIVE_UP:
+        if lost == GIVE_UP and not args.force:
             raise UserError(f"{folder}: {lost} {unit}s one after another could not be read, the last: {rows[0]['why']}; see "
-                            "that the disk is there and run the same again, which tries them once more")
+                            "that the disk is there and run the same again, which tries them once more, or --force to do without")
     if world > 1:
         (folder / f"manifest.{rank}.done").touch()
         if not all((folder / f"manifest.{k}.done").is_file() for k in range(world)):            # not the last to finish
@@ -3371,7 +3371,7 @@ def parse(argv=None):
         p.add_argument("--no-filter", action="store_true", help="keep every source's first candidate")
         p.add_argument("--min", action="append", metavar="NAME=VALUE", help="another threshold; -inf: none")
         p.add_argument("--score-weights", type=Path, metavar="FILE", help="weights of the total, from calibrate")
-        p.add_argument("--force", action="store_true", help="go on although the settings changed")
+        p.add_argument("--force", action="store_true", help="go on although the settings changed, or many sources cannot be read")
         metrics.scorer_flags(p)
         p.set_defaults(judge=None)                                  # it judges clips, not images
         return p
