@@ -91,7 +91,7 @@ THRESHOLDS = {
         "clip_text": 43, "viclip_out": 0.45, "clip_frame": 0.9}}
 # The total's scores: the paper's six of an image and five of a clip but the held-out one, and ours: <score>_gain over
 # the untouched source's, and `agreement`'s two. Their weights until `calibrate` has fitted others: equal for the paper's
-# with published scorers; with tiny's, what a fit to the truth of those 98 scenes left above zero, rounded. Clips' gains
+# and clips' gains with published scorers; with tiny's, what a fit to the truth of those 98 scenes left above zero, rounded. Clips' gains
 # stand in for the images'; they have not been fitted.
 IMAGE_SCORES = ("clip_sim_source", "clip_sim_target", "clip_sim_dir", "clip_sim_image", "dinov2_sim", "ssim",
                 "clip_sim_target_gain", "consensus", "certainty")
@@ -305,6 +305,7 @@ def run_stage(args, config, items, work, per_source, unit):
         bar.set_postfix(kept=kept)
         lost = lost + 1 if unreadable(rows[0]) else 0
         if lost == GIVE_UP and not args.force:
+            write_aside(log, dump(whole_sources(log)[0][:-lost]))   # they count as not tried
             raise UserError(f"{folder}: {lost} {unit}s one after another could not be read, the last: {rows[0]['why']}; see "
                             "that the disk is there and run the same again, which tries them once more, or --force to do without")
     if world > 1:
@@ -466,7 +467,7 @@ def open_filter(args, family, weights):
     limits |= dict.fromkeys(metrics.JUDGED, 0.5) if args.judge else {}          # ours: yes is likelier than no
     asked = named_values("--min", args.min, "clip_sim_dir=0.1 or ssim=-inf")
     known = {"total", metrics.HELD_OUT, *weights["published"], *weights["tiny"], *limits}
-    known |= {*metrics.SCORES, *VIDEO_SCORES} if args.command != "images" else {*IMAGE_SCORES}
+    known |= {*metrics.SCORES, *VIDEO_SCORES, "pick_score_gain"} if args.command != "images" else {*IMAGE_SCORES}
     if asked.keys() - known:
         raise UserError(f"--min {', '.join(sorted(asked.keys() - known))}: no such score; known are {', '.join(sorted(known))}")
     limits |= asked
@@ -908,6 +909,7 @@ def write_by_llava(args, items, mix):
     if log.is_file() and read_lines(log)[1]:                        # cut by a crash
         write_aside(log, dump(read_lines(log)[0]))
     said = {r["id"]: r for path in sorted(args.to.glob("instructions*.jsonl")) for r in read_lines(path)[0]}
+    gone = {}                                                       # {id: why} of clips that cannot be read now
     wanted = {item["id"] for item in to_do(args, items)}
     last = max((i for i, item in enumerate(items) if item["id"] in wanted), default=-1)
     new = [item for item in items[:-(-(last + 1) // WRITE_GROUP) * WRITE_GROUP] if item["id"] not in said]
@@ -915,8 +917,9 @@ def write_by_llava(args, items, mix):
     def frames(item):
         try:                                                        # drawn at the size of SigLIP's eye
             return item["draw"](N_FRAMES, 384) if "draw" in item else np.stack(item["load"]())
-        except Unusable:
-            return np.empty((0, 1, 1, 3), np.uint8)                 # refused as too short; its line will say why
+        except Unusable as error:
+            gone[item["id"]] = str(error)
+            return np.empty((0, 1, 1, 3), np.uint8)                 # refused as too short
 
     if new:
         try:
@@ -927,6 +930,7 @@ def write_by_llava(args, items, mix):
         records = metrics.write_instructions(net.generate, ((item["id"], frames(item)) for item in bar), mix,
                                              list(said.values()), WRITE_GROUP)
         while group := list(islice(records, WRITE_GROUP)):
+            group = [r for r in group if r["id"] not in gone]       # nothing is kept of these: the next run asks
             with open(log, "a", encoding="utf-8") as f:
                 f.write(dump(group))
             said |= {r["id"]: r for r in group}
@@ -935,6 +939,8 @@ def write_by_llava(args, items, mix):
               (", ".join(f"{n} {task}" for task, n in tasks.most_common()) or "none") + f"; the others' reasons: {log}")
 
     def write(frames, item):
+        if item["id"] in gone:
+            raise Unusable(gone[item["id"]])
         record = said[item["id"]]
         if not record["kept"]:
             raise Unwritten(record["why"])

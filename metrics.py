@@ -938,7 +938,7 @@ def judge_mark(source):
 def weights_mark(folder):
     """Eight digits of the sizes and beginnings of a network's weight files."""
     crc = 0
-    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin", ".pth")):
+    for path in sorted(p for p in Path(folder).iterdir() if p.match("model*.safetensors") or p.suffix in (".bin", ".pth")):
         with open(path, "rb") as f:
             crc = zlib.crc32(f.read(1 << 20), zlib.crc32(str(path.stat().st_size).encode(), crc))
     return f"{crc:08x}"
@@ -1190,7 +1190,7 @@ def score_benchmark(items, folders, scorers, square, device, log, read, chunk=16
         edits = {name: content_mark(folder / item["id"]) for name, folder in folders.items() if (folder / item["id"]).is_dir()}
         what = names, square, item["mark"], [item[k] for k in ("instruction", "source_caption", "target_caption")], edits
         return f"{zlib.crc32(json.dumps(what, sort_keys=True).encode()):08x}"
-    known, marks, done, todo = {(r["id"], r["mark"]): r for r in read_log(log)}, {}, {}, []
+    known, marks, done, todo = {(r["id"], r["mark"]): r for r in read_log(log) if "mark" in r}, {}, {}, []
     for item in (i for i in items if not i["problem"]):
         marks[item["id"]] = mark(item)
         row = known.get((item["id"], marks[item["id"]]))
@@ -1337,7 +1337,8 @@ def editor_flags(parser):
 
 
 def open_editor(args):
-    """(editor, guidance (text, source), its frame's short side, one line about it, a name for its folder)."""
+    """(editor, guidance (text, source), its frame's short side, one line about it, a name for its folder, and that name
+    without the place from which the editor was loaded: what an edit depends on)."""
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps {args.steps}: must lie between 1 and 1000")
     source, why = choose_model(args.model, args.weights, args.device)
@@ -1350,8 +1351,8 @@ def open_editor(args):
     title = f"{source} {mark}, text {cfg[0]:g}, source {cfg[1]:g}, {args.steps} steps, seed {args.seed}"
     size = ed.size if args.size == -1 else args.size
     title += f", {size} px"
-    name = f"{Path(source).name}-{mark}_t{cfg[0]:g}_s{cfg[1]:g}_n{args.steps}_seed{args.seed}_{size}px"
-    return ed, cfg, size, title, name
+    how = f"{mark}_t{cfg[0]:g}_s{cfg[1]:g}_n{args.steps}_seed{args.seed}_{size}px"
+    return ed, cfg, size, title, f"{Path(source).name}-{how}", how
 
 
 def finish(items, folders, scorers, square, device, out, title, read, report):
@@ -1396,7 +1397,7 @@ def main_tgve(argv):
         out, title = args.out or ROOT / "results" / name / label, str(args.outputs)
         folders = {"edit": args.outputs}
     else:
-        ed, (s_txt, s_src), size, title, label = open_editor(args)
+        ed, (s_txt, s_src), size, title, label, how = open_editor(args)
         out = args.out or ROOT / "results" / name / label
         folders = {"edit": out / "edit"}
         if not args.no_image_control:
@@ -1404,7 +1405,7 @@ def main_tgve(argv):
         options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
         for folder, mode in zip(folders.values(), ("auto", "image")):
             edit_benchmark(items, folder, lambda item: run_editor(ed, item, read_source(item)["source"], size,
-                                                                  options | {"mode": mode}), f"{title}, {mode}")
+                                                                  options | {"mode": mode}), f"{how}, {mode}")
         del ed                                      # its memory is the scorers' now
     finish(items, folders, scorers, square, args.device, out, title, read_source,
            lambda done: table(items, done, folders, title, columns, PAPER[name]))
@@ -1600,7 +1601,7 @@ def main_shapes(argv):
             raise UserError(f"{flag} {value}: must be at least 1")
     scorers, square = choose_scorers(args)
     scorers |= {"judge": args.judge} if args.judge else {}
-    ed, cfg, size, title, label = open_editor(args)
+    ed, cfg, size, title, label, how = open_editor(args)
     if size % ed.multiple:
         raise UserError(f"--size {size}: drawn clips need a multiple of {ed.multiple}")
     items = world_items(n, args.clips, ["synthetic", "real"] if args.domain == "both" else [args.domain])
@@ -1625,10 +1626,10 @@ def main_shapes(argv):
         grid.setdefault((s_txt, s_src), []).append(row)
         options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=1_000_003 * seed, mode=mode)
         edit_benchmark(items, folders[row],
-                       lambda item: run_editor(ed, item, clip(item)[0], size, options), f"{title}, {row}, {mode}", ".png")
+                       lambda item: run_editor(ed, item, clip(item)[0], size, options), f"{how}, {row}, {mode}", ".png")
     for k, row in enumerate(CODED):                 # source, truth
         folders[row] = out / row.replace(" ", "_")
-        edit_benchmark(items, folders[row], lambda item: through_autoencoder(ed, clip(item)[k]), f"{title}, {row}", ".png")
+        edit_benchmark(items, folders[row], lambda item: through_autoencoder(ed, clip(item)[k]), f"{how}, {row}", ".png")
     del ed                                          # its memory is the scorers' now
 
     def read(item):

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, models, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parent
+FULL = errno.ENOSPC, errno.EDQUOT                                  # of a disk
 SD15 = "timbrooks/instruct-pix2pix"                                # MIT code, CreativeML OpenRAIL-M weights
 SD15_MOTION = "guoyww/animatediff-motion-adapter-v1-5-2"           # Apache-2.0
 
@@ -50,7 +51,7 @@ def run(main):
     except UserError as e:
         sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
     except (OSError, RuntimeError, SafetensorError) as e:           # a full disk has many names
-        if getattr(e, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(e):
+        if getattr(e, "errno", None) not in FULL and "No space left" not in str(e):
             raise
         where = getattr(e, "filename", None) or "a file"
         sys.exit(print(f"error: {where} cannot be written: the disk is full; make room and run the same again", file=sys.stderr) or 2)
@@ -69,6 +70,8 @@ def hub_dir(source, patterns=None):
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as e:                                         # its HTTP library's errors come through, too
+        if getattr(e, "errno", None) in FULL:
+            raise
         raise UserError(f"{source}: not in the local cache and the hub cannot give it ({type(e).__name__}); "
                         f"go online once, or pass --weights with a local copy of that repository") from None
 

@@ -207,7 +207,7 @@ def select(frames, clip, start=0, end=None, fps=None, count=-1):
     Yields (ticks, x) with start <= time < end as they are; with fps, (k, x) where x is shown at start + k / fps.
     """
     end, k, held = min(end or clip.seconds, clip.seconds), 0, None
-    slack = min(clip.tick / 2, Fraction(1, 1000))                   # webm rounds its times to milliseconds, mov to 1/600 s
+    slack = min(clip.tick, Fraction(1, 500))                        # webm rounds its times to milliseconds, mov to 1/600 s
     for ticks, x in frames:
         t = ticks * clip.tick
         if fps:
@@ -325,7 +325,7 @@ def audio_packets(clip, out, begin=0, end=None):
             for x in found:
                 if x.pts is None:
                     continue
-                if before is not None and x.pts <= before:
+                if before is not None and (x.pts <= before if copied else x.pts < before):          # short frames share a time
                     lost += 1
                     continue
                 before = x.pts

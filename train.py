@@ -981,19 +981,23 @@ def starting_point(args):
 
 
 @contextmanager
-def said_as(flag):
-    """Errors of curate.py's --from name the flag of this script that it came from."""
+def said_as(flag, stage=""):
+    """Errors of curate.py's flags name those of this script that they came from."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("--from ", f"{flag} ").replace("another --to", "another --data")) from None
+        names = {"--from ": f"{flag} ", "another --to": "another --data", "--force to": f"--curate-{stage}=--force to"}
+        text = str(error)
+        for theirs, ours in names.items():
+            text = text.replace(theirs, ours)
+        raise UserError(text) from None
 
 
 def curate_stage(args, stage, weights, to, *more):
     """curate.py's command `stage`; under torchrun every process does its share, then waits for the others."""
     dtype = {True: ["--dtype", "bfloat16"], False: ["--dtype", "float32"], None: []}[args.bf16]
-    flags = [*dtype, *["--force"] * args.force, *shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}")), *map(str, more)]
-    with said_as("--real-from" if stage == "real" else "--images-from"):
+    flags = [*dtype, *shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}")), *map(str, more)]
+    with said_as("--real-from" if stage == "real" else "--images-from", stage):
         curate.main([stage, "--weights", str(weights), "--to", str(to), "--device", args.device, *flags])
     if dist.is_initialized():
         dist.barrier()
@@ -1033,6 +1037,7 @@ def changed_flags(args, out, weights, folders):
                                          "region_weight", "no_text", "guided_loss", "seed")}
     now |= dict(train_on=[portable(folder) for folder in folders], weights=portable(weights))
     now |= {k: getattr(args, k) for k in ("steps", "lr", "lr_new", "same_noise") if getattr(args, k) is not None}
+    now |= {"max_clips": args.max_clips} if args.max_clips != -1 else {}
     return [f"--{k.replace('_', '-')} {old[k]} (now {v})" for k, v in now.items() if k in old and old[k] != v]
 
 
@@ -1422,7 +1427,8 @@ def parse_args(argv=None):
     p.add_argument("--model", default="tiny", choices=list(VIDEO), help="tiny: all from nothing; sd15: from published weights")
     p.add_argument("--data", type=Path, help="where drawn, cached and curated clips lie; default data/<model>")
     p.add_argument("--runs", type=Path, help="where checkpoints and logs go; default runs/<model>")
-    p.add_argument("--force", action="store_true", help="resume a run although its settings changed")
+    p.add_argument("--force", action="store_true", help="resume a training run although its settings changed, or keep a "
+                   "finished one as it is")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     # training
     p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}, writer {WRITER_STEPS}, video {defaults('steps')}")
@@ -1507,6 +1513,8 @@ def parse_args(argv=None):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs {low} or more")
     if args.model != "tiny" and args.stage in ("vae", "clip", "viclip", "image", "motion"):
         raise UserError(f"--stage {args.stage} --model {args.model}: published weights take its place; it is for --model tiny")
+    if args.out and args.stage in ("all", *STEPS, *TABLES):
+        raise UserError(f"--out {args.out}: --stage {args.stage} writes into --runs; --out is for video, writer, eval, plot, export")
     if args.clips and not args.clips.is_dir():
         raise UserError(f"--clips {args.clips}: no such folder")
     if args.size % 32 or args.size < 32:

@@ -502,6 +502,7 @@ def test_a_disk_that_is_gone_stops_the_run(hub, tmp_path):
     (tmp_path / "list.jsonl").write_text("".join(json.dumps({"source": f"{i}.png"} | captions) + "\n" for i in range(30)))
     with pytest.raises(UserError, match="20 images one after another could not be read.*not a readable image"):
         images(hub, tmp_path / "x", "--from", tmp_path, n=-1)
+    assert C.read_manifest(tmp_path / "x") == []                    # they were not tried, so --limit does not skip them
     with pytest.raises(UserError, match="none of 30 images kept: unreadable removed 30"):
         images(hub, tmp_path / "x", "--from", tmp_path, "--force", n=-1)
 

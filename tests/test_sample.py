@@ -142,6 +142,13 @@ def test_resampling_a_folder_or_an_avi_loses_no_first_frame(tmp_path, fps, want)
     assert [x for _, x in select(((t, t) for t in avi.times), avi, fps=Fraction(25, 2))] == [0, 2, 4, 6, 8, 10]
 
 
+@pytest.mark.parametrize("rate", [24, Fraction(30000, 1001), 60])
+def test_resampling_to_its_own_rate_changes_nothing_where_times_and_start_are_rounded(tmp_path, rate):
+    times = [83 + round(1000 * i / rate) for i in range(20)]
+    clip = probe(make_clip(tmp_path / "a.mkv", n=20, tick=Fraction(1, 1000), times=times))
+    assert [t for _, t in select(((t, t) for t in clip.times), clip, fps=Fraction(rate))][:19] == clip.times[:19]
+
+
 def test_streams_without_time_stamps_keep_all_their_frames(tmp_path):
     bare, avi = (probe(make_clip(tmp_path / name, n=20)) for name in ("a.h264", "a.avi"))        # with B-frames
     for clip in (bare, avi):
