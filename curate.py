@@ -287,7 +287,8 @@ def run_stage(args, config, items, work, per_source, unit):
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            raise UserError(f"out of memory at {args.batch} candidates at a time; lower --batch") from None
+            raise UserError(f"out of memory at {args.batch} candidates at a time; lower --batch, or do without a teacher or judge"
+                            ) from None
         first = {k: item[k] for k in ("id", "order", "task", "instruction", "source_caption", "target_caption")}
         rows = [first | {"candidate": k, "of": len(rows)} | row | {"origin": item["origin"]} | shared
                 for k, row in enumerate(rows)]
@@ -520,13 +521,13 @@ def out_of_the_way(ed):
         net.to("cpu")
     try:
         yield
+        for net in nets:
+            net.to(ed.device)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         raise UserError("out of memory: CogVideoX needs about 16 GB, LLaVA-OneVision 18 (7B) or 4 (0.5B, --llava); "
                         "pass --device cpu, or do without the teacher") from None
-    for net in nets:
-        net.to(ed.device)
 
 
 def prepare(frames, ed):
@@ -664,13 +665,18 @@ def animate_by_cogvideox(args, items):
             os.replace(part, file_of(row))
             bar.update()
     bar.close()
+    cog.loaded = (None, None)                                       # the editor needs the room now
 
     @lru_cache(1)                                                   # an image's three clips come one after another
     def decode(file):
         return cog.decode(load_file(file)["z"].float())[0, :TEACHER_CLIPS * N_FRAMES]
 
     def animate(row, image):
-        video = decode(file_of(row))                                # (48, 3, 480, 720)
+        try:
+            video = decode(file_of(row))                            # (48, 3, 480, 720)
+        except (OSError, SafetensorError, KeyError) as error:       # the next run makes it anew
+            file_of(row).unlink(missing_ok=True)
+            raise Unusable(f"{file_of(row)}: {error}") from None
         top, left, h, w = inside(*image.shape[:2], height, width)
         return np.stack([to_rgb(resize(x[:, top:top + h, left:left + w], *image.shape[:2])) for x in video])
     return animate
@@ -2332,6 +2338,14 @@ def cut_video(path):
     return {"clips": clips, "dropped": {k: int(v) for k, v in dropped.items() if v}}
 
 
+def cut(path, start):
+    """The clip of a video that begins at frame `start`: [(H, W, 3) uint8], N_FRAMES of them."""
+    frames = list(video_frames(path, start, N_FRAMES))
+    if len(frames) < N_FRAMES:
+        raise Unusable(f"{path}: {len(frames)} frames from {start} on, {N_FRAMES} when it was cut")
+    return frames
+
+
 def cut_videos(args, videos):
     """This rank's clips of real videos as sources, at most --per-video of each, evenly spread. cuts.jsonl remembers
     where a video is cut, so that a rerun does not decode it again."""
@@ -2358,7 +2372,7 @@ def cut_videos(args, videos):
             starts = [starts[k] for k in np.linspace(0, len(starts) - 1, args.per_video).round().astype(int)]
         items += [source_item(ident(name, s, N_FRAMES), [i, s], "", ("", ""),
                               {"file": name, "frames": [s, s + N_FRAMES]},
-                              load=lambda p=path, s=s: list(video_frames(p, s, N_FRAMES))) for s in starts]
+                              load=lambda p=path, s=s: cut(p, s)) for s in starts]
     print(f"{len(used)} videos: {len(items)} clips of {N_FRAMES} frames; left out: " +
           (", ".join(f"{n} {why}" for why, n in left_out.items()) or "none"))
     if not items and world == 1:                                    # another rank may have some; else `report` says it

@@ -794,7 +794,8 @@ def open_scorer(role, path, device, dtype):
         network = {"viclip": ViCLIP, "judge": LlavaOneVision}.get(role, CLIP)
         return network.from_pretrained(path, device=device, dtype=dtype)
     except UserError as error:
-        raise UserError(f"--{role} {path}: {error}; or leave its scores out with --{role} none") from None
+        raise UserError(f"--{role} {path}: {error}" +
+                        f"; or leave its scores out with --{role} none" * (role != "judge")) from None
 
 
 def clip_bytes(net, clip, crops, square):
@@ -955,15 +956,21 @@ def content_mark(path):
 def check_judge(judge, weights, told):
     """UserError if `judge` filtered clips that `weights`, or a run before it, was trained on, unless told.
 
-    A run's meta.json names its data sets and the run it started from; a data set's dataset.json says under
-    `filtered_by` which judge, if any, chose its clips. A note is printed where a data set is gone.
+    A run's meta.json names its data sets and the run it started from; a data set's dataset.json names the model that made
+    its edits, and under `filtered_by` which judge, if any, chose its clips. A note is printed where a data set is gone.
     """
-    mark, run_folder = judge_mark(judge), Path(weights)
-    run_folder = run_folder.parent if run_folder.suffix == ".safetensors" else run_folder
-    while (run_folder / "meta.json").is_file():
+    mark, todo, seen = judge_mark(judge), [Path(weights)], set()
+    while todo:
+        run_folder = todo.pop()
+        run_folder = run_folder.parent if run_folder.suffix == ".safetensors" else run_folder
+        if run_folder in seen or not (run_folder / "meta.json").is_file():
+            continue
+        seen.add(run_folder)
         args = read_json(run_folder / "meta.json").get("args", {})
         for folder in args.get("train_on", ()):
             path = ROOT / folder / "dataset.json"                       # an absolute path stays what it is
+            if path.is_file():
+                todo.append(ROOT / (read_json(path).get("weights") or ""))      # the model that made its edits
             if not path.is_file():
                 print(f"{folder}: gone, so nobody knows whether --judge {judge} chose what {run_folder} learnt from")
             elif (read_json(path).get("filtered_by") or {}).get("mark") == mark:
@@ -972,7 +979,7 @@ def check_judge(judge, weights, told):
                                     "on, so it would praise its own choice; pass another, or --same-judge to report "
                                     "it nevertheless")
                 print(f"judge: {judge} also chose the clips of {folder}; its scores flatter this model")
-        run_folder = ROOT / args.get("weights", "")
+        todo.append(ROOT / (args.get("weights") or ""))
 
 
 def main_clip(argv):
@@ -1776,7 +1783,7 @@ def main_votes(argv):
 # in, networks, the model and its prompt, the writer, LoRA to fine-tune the writer, the judge.
 
 LLAVA = "llava-hf/llava-onevision-qwen2-7b-ov-hf"       # 16.1 GB, Apache 2.0; the 0.5B sister has 1.8 GB
-LLAVA_FILES = ["*.json", "merges.txt", "*.safetensors"]
+LLAVA_FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
 
 # ------------------------------------------------------------------------------------------------------------
 # pictures in
@@ -1979,14 +1986,15 @@ def read_tokenizer(folder):
 
 
 def read_chat_template(folder):
-    """The literals of chat_template.json, without a template engine: {role, image, video, text, end, ask}.
+    """The literals of chat_template.json (or .jinja, as newer libraries save it), without a template engine: {role, image,
+    video, text, end, ask}.
 
     Every published version puts the role, then images, videos and text, then the end; they differ in the
     white space between, so only that is taken from the file. UserError where a literal is not found.
     """
-    at = folder / "chat_template.json"
-    at = at if at.exists() else folder / "tokenizer_config.json"
-    template = read_json(at).get("chat_template", "")
+    at = next((folder / name for name in ("chat_template.json", "chat_template.jinja") if (folder / name).exists()),
+              folder / "tokenizer_config.json")
+    template = at.read_text(encoding="utf-8") if at.suffix == ".jinja" else str(read_json(at).get("chat_template", ""))
     quoted = lambda start: rf"'({start}[^']*)'"
     wanted = {"role": r"'<\|im_start\|>'\s*\+\s*message\['role'\]\s*\+\s*" + quoted(""),
               "image": quoted("<image>"), "video": quoted("<video>"), "end": quoted(r"<\|im_end\|>"),
@@ -2002,7 +2010,9 @@ def read_chat_template(folder):
 
 def plain(text):
     """Others' text in which nothing reads as a special token: <video> becomes video, <|im_end|> |im_end|."""
-    return re.sub(r"<(\|?\w+\|?)>", r"\1", text)
+    while (clean := re.sub(r"<(\|?\w+\|?)>", r"\1", text)) != text:
+        text = clean
+    return text
 
 
 def is_clip(visual):

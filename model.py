@@ -73,7 +73,7 @@ def hub_dir(source, patterns=None):
         if getattr(e, "errno", None) in FULL:
             raise
         raise UserError(f"{source}: not in the local cache and the hub cannot give it ({type(e).__name__}); "
-                        f"go online once, or pass --weights with a local copy of that repository") from None
+                        f"go online once, or pass a directory with a local copy of that repository") from None
 
 
 def repository(source):

@@ -281,9 +281,15 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
         for micro in range(accumulate):
             number = (step * accumulate + micro) * world + rank
             generator = torch.Generator().manual_seed(number)
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                loss = loss_fn(number, generator) / accumulate
-            loss.backward()
+            try:
+                with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                    loss = loss_fn(number, generator) / accumulate
+                loss.backward()
+            except RuntimeError as error:
+                if not curate.out_of_memory(error):
+                    raise
+                raise UserError(f"{out.name}: out of memory at step {step}; lower --clip-batch (image, writer: --batch), or pass "
+                                "--checkpointing (motion, video)") from None
             mean += loss.detach()
         if world > 1:
             mean_over_processes([mean, *(p.grad for p in params if p.grad is not None)])
@@ -1097,9 +1103,21 @@ def stage_writer(args, out):
     lora = torch.nn.ParameterDict({name.replace(".", "/"): p for name, p in add_lora(net, args.rank).items()})
     batch = args.batch or 4
 
+    broken = set()
+
+    def readable(k):                                               # an image that does not open gives way to the next one
+        for row in (row_of(at, len(pairs), args.seed) for at in range(k, k + len(pairs))):
+            try:
+                return pairs[row][0]["load"]()[0][None], pairs[row][1]
+            except curate.Unusable as error:
+                if row not in broken:
+                    print(f"left out: {error}")
+                broken.add(row)
+        raise UserError(f"--pairs-from {args.pairs_from}: none of {len(pairs)} images can be read")
+
     def loss_fn(number, generator):
-        chosen = [pairs[row_of(k, len(pairs), args.seed)] for k in range(number * batch, (number + 1) * batch)]
-        return writer_loss(net, [pair["load"]()[0][None] for pair, _ in chosen], [answer for _, answer in chosen])
+        images, answers = zip(*[readable(k) for k in range(number * batch, (number + 1) * batch)])
+        return writer_loss(net, list(images), list(answers))
 
     steps, lr = args.steps or WRITER_STEPS, args.lr or WRITER_LR
     meta = dict(stage="writer", args=dict(llava=portable(args.llava), pairs_from=portable(args.pairs_from), n=len(pairs),
@@ -1450,8 +1468,8 @@ def parse_args(argv=None):
     # motion and video
     p.add_argument("--clip-batch", type=int, help="clips of 16 frames in a micro-batch of one process; default "
                    + defaults("clip_batch"))
-    p.add_argument("--accumulate", type=int, help="micro-batches a step; default " + defaults("accumulate"))
-    p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: slower, less memory")
+    p.add_argument("--accumulate", type=int, help="motion, video: micro-batches a step; default " + defaults("accumulate"))
+    p.add_argument("--checkpointing", action="store_true", help="motion, video: recompute activations in the backward pass: slower, less memory")
     p.add_argument("--save-minutes", type=float, default=5, help="minutes between checkpoints")
     p.add_argument("--same-noise", type=float, help="share of clips whose frames have one noise; default motion 0.5, "
                    "video 1 (tiny) or 0 (sd15)")
@@ -1513,6 +1531,8 @@ def parse_args(argv=None):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs {low} or more")
     if args.model != "tiny" and args.stage in ("vae", "clip", "viclip", "image", "motion"):
         raise UserError(f"--stage {args.stage} --model {args.model}: published weights take its place; it is for --model tiny")
+    if args.device not in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: not on this machine; pass cpu" + " or cuda" * torch.cuda.is_available())
     if args.out and args.stage in ("all", *STEPS, *TABLES):
         raise UserError(f"--out {args.out}: --stage {args.stage} writes into --runs; --out is for video, writer, eval, plot, export")
     if args.clips and not args.clips.is_dir():

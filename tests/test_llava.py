@@ -397,12 +397,16 @@ def test_the_judge_has_its_lines_for_one_clip_and_its_columns_in_a_table(tmp_pat
     assert "judge: follows ↑ | judge: keeps ↑ | judge: clean ↑" in head
 
 
-def test_a_judge_that_chose_the_training_clips_is_refused_unless_told(tmp_path, capsys):
+@pytest.mark.parametrize("how", ["it started from that round", "that round made its data"])
+def test_a_judge_that_chose_the_training_clips_is_refused_unless_told(tmp_path, capsys, how):
+    before = str(tmp_path / "runs" / "round1")
+    started = how == "it started from that round"
     for name, chosen_by in (("round1", {"judge": "x", "mark": metrics.judge_mark(HUB)}), ("round2", None)):
         (tmp_path / "data" / name).mkdir(parents=True)
-        (tmp_path / "data" / name / "dataset.json").write_text(json.dumps({"filtered_by": chosen_by}))
+        (tmp_path / "data" / name / "dataset.json").write_text(json.dumps({"filtered_by": chosen_by} | (
+            {"weights": before} if name == "round2" and not started else {"weights": "tiny"})))
         (tmp_path / "runs" / name).mkdir(parents=True)
-    for name, weights in (("round2", str(tmp_path / "runs" / "round1")), ("round1", "sd15")):
+    for name, weights in (("round2", before if started else "tiny"), ("round1", None)):
         args = {"train_on": [str(tmp_path / "data" / name)], "weights": weights}
         (tmp_path / "runs" / name / "meta.json").write_text(json.dumps({"args": args}))
     run = tmp_path / "runs" / "round2"
