@@ -55,6 +55,7 @@ class Clip:
     times: list             # ticks of every frame, ascending from 0
     last: int               # ticks that the last frame is shown
     stamped: bool           # packets say when each frame is shown; else frames come in the order of `times`
+    hdr: bool               # PQ or HLG
     audio: bool
     missing: str            # "" or why the file's end cannot be read
 
@@ -164,11 +165,11 @@ def probe(path, rate=24):
         width, height, pixel = height, width, 1 / pixel
     if path.is_dir():
         rate, times = Fraction(rate), list(range(len(files)))
-        return Clip(path, files, width, height, turns, mirrored, pixel, rate, 1 / rate, Fraction(0), times, 1, True, False, "")
+        return Clip(path, files, width, height, turns, mirrored, pixel, rate, 1 / rate, Fraction(0), times, 1, True, False, False, "")
     last, one = max(times)[1] if times else 0, max(1, round(1 / average / tick))
     times = sorted({t for t, _ in times}) or [k * one for k in range(packets)]              # a bare stream has no times
     return Clip(path, files, width, height, turns, mirrored, pixel, average, tick, times[0] * tick,
-                [t - times[0] for t in times], last or one, stamped, audio,
+                [t - times[0] for t in times], last or one, stamped, frame.color_trc in (16, 18), audio,
                 f"cut short, it announces {length:.1f} s and ends at {final:.1f} s" if cut else "")
 
 
@@ -735,6 +736,8 @@ def main(argv=None):
     args, began = parse(argv), time.time()
     clip, span = probe(args.video, args.fps or 24), (args.start, args.end, args.fps, args.frames)
     n_frames = len(plan(clip, *span)[0])
+    if clip.hdr:
+        print(f"warning: {clip.path}: is HDR, whose colours will look flat; convert it to SDR first", file=sys.stderr)
     paths = output_paths(clip, args.instruction, args.out, "_grid.png" if args.grid else ".mp4", args.compare)
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")

@@ -27,7 +27,7 @@ def picture(i, height=48, width=64):
 
 
 def make_clip(path, n=20, codec="libx264", pix="yuv420p", height=48, width=64, tick=Fraction(1, 25), times=None,
-              rotation=None, audio=None, options=None, pixel=1, gop=None):
+              rotation=None, audio=None, options=None, pixel=1, gop=None, trc=1):
     """Write a small video; times: ticks of the frames; audio: codec of a 440 Hz tone as long as the pictures."""
     with av.open(str(path), "w", options=options or {}) as out:
         quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
@@ -36,6 +36,7 @@ def make_clip(path, n=20, codec="libx264", pix="yuv420p", height=48, width=64, t
         stream.time_base = stream.codec_context.time_base = tick
         stream.codec_context.sample_aspect_ratio, stream.codec_context.gop_size = pixel, gop or 12
         stream.codec_context.colorspace, stream.codec_context.color_range = 1, 1
+        stream.codec_context.color_trc = trc
         if rotation:
             stream.set_display_rotation(rotation)
         sound = out.add_stream(audio, rate=48000, layout="mono") if audio else None
@@ -245,6 +246,12 @@ def test_variable_frame_rate_keeps_every_time(tmp_path):
     command(path, "make it snow", "--mode", "image")
     assert np.allclose(seconds(tmp_path / "a_make-it-snow.mp4")[0], np.array(times) / 1000)
     assert seconds(tmp_path / "a_make-it-snow.mp4")[1] == pytest.approx(seconds(path)[1])
+
+
+def test_hdr_is_told(tmp_path, capsys):
+    for trc, told in ((1, False), (18, True)):
+        command(make_clip(tmp_path / "a.mkv", n=1, codec="libx265", pix="yuv420p10le", trc=trc), "make it snow")
+        assert ("is HDR" in capsys.readouterr().err) == told
 
 
 def test_a_picture_is_not_lost_for_its_sound(tmp_path, capsys):
