@@ -56,7 +56,7 @@ from tokenizers import models
 from tqdm import tqdm
 
 import metrics
-from metrics import to_video, write_aside
+from metrics import read_lines, to_video, write_aside
 from model import (ROOT, UserError, VideoEditor, attention, hub_dir, load_weights, read_json, read_tensors,
                    repository, run, timestep_embedding)
 from sample import IMAGES, frame_files, probe, read_frames, resize, to_rgb, to_tensor, write_video
@@ -126,18 +126,6 @@ def ident(*parts):
 def code_version():
     files = [ROOT / f"{name}.py" for name in ("model", "sample", "metrics", "curate")]
     return hashlib.sha1(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
-
-
-def read_lines(path):
-    """JSON lines of a file -> (dicts, lines cut by a crash: 0 or 1). UserError for a broken line inside."""
-    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")       # a whole line ends in \n
-    rows = []
-    for n, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}, line {n}: is not JSON; remove that line, its source is then done again") from None
-    return rows, int(bool(rest))
 
 
 def whole_sources(path):
@@ -254,16 +242,17 @@ def run_stage(args, config, items, work, per_source, unit):
     log = folder / ("manifest.jsonl" if world == 1 else f"manifest.{rank}.jsonl")
     if world == 1 and list(folder.glob("manifest.*.jsonl")):
         merge(folder)
-    once = {item["id"]: item for item in reversed(items)}
+    once = {}
+    for item in items:
+        once.setdefault(item["id"], item)
     if len(once) < len(items):
         print(f"{folder}: {len(items) - len(once)} {unit}s are there twice; each is done once")
-        items = list(once.values())[::-1]
+    items, again = list(once.values()), once if args.limit == -1 else ()
     for path in {folder / "manifest.jsonl", log}:
         if path.is_file():
             whole, cut = whole_sources(path)
             if cut:
                 print(f"{path}: {cut} lines cut by a crash; their source is done again")
-            again = {item["id"] for item in items if args.limit == -1}
             keep = [row for row in whole if not (unreadable(row) and row["id"] in again)]       # see `to_do`
             if cut or len(keep) < len(whole):
                 write_aside(path, dump(keep))

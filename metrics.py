@@ -969,11 +969,12 @@ def check_judge(judge, weights, told):
         args = read_json(run_folder / "meta.json").get("args", {})
         for folder in args.get("train_on", ()):
             path = ROOT / folder / "dataset.json"                       # an absolute path stays what it is
-            if path.is_file():
-                todo.append(ROOT / (read_json(path).get("weights") or ""))      # the model that made its edits
             if not path.is_file():
                 print(f"{folder}: gone, so nobody knows whether --judge {judge} chose what {run_folder} learnt from")
-            elif (read_json(path).get("filtered_by") or {}).get("mark") == mark:
+                continue
+            data = read_json(path)
+            todo.append(ROOT / (data.get("weights") or ""))             # the model that made its edits
+            if (data.get("filtered_by") or {}).get("mark") == mark:
                 if not told:
                     raise UserError(f"--judge {judge}: it chose the clips of {folder} that {run_folder} was trained "
                                     "on, so it would praise its own choice; pass another, or --same-judge to report "
@@ -1166,13 +1167,24 @@ def stamp(ed, crc=0):
     return f"{zlib.crc32(repr((sorted(ed.scheduler.items()), ed.deadband)).encode(), crc):08x}"
 
 
+def read_lines(path):
+    """JSON lines of a file -> (dicts, lines cut by a crash: 0 or 1). UserError for a broken line inside."""
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")       # a whole line ends in \n
+    rows = []
+    for n, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}, line {n}: is not JSON; remove that line, its source is then done again") from None
+    return rows, int(bool(rest))
+
+
 def read_log(path):
-    """[dict] of a file of JSON lines, none where it is not there; a line that a crash cut is dropped."""
-    text = path.read_text() if path.exists() else ""
-    whole = text[:text.rfind("\n") + 1]
-    if whole != text:
-        write_aside(path, whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    """[dict] of a file of JSON lines, none where it is not there; a line that a crash cut is taken out of it."""
+    rows, cut = read_lines(path) if path.exists() else ([], 0)
+    if cut:
+        write_aside(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def append_line(path, row):
