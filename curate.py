@@ -67,8 +67,9 @@ from sample import IMAGES, frame_files, probe, read_frames, resize, to_rgb, to_t
 #     manifest.jsonl      one line per candidate, kept or not; all lines of a source are appended at once
 #     <id>/               images: source.png target.png trajectory.safetensors {"trajectory": (steps + 1, c, h, w)}
 #                         clips:  source.mp4 target.mp4 latents.safetensors {"source", "target": (F, c, h, w)}
-# Latents are float16 and unscaled: of the source the posterior mode, of the target the sampled latents themselves,
-# which spares them a trip through the autoencoder. Training reads latents; the mp4 (H.264, crf 16) are for people.
+# Latents are float16. A clip's are unscaled: of the source the posterior mode, of the target the sampled latents
+# themselves, which spares them a trip through the autoencoder. A trajectory's are the sampler's own, scaled.
+# Training reads latents; the mp4 (H.264, crf 16) are for people.
 # A dropped source has a folder, too, with its best candidate to look at, but neither trajectory nor latents.
 # ----------------------------------------------------------------------------------------------------------
 
@@ -90,9 +91,10 @@ THRESHOLDS = {
         # ours, clips: of the true edits of 40 drawn clips, once through the autoencoder, 95 % lie above each
         "clip_text": 43, "viclip_out": 0.45, "clip_frame": 0.9}}
 # The total's scores: the paper's six of an image and five of a clip but the held-out one, and ours: <score>_gain over
-# the untouched source's, and `agreement`'s two. Their weights until `calibrate` has fitted others: equal for the paper's
-# and clips' gains with published scorers; with tiny's, what a fit to the truth of those 98 scenes left above zero, rounded. Clips' gains
-# stand in for the images'; they have not been fitted.
+# the untouched source's, and `agreement`'s two. Their weights, until `calibrate` has fitted others:
+#   published  the paper's scores, of clips the gains as well, all equal
+#   tiny       images: what a fit to the truth of those 98 scenes left above zero, rounded
+#              clips: the same with their own gains in the place of the images'; not fitted
 IMAGE_SCORES = ("clip_sim_source", "clip_sim_target", "clip_sim_dir", "clip_sim_image", "dinov2_sim", "ssim",
                 "clip_sim_target_gain", "consensus", "certainty")
 IMAGE_WEIGHTS = {"published": dict.fromkeys(IMAGE_SCORES[:6], 1),
@@ -340,39 +342,6 @@ def draw_candidates(ed, item_id, n, seed, first=None):
     return seeds, s_txt, s_src
 
 
-@torch.no_grad()
-def sample_batch(ed, z_src, instruction, z_T, s_txt, s_src, steps, mode, trajectory=None, keep=None, z_first=None):
-    """K edits of one clip in one batch, each with its own noise and guidance.
-
-    z_src (1, F, c, h, w); z_T (K, F, c, h, w); s_txt, s_src: K numbers. mode: as `VideoEditor.sample`; "ffg" takes a
-    trajectory: steps + 1 latents (1 or K, 1, c, h, w), of an edit of the source frame z_first (1, 1, c, h, w), by
-    default the clip's first. keep (a list) receives the latents of every step and the end.
-    Returns z0 (K, F, c, h, w), scaled.
-    """
-    scheduler, z = ed.scheduler_for(steps), z_T
-    s_txt, s_src = (torch.tensor(s, dtype=torch.float32, device=z.device).view(-1, 1, 1, 1, 1) for s in (s_txt, s_src))
-    src = z_src.expand(len(z), -1, -1, -1, -1)
-    ctx = ed.encode_text([instruction, ""])
-    ctx = ctx[[0] * len(z) + [1] * 2 * len(z)]                      # one branch after the other: (V,T), (V,0), (0,0)
-    for i, t in enumerate(scheduler.timesteps):
-        if keep is not None:
-            keep.append(z)
-        x, y = z, src
-        if mode == "ffg":                                           # anchor row: the first frame's edit at this step
-            x = torch.cat([trajectory[i].to(z).expand(len(z), -1, -1, -1, -1), z], dim=1)
-            y = torch.cat([src[:, :1] if z_first is None else z_first.expand_as(src[:, :1]), src], dim=1)
-        rows = torch.cat([torch.cat([x, part], dim=2) for part in (y, y, torch.zeros_like(y))]).to(ed.dtype)
-        out = ed.unet(rows, torch.full((len(rows),), int(t), device=z.device), ctx, mode).float()
-        e_vt, e_v, e_0 = out[:, -z.shape[1]:].chunk(3)
-        z = scheduler.step(scheduler.to_eps(e_0 + s_src * (e_v - e_0) + s_txt * (e_vt - e_v), i, z), i, z)
-        if not torch.isfinite(z).all():
-            raise UserError(f"sampling step {i + 1} of {steps} gave NaN or Inf; are the weights whole?")
-    z = ed.settle(z, src)
-    if keep is not None:
-        keep.append(z)
-    return z
-
-
 def totals(rows, fitted):
     """Weighted total of every candidate: (K,). fitted: {"weights"} and, from `calibrate`, "centre" and "spread" to
     normalise the scores by; without them, they are normalised over the candidates of one source (as the paper says)."""
@@ -557,8 +526,7 @@ def stage_images(args):
         for k in range(0, n, args.batch):
             part, keep = slice(k, k + args.batch), []
             z_T = torch.cat([ed.noise(1, *z_src.shape[3:], seed, mode="image") for seed in seeds[part]])
-            z0 = sample_batch(ed, z_src, item["instruction"], z_T, s_txt[part], s_src[part], args.steps, "image",
-                              keep=keep)
+            z0 = ed.sample(z_src, item["instruction"], z_T, args.steps, s_txt[part], s_src[part], "image", keep=keep)
             edits += metrics.to_u8(ed.decode(z0.transpose(0, 1)))
             latents += torch.stack(keep)[:, :, 0].unbind(1)
         captions = item["source_caption"], item["target_caption"]
@@ -682,7 +650,7 @@ def stage_videos(args):
     if not args.images.is_dir():
         raise UserError(f"--images {args.images}: no such directory; run curate.py images first")
     made = bool(list(args.images.glob("manifest*.jsonl")))
-    motion = None if args.motion in (None, "none", "None") else args.motion
+    motion = False if args.motion in ("none", "None") else args.motion
     teacher = (dict(cogvideox=args.cogvideox, cogvideox_steps=args.cogvideox_steps)
                if args.animate == "cogvideox" else {})
     st = open_stage(args, VIDEO_WEIGHTS, args.images, mode=args.mode if made else "pairs", motion=motion,
@@ -756,18 +724,11 @@ def true_clip(origin, source):
 
 
 def edit_clip(st, z_src, instruction, z_T, s_txt, s_src, steps, mode, trajectory=None, z_first=None):
-    """`sample_batch` in parts of --batch candidates: z0 (K, F, c, h, w). "ffg" without a trajectory makes one each."""
-    z0 = []
-    for k in range(0, len(z_T), st.args.batch):
-        part, path = slice(k, k + st.args.batch), trajectory
-        z = torch.cat(z_T[part])
-        if mode == "ffg" and path is None:
-            path = []
-            sample_batch(st.ed, z_src[:, :1], instruction, z[:, :1], s_txt[part], s_src[part], steps, "image",
-                         keep=path)
-        z0.append(sample_batch(st.ed, z_src, instruction, z, s_txt[part], s_src[part], steps, mode, path,
-                               z_first=z_first))
-    return torch.cat(z0)
+    """`VideoEditor.sample` in parts of --batch candidates: z0 (K, F, c, h, w). "ffg" without a trajectory makes one each;
+    z_first (1, 1, c, h, w): the source frame whose edit the trajectory is, by default the clip's first."""
+    anchor = None if trajectory is None else (z_src[:, :1] if z_first is None else z_first, trajectory)
+    return torch.cat([st.ed.sample(z_src, instruction, torch.cat(z_T[part]), steps, s_txt[part], s_src[part], mode, anchor=anchor)
+                      for part in (slice(k, k + st.args.batch) for k in range(0, len(z_T), st.args.batch))])
 
 
 def score_clip(st, source, edits, item):
@@ -923,7 +884,7 @@ def write_by_llava(args, items, mix):
             raise UserError(f"--llava {args.llava}: {error}") from None
         bar = tqdm(new, unit="clip", desc="LLaVA")
         records = metrics.write_instructions(net.generate, ((item["id"], frames(item)) for item in bar), mix,
-                                             list(said.values()), WRITE_GROUP)
+                                             [said[item["id"]] for item in items if item["id"] in said], WRITE_GROUP)
         while group := list(islice(records, WRITE_GROUP)):
             group = [r for r in group if r["id"] not in gone]       # nothing is kept of these: the next run asks
             with open(log, "a", encoding="utf-8") as f:
@@ -951,19 +912,18 @@ def file_mark(path):
 
 
 def write_from_file(path):
-    """A writer from a text file: one instruction a line, or JSON lines with instruction, source_caption and
-    target_caption; every clip takes one of them by its id. A bare instruction is its own target caption."""
+    """A writer from a text file: one instruction a line, or JSON lines with instruction, source_caption, target_caption
+    and task; every clip takes one of them by its id. A bare instruction is its own target caption."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
         rows = [json.loads(line) if line.startswith("{") else {"instruction": line} for line in lines]
-        rows = [{"source_caption": "", "target_caption": row["instruction"]} | row for row in rows]
+        rows = [{"source_caption": "", "target_caption": row["instruction"], "task": ""} | row for row in rows]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--writer, --instructions {path}: pass tiny, llava, or a file of one instruction a line, or "
                         f"of JSON lines with instruction, source_caption, target_caption ({error})") from None
     if not rows:
         raise UserError(f"--writer, --instructions {path}: is empty")
-    return lambda frames, item: {k: rows[int(item["id"], 16) % len(rows)][k]
-                                 for k in ("instruction", "source_caption", "target_caption")}
+    return lambda frames, item: {k: rows[int(item["id"], 16) % len(rows)][k] for k in metrics.FIELDS}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2031,16 +1991,6 @@ def propose_edit(scene, seed, task=None, split="train"):
         parts = (task,)
     return Edit(_finish(rng, text, split), task, target, caption(scene), caption(target), known,
                 any(t in ("effect", "style") for t in parts))
-
-
-def all_texts(n, seed, split="train"):
-    """n captions and instructions, mixed, to train a tokenizer or a text encoder."""
-    texts = []
-    for i in range((n + 2) // 3):
-        scene = draw_scene(seed * 1_000_003 + i, ("synthetic", "real")[i % 2], split)
-        edit = propose_edit(scene, i, split=split)
-        texts += [edit.instruction, edit.source_caption, edit.target_caption]
-    return texts[:n]
 
 
 def words_of(text):
@@ -3397,7 +3347,7 @@ def parse(argv=None):
 
     p = stage("videos", "steps 3-4: the kept images as clips, edited under their trajectory (FFG-V2V)", 4, 4)
     p.add_argument("--images", required=True, type=Path, help="data set of `images`, or InsV2V's clips")
-    p.add_argument("--motion", help="motion modules: hub id, directory or .ckpt; none for the weights' own")
+    p.add_argument("--motion", help="motion modules: hub id, directory or .ckpt, or none; default the weights' own")
     p.add_argument("--mode", default="ffg", choices=["ffg", "image"],
                    help="image: frame by frame, without the trajectory")
     p.add_argument("--animate", choices=["world", "camera", "cogvideox"],

@@ -1160,11 +1160,11 @@ def run_editor(ed, item, source, size, options):
 
 
 def stamp(ed, crc=0):
-    """Eight digits that change with weights, schedule and deadband, so that old edits are not taken for a new model's."""
+    """Eight digits that change with weights, schedule, guidance and deadband: old edits are not taken for a new model's."""
     for net in (ed.unet, ed.vae, ed.text_encoder):
         for x in net.state_dict().values():
             crc = zlib.crc32(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
-    return f"{zlib.crc32(repr((sorted(ed.scheduler.items()), ed.deadband)).encode(), crc):08x}"
+    return f"{zlib.crc32(repr((sorted(ed.scheduler.items()), ed.guidance, ed.deadband)).encode(), crc):08x}"
 
 
 def read_lines(path):

@@ -90,6 +90,12 @@ def repository(source):
     return meta, str(ROOT / named) if ours else named
 
 
+def finished(run):
+    """True where a trained run (a directory) has reached the steps it was begun with."""
+    meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else None
+    return meta is not None and meta["step"] >= meta["args"]["steps"]
+
+
 def read_json(path):
     """A config file as a dict; UserError where it is missing or not JSON."""
     try:
@@ -956,9 +962,10 @@ class VideoEditor:
         with torch.device("meta"):
             how = meta or {"unet": read_json(root / "unet" / "config.json")}
             trained = meta or how["unet"]                          # "motion", "epm": what the U-Net was trained with
+            video = ("motion", "epm", "same_noise")
             if motion is not None:
-                trained = {k: v for k, v in trained.items() if k not in ("motion", "epm", "same_noise")}
-            self.unet = UNet(how["unet"])
+                trained = {k: v for k, v in trained.items() if k not in video}
+            self.unet = UNet({k: v for k, v in how["unet"].items() if k not in video})     # its config is the image editor's
             if "motion" in trained:
                 self.unet.add_motion(trained["motion"], norm_over_frames=norm_over_frames)
             if "epm" in trained:
@@ -1004,7 +1011,7 @@ class VideoEditor:
                             f"channels takes {2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
         # what a checkpoint may say about itself; published ones say nothing and get Stable Diffusion's usual values
         about = (read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {})
-        about = about.get("instructvedit", {}) | ((meta or {}).get("about", {}))
+        about = about.get("instructvedit", {})
         self.size, self.guidance = about.get("size", 512), tuple(about.get("guidance", (7.5, 1.5)))
         self.deadband = about.get("deadband", 0.0)                 # see `settle`
         self.words, self.examples = set(about.get("words", ())) or None, about.get("examples")
@@ -1066,16 +1073,19 @@ class VideoEditor:
     def guided(self, z, z_src, t, ctx, s_txt, s_src, mode):
         """Three-branch guidance: e(0,0) + s_src (e(V,0) - e(0,0)) + s_txt (e(V,T) - e(V,0)), in one batch.
 
-        z, z_src (1, F, c, h, w); ctx (2, 77, D) = [instruction, empty]. A branch whose weight is 0 is not run:
-        with s_src = 1 two remain, with s_txt = 1 besides just one.
+        z (K, F, c, h, w); z_src (1 or K, F, c, h, w); ctx (2, 77, D) = [instruction, empty]; s_txt, s_src: a number, or
+        one for each of the K clips. A branch whose weight is 0 is not run: with s_src = 1 two remain, with s_txt = 1
+        besides just one.
         PAPER: "text 1.2-2.0, image 5.0-12.5" is printed with the names exchanged; we use text 5-12.5, source 1.2-2.
         """
+        s_txt, s_src = (torch.as_tensor(s, dtype=torch.float32).reshape(-1, 1, 1, 1, 1) for s in (s_txt, s_src))
+        z_src = z_src.expand_as(z)
         branches = [(s_txt, z_src, 0), (s_src - s_txt, z_src, 1), (1 - s_src, torch.zeros_like(z_src), 1)]
-        branches = [b for b in branches if b[0] != 0]
+        branches = [b for b in branches if b[0].any()]
         x = torch.cat([torch.cat([z, src], dim=2) for _, src, _ in branches]).to(self.dtype)
-        c = torch.stack([ctx[k] for _, _, k in branches])
+        c = ctx[[k for _, _, k in branches for _ in z]]
         out = self.unet(x, torch.full((len(x),), int(t), device=x.device), c, mode).float()
-        return sum(w * y for (w, _, _), y in zip(branches, out))[None]
+        return sum(w.to(z.device) * y for (w, _, _), y in zip(branches, out.split(len(z))))
 
     def settle(self, z0, z_src):
         """Cells that an edit hardly changed become the source's again. z0, scaled, and z_src (..., c, h, w) -> like z0.
@@ -1094,10 +1104,12 @@ class VideoEditor:
     @torch.no_grad()
     def sample(self, z_src, instruction, z_T, steps=20, s_txt=None, s_src=None, mode="auto", sampler="ddim",
                anchor=None, z0_ref=None, on_step=None, keep=None):
-        """Denoise z_T into the edited latents z0 (1, F, c, h, w), given source latents z_src and an instruction.
+        """Denoise z_T (K, F, c, h, w) into the edited latents z0 of that shape, scaled: K edits of one clip in one batch,
+        each from its own noise, given source latents z_src (1, F, c, h, w) and an instruction.
 
-        s_txt, s_src: guidance scales, by default the checkpoint's own. anchor: from `anchor`, for mode "ffg" (made
-        from the first frame where not given). z0_ref (1, R, c, h, w): final latents of the first R frames, known from
+        s_txt, s_src: guidance scales, a number or K, by default the checkpoint's own. anchor: for mode "ffg", source
+        latents (1, 1, c, h, w) and steps + 1 latents (1 or K, 1, c, h, w) of its edit, as `anchor` makes them of the
+        first frame where not given. z0_ref (1, R, c, h, w): final latents of the first R frames, known from
         the previous window; they steer the others by InsV2V's noise correction over the first half of the steps.
         on_step(i) is called after each step; keep (a list) receives the latents of every step and the end.
         """
@@ -1112,9 +1124,9 @@ class VideoEditor:
             if keep is not None:
                 keep.append(z)
             if mode == "ffg":                                      # the anchor runs along, from its stored latents
-                first, trajectory = anchor
-                out = self.guided(torch.cat([trajectory[i], z], dim=1), torch.cat([first, z_src], dim=1),
-                                  t, ctx, s_txt, s_src, mode)[:, 1:]
+                first, edited = anchor[0], anchor[1][i].to(z).expand(len(z), -1, -1, -1, -1)
+                out = self.guided(torch.cat([edited, z], dim=1), torch.cat([first, z_src], dim=1), t, ctx, s_txt, s_src,
+                                  mode)[:, 1:]
             else:
                 out = self.guided(z, z_src, t, ctx, s_txt, s_src, mode)
             eps = scheduler.to_eps(out, i, z)
@@ -1133,7 +1145,8 @@ class VideoEditor:
         return z
 
     def anchor(self, z_src, instruction, z_T, steps=20, s_txt=None, s_src=None, sampler="ddim"):
-        """FFG-V2V's first-frame trajectory: z_src, z_T (1, 1, c, h, w) -> (z_src, [latents of every step and the end])."""
+        """FFG-V2V's first-frame trajectory: z_src (1, 1, c, h, w), z_T (K, 1, c, h, w) -> (z_src, [latents of every step
+        and the end])."""
         trajectory = []
         self.sample(z_src, instruction, z_T, steps, s_txt, s_src, "image", sampler, keep=trajectory)
         return z_src, trajectory

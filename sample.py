@@ -29,7 +29,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import UserError, VideoEditor, run
+from model import UserError, VideoEditor, finished, run
 
 WINDOW, REFERENCES = 16, 4          # frames per pass, and how many of them the previous pass has finished
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -581,7 +581,7 @@ def parse(argv=None):
 
 
 def choose_model(model, weights, device, root=Path(__file__).parent):
-    """(source for VideoEditor.from_pretrained, why): what --weights or --model say, else the newest trained run that
+    """(source for VideoEditor.from_pretrained, why): what --weights or --model say, else the newest finished run that
     the device can carry, else sd15 on a GPU, else tiny."""
     if weights and model != "auto":
         raise UserError(f"--model {model} --weights {weights}: pass one of them")
@@ -594,7 +594,7 @@ def choose_model(model, weights, device, root=Path(__file__).parent):
         return model, "as --model says"
     gpu = device != "cpu" and (torch.cuda.is_available() or torch.backends.mps.is_available())
     runs = [f for f in root.glob("runs/*/*/model.safetensors")
-            if re.match("image|round", f.parent.name) and (gpu or f.parent.parent.name == "tiny")]
+            if re.match("image|round", f.parent.name) and (gpu or f.parent.parent.name == "tiny") and finished(f.parent)]
     if runs:
         newest = max(runs, key=lambda f: f.stat().st_mtime).parent
         return str(newest), "the newest trained run here; choose with --model tiny, --model sd15 or --weights"

@@ -50,7 +50,7 @@ import curate
 from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, Defaults, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer,
                      psnr, save_lora, stamp, succeeds, writer_loss, write_aside)
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
-                   UserError, VideoEditor, hub_dir, noise_levels, read_json, read_tensors, repository, run,
+                   UserError, VideoEditor, finished, hub_dir, noise_levels, read_json, read_tensors, repository, run,
                    warn_if_slow)
 
 
@@ -59,8 +59,10 @@ from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextE
 # ---------------------------------------------------------------------------------------------------------------
 
 STEPS = {"vae": 2500, "clip": 1000, "viclip": 1500, "image": 12000, "motion": 600}         # of the optimizer; video: see VIDEO
+LR = {"vae": 2e-3, "clip": 1e-3, "viclip": 1e-3, "image": 1e-3, "motion": 1e-3}
 SHARD = 500                                                        # pairs in a file
-# how often each task is drawn: the local ones are harder to learn than the global ones, so they come more often
+# How often each task is drawn: the local ones are harder to learn than the global ones, so they come more often. Stage
+# image draws again with EDITOR_ODDS; curation has odds of its own, curate.TASK_WEIGHTS.
 TASK_MIX = {"style": 1, "object": 2.4, "background": 1.3, "multiple": 1.2, "removal": 2, "addition": 1.6,
             "texture": 1.3, "effect": 1.4}
 
@@ -90,6 +92,15 @@ def draw_pair(seed, domain, rng, height, width, n_frames=1):
     return frames[:, 0] if n_frames == 1 else frames, record
 
 
+def world_probe(n=16):
+    """What tells one version of the shapes world from another: [[record, mean colours of 4x4 parts]] of n small pairs."""
+    out = []
+    for i in range(n):
+        frames, record = draw_pair(i, ("synthetic", "real")[i % 2], Random(f"probe {i}"), 32, 32)
+        out.append([record, frames.reshape(2, 4, 8, 4, 8, 3).mean(axis=(2, 4)).round(2).tolist()])
+    return out
+
+
 def save_shard(path, frames, lines):
     path.with_suffix(".jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     with open(path.with_suffix(".tmp"), "wb") as f:                # renamed last: a shard is there whole or not at all
@@ -98,8 +109,20 @@ def save_shard(path, frames, lines):
 
 
 def world_set(folder, n_pairs, size, draw=draw_shard, per_file=SHARD):
-    """Draw what is missing of the first n_pairs pairs, on all cores; returns [(frames memmap, [record])] by file."""
+    """Draw what is missing of the first n_pairs pairs, on all cores; returns [(frames memmap, [record])] by file.
+
+    UserError where `folder` was drawn by another version of the world (see `world_probe`).
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    probe, mark = world_probe(), folder / "world.json"
+    if mark.is_file():
+        changed = [now[0]["instruction"] for old, now in zip(read_json(mark), probe, strict=True)
+                   if old[0] != now[0] or np.abs(np.subtract(old[1], now[1])).max() > 1]
+        if changed:
+            raise UserError(f"{folder}: drawn by another version of the shapes world ({len(changed)} of {len(probe)} probes differ, "
+                            f"the first is now {changed[0]!r}); delete it to draw anew, or pass another --data")
+    else:
+        write_json(mark, probe)
     paths = [folder / f"{size}px-{i:05d}" for i in range(-(-n_pairs // per_file))]
     todo = [(p, i) for i, p in enumerate(paths) if not p.with_suffix(".npy").is_file()]
     if todo:
@@ -126,7 +149,7 @@ def save_tensors(path, tensors, dtype=None):
 
 
 def join_processes(device):
-    """Join the processes that torchrun started, if it did. This is the only place that reads what torchrun sets."""
+    """Join the processes that torchrun started, if it did."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -200,18 +223,27 @@ def is_inner_matrix(key, p):
     return p.dim() > 1 and not any(part in key for part in ("embedding", "conv_in", "conv_out"))
 
 
+def differences(old, new, names):
+    """["--flag old (now new)"] of the settings `names` in meta.json's args."""
+    flag = {"vae": "the vae", "clips": "--clips-drawn"}            # the networks below depend on it without a flag for it
+    return [f"{flag.get(k, '--' + k.replace('_', '-'))} {old[k]} (now {new[k]})" for k in names]
+
+
 def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, save_minutes=5, device="cpu",
         resume_any=False, lr_new=None, accumulate=1, shared=False, probe=None, unit="images", bf16=None,
         optimizer="adamw"):
-    """Train `net` with loss_fn(number, generator) -> loss until `steps`; resumes from `out` where a run was cut.
+    """Train what requires gradients in `net` with loss_fn(number, generator) -> loss, until `steps`.
 
-    AdamW or Muon, linear warm-up, cosine to 5 %, gradient norm clipped at 1, EMA. `accumulate` micro-batches make a step, on
-    each of the processes where `shared`; a micro-batch's number counts them all and seeds everything random in it, so
-    a resumed run's next loss equals the uninterrupted one's, and P processes do what one does that accumulates P.
-    lr_new: learning rate of EPM, and a tenth of gamma's, which have no weight decay. probe() -> more fields for the log.
+    AdamW or Muon, linear warm-up, cosine to 5 %, gradient norm clipped at 1, EMA. Into `out` go model.safetensors (EMA),
+    state.pt, meta.json and log.jsonl; a run that was cut resumes from there.
+
+    accumulate: micro-batches that make a step, on each of the processes where `shared`. `number` counts micro-batches over
+    steps and processes; with meta's seed it fixes all that is random in one. So a resumed run's next loss equals the
+    uninterrupted one's, and P processes do what one does that accumulates P.
+    lr_new: learning rate of EPM; gamma's is ten times that; neither has weight decay.
+    probe: () -> more fields for the log.
     bf16: networks run in bfloat16, weights and optimizer stay in float32; None: on CUDA.
-    Only what requires gradients is trained and averaged. Writes into `out` model.safetensors (EMA), state.pt, meta.json
-    and log.jsonl. Raises UserError for a NaN, with the step, and for a run begun with another configuration.
+    Raises UserError for a NaN, with the step, and for a run begun with another configuration.
     """
     rank, world = processes() if shared else (0, 1)
     out.mkdir(parents=True, exist_ok=True)
@@ -239,8 +271,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
         state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)        # a resumed run needs no more memory
         changed = [k for k in meta["args"] if k in state["args"] and state["args"][k] != meta["args"][k]]
         if changed and not resume_any:
-            names = [f"--{k.replace('_', '-')} {state['args'].get(k)} (now {meta['args'][k]})" for k in changed]
-            raise UserError(f"{out}: begun with {', '.join(names)}; "
+            raise UserError(f"{out}: begun with {', '.join(differences(state['args'], meta['args'], changed))}; "
                             "pass the same, --force to go on with the new ones, or another --runs folder")
         net.load_state_dict(state["net"])
         if [len(group["params"]) for group in state["opt"]["param_groups"]] == [len(group["params"]) for group in groups]:
@@ -280,7 +311,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
         mean = torch.zeros((), device=device)
         for micro in range(accumulate):
             number = (step * accumulate + micro) * world + rank
-            generator = torch.Generator().manual_seed(number)
+            generator = torch.Generator().manual_seed(meta["args"]["seed"] * 1_000_003_000 + number)
             try:
                 with torch.autocast(device, torch.bfloat16, enabled=bf16):
                     loss = loss_fn(number, generator) / accumulate
@@ -321,11 +352,6 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
         dist.barrier()                                             # whoever goes on reads the files of the first
     net.load_state_dict(average)
     return net.eval()
-
-
-def finished(folder, steps):
-    meta = folder / "meta.json"
-    return meta.is_file() and read_json(meta)["step"] >= steps
 
 
 def pick(shards, n, generator, axis=2, odds=None):
@@ -373,7 +399,7 @@ def stage_vae(args, shards, out):
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
         return d.abs().mean() + 2 * d.square().mean() + 0.5 * edges + 1e-4 * kl
 
-    steps, lr = args.steps or STEPS["vae"], args.lr or 2e-3
+    steps, lr = args.steps or STEPS["vae"], args.lr or LR["vae"]
     meta = dict(stage="vae", config=TINY_VAE, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, size=args.size, lr=lr))
     fit(vae, loss_fn, out, meta, steps, lr, 64, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
     # the factor that brings the latents to unit variance goes into the published place, the config
@@ -461,9 +487,9 @@ def stage_clip(args, shards, out):
         return (match(image, clip.encode_text(tokens(captions)), scale, same(captions)) +
                 0.5 * match(change, clip.encode_text(tokens(orders)), scale.clamp(max=20), same(orders)))
 
-    steps = args.steps or STEPS["clip"]
-    meta = dict(stage="clip", config=config, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=args.lr or 1e-3))
-    fit(clip, loss_fn, out, meta, steps, args.lr or 1e-3, 96, ema=0.995, device=args.device, bf16=args.bf16,
+    steps, lr = args.steps or STEPS["clip"], args.lr or LR["clip"]
+    meta = dict(stage="clip", config=config, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=lr))
+    fit(clip, loss_fn, out, meta, steps, lr, 96, ema=0.995, device=args.device, bf16=args.bf16,
         resume_any=args.force)
     return clip, config, tokenizer
 
@@ -531,9 +557,9 @@ def stage_viclip(args, shards, out, base):
         return (match(video, captions, scale, same(before + after)) + 0.5 * match(moved, orders_x, slow, same(orders)) +
                 0.5 * match(moved, change(captions), slow, same(pairs)))
 
-    steps = args.steps or STEPS["viclip"]
-    meta = dict(stage="viclip", config=config, args=dict(steps=steps, seed=args.seed, clips=args.clips_drawn, lr=args.lr or 1e-3))
-    fit(net, loss_fn, out, meta, steps, args.lr or 1e-3, 32, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
+    steps, lr = args.steps or STEPS["viclip"], args.lr or LR["viclip"]
+    meta = dict(stage="viclip", config=config, args=dict(steps=steps, seed=args.seed, clips=args.clips_drawn, lr=lr))
+    fit(net, loss_fn, out, meta, steps, lr, 32, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
     return net, config
 
 
@@ -574,6 +600,11 @@ def cache_latents(vae, shards, folder, device):
     return out
 
 
+def vae_mark(weight):
+    """Eight digits of quant_conv.weight that tell one VAE's latents from another's, in names of caches and in meta.json."""
+    return hashlib.sha1(weight.float().cpu().numpy().tobytes()).hexdigest()[:8]
+
+
 def stage_image(args, shards, out, base, weights=None):
     """InstructPix2Pix on cached latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the scheduler says.
 
@@ -589,7 +620,7 @@ def stage_image(args, shards, out, base, weights=None):
     vae.load_state_dict(load_file(base / "vae" / "diffusion_pytorch_model.safetensors"))
     vae.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     tokenizer = Tokenizer(base / "tokenizer" / "vocab.json", base / "tokenizer" / "merges.txt")
-    encoder = hashlib.sha1(vae.quant_conv.weight.cpu().numpy().tobytes()).hexdigest()[:8]      # another encoder, another cache
+    encoder = vae_mark(vae.quant_conv.weight)
     shards = cache_latents(vae, shards, args.data / f"latents-{args.size}px-{encoder}", args.device)
     torch.manual_seed(args.seed)
     if weights:                                                    # go on from another editor, with a new schedule
@@ -616,7 +647,8 @@ def stage_image(args, shards, out, base, weights=None):
         ids = tokenizer(["" if gone else records[i]["instruction"] for i, gone in zip(rows, no_text)])
         target = torch.where(only_text, z_src, z_tgt)
         z0 = target * vae.scaling_factor
-        t = (len(abar) * torch.rand(len(rows), generator=generator) ** args.t_bias).long().to(args.device)
+        u = torch.rand(len(rows), generator=generator) ** args.t_bias
+        t = (len(abar) * u).long().clamp(max=len(abar) - 1).to(args.device)     # float32's u may round to 1
         a = abar[t][:, None, None, None]
         eps = torch.randn(z0.shape, generator=generator).to(z0)
         z_t = a.sqrt() * z0 + (1 - a).sqrt() * eps
@@ -627,11 +659,11 @@ def stage_image(args, shards, out, base, weights=None):
         weight = 1 + args.region_weight * (changed / 0.5).clamp(max=1)
         return (error * weight / weight.mean(dim=(1, 2), keepdim=True)).mean()
 
-    steps, lr = args.steps or STEPS["image"], args.lr or 1e-3
-    meta = dict(stage="image", base=str(base.relative_to(ROOT)) if base.is_relative_to(ROOT) else str(base), unet=TINY_UNET,
+    steps, lr = args.steps or STEPS["image"], args.lr or LR["image"]
+    meta = dict(stage="image", base=portable(base), unet=unet.config,
                 args=dict(weights=weights and portable(weights), steps=steps, seed=args.seed, pairs=args.pairs,
                           size=args.size, lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight,
-                          optimizer=args.optimizer))
+                          optimizer=args.optimizer, vae=encoder))
     fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
         optimizer=args.optimizer)
 
@@ -680,18 +712,19 @@ def row_of(number, n, seed):
     return int(order[number % n])
 
 
-def draw_noise(number, seed, shape, t_bias, same_noise):
+def draw_noise(number, seed, shape, t_bias, same_noise, train_steps=1000):
     """What is random about training sample `number`: u in [0, 1) to choose the dropouts, time step t, eps of `shape`.
 
     From a generator of the sample's own, so that a batch is the same however micro-batches and processes share it.
-    PAPER: silent on noise over frames. In a share `same_noise` of the clips all frames have one noise, in the rest each
-    its own, as in InsV2V and AnimateDiff. A video editor samples from what most of its clips had: `tiny`'s short rounds
-    did not learn to bring noise of each frame's own together (README, State).
+    same_noise: the share of clips whose frames all have one noise; in the rest each frame has its own, as in InsV2V and
+    AnimateDiff. A video editor samples from what most of its clips had.
+    PAPER: silent on noise over frames. `tiny`'s short rounds did not learn to bring frames of different noise together
+    (README, State), so its clips have one.
     """
     g = torch.Generator().manual_seed((seed + 1) * 1_000_003_000 + number)
     u, v, same = torch.rand(3, generator=g).tolist()
     eps = torch.randn(shape, generator=g)
-    return u, torch.tensor(int(1000 * v ** t_bias)), eps[:1].expand(shape) if same < same_noise else eps
+    return u, torch.tensor(int(train_steps * v ** t_bias)), eps[:1].expand(shape) if same < same_noise else eps
 
 
 def clip_loss(unet, samples, scheduler, device, guidance=None):
@@ -743,7 +776,7 @@ def stage_motion(args, out, base):
     shards = first_process_first(lambda: world_set(args.data / name, args.motion_clips, args.size, draw_motion_clips,
                                                    MOTION_CLIPS))
     ed = VideoEditor.from_pretrained(weights, motion=False, device=args.device, dtype="float32")
-    encoder = hashlib.sha1(ed.vae.quant_conv.weight.cpu().numpy().tobytes()).hexdigest()[:8]
+    encoder = vae_mark(ed.vae.quant_conv.weight)
     clips = first_process_first(lambda: encode_motion_clips(ed, shards, args.data / f"{name}-{encoder}"))
     clips = clips[:args.motion_clips]
     torch.manual_seed(args.seed)
@@ -759,20 +792,22 @@ def stage_motion(args, out, base):
         recompute(ed.unet)
     no_text = ed.encode_text([""])[0].cpu()
     batch, same_noise = args.clip_batch, 0.5 if args.same_noise is None else args.same_noise
+    train_steps = len(noise_levels(ed.scheduler))
 
     def loss_fn(number, generator):
         samples = []
         for k in range(number * batch, (number + 1) * batch):
             z = torch.from_numpy(clips[row_of(k, len(clips), args.seed)].astype(np.float32))
-            u, t, eps = draw_noise(k, args.seed, z.shape, args.t_bias, same_noise)
+            u, t, eps = draw_noise(k, args.seed, z.shape, args.t_bias, same_noise, train_steps)
             samples.append((z * ed.vae.scaling_factor, z * (u < 0.25), no_text, t, eps, torch.ones(1, 1, 1, 1)))
         return clip_loss(ed.unet, samples, ed.scheduler, args.device)
 
-    steps, lr = args.steps or STEPS["motion"], args.lr or 1e-3
+    steps, lr = args.steps or STEPS["motion"], args.lr or LR["motion"]
     meta = dict(stage="motion", base=portable(ed.base), unet=ed.unet.config, motion=ed.unet.motion_config,
                 args=dict(weights=portable(weights), steps=steps, lr=lr, motion_clips=args.motion_clips, size=args.size,
                           clip_batch=batch * args.accumulate * processes()[1], same_noise=same_noise,
-                          t_bias=args.t_bias, seed=args.seed))
+                          t_bias=args.t_bias, seed=args.seed, vae=encoder))
+    keep_own_text(ed)
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
         accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips")
     if processes()[0] == 0:
@@ -781,6 +816,12 @@ def stage_motion(args, out, base):
             "diffusion_pytorch_model.safetensors")
     if dist.is_initialized():
         dist.barrier()                                             # the others read it next
+
+
+def keep_own_text(ed):
+    """A text encoder trained along with the image editor goes into the run's file, frozen: base has another one."""
+    if ed.own_text:
+        ed.unet.text_encoder = ed.text_encoder
 
 
 def recompute(unet):
@@ -796,7 +837,7 @@ def recompute(unet):
 
 # Defaults that differ: `tiny` is trained from nothing and its empty instruction returns the source (see stage_image);
 # IP2P's is an average of all edits, which its guidance scales count on. 1e-5 is InsV2V's learning rate; the rest of
-# sd15's is our guess until someone has the GPU hours: 2,000 steps are 4 to 9 passes over the paper's clips.
+# sd15's is our guess until someone has the GPU hours: 2,000 steps are 3 to 6 passes over the paper's clips.
 VIDEO = {"tiny": dict(steps=60, lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=1.0,
                       no_text="source", epm_start=-2.0, guided_loss=True),
          "sd15": dict(steps=2000, lr=1e-5, lr_new=1e-4, same_noise=0.0, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0,
@@ -844,8 +885,8 @@ def read_clips(folders, channels, most=-1):
 def camera_move(x, number):
     """InsV2V's motion augmentation: one camera move over source and target. x (2, F, 3, H, W) -> the same shape.
 
-    A pan (probability 0.7) over up to 20 % of the frame and a zoom (0.2) up to 1.25, both at constant speed. The window
-    is smaller than the frame by the length of the pan and is scaled back up, so that nothing beyond the edge is made up.
+    A pan over up to 20 % of the frame, or (probability 0.2) a zoom up to 1.25, which comes with a pan in seven cases of
+    ten; both at constant speed. The window is smaller than the frame by the length of the pan and is scaled back up, so that nothing beyond the edge is made up.
     """
     rng = Random(number)
     zoom = rng.uniform(1, 1.25) if rng.random() < 0.2 else 1.0
@@ -945,6 +986,7 @@ def stage_video(args, out, weights, folders):
         states = torch.cat([ed.encode_text([t]).half().cpu() for t in texts])              # (texts, 77, D), once
     defaults, batch, scale = VIDEO[args.model], args.clip_batch, ed.vae.scaling_factor
     same_noise = defaults["same_noise"] if args.same_noise is None else args.same_noise
+    train_steps = len(noise_levels(ed.scheduler))
 
     def loss_fn(number, generator):
         samples = []
@@ -952,7 +994,7 @@ def stage_video(args, out, weights, folders):
             path, instruction, shape = clips[row_of(k, len(clips), args.seed)]
             z = load_file(path)
             z_src, z_tgt = z["source"].float(), z["target"].float()                        # (F, c, h, w)
-            u, t, eps = draw_noise(k, args.seed, shape, args.t_bias, same_noise)
+            u, t, eps = draw_noise(k, args.seed, shape, args.t_bias, same_noise, train_steps)
             no_text, no_src = u < 0.10, 0.05 <= u < 0.15           # text alone, both, source alone: 5 % each
             z_tgt = z_src if u < 0.05 and args.no_text == "source" else z_tgt
             changed = (z_tgt - z_src).abs().mean(dim=1, keepdim=True) * scale
@@ -972,8 +1014,7 @@ def stage_video(args, out, weights, folders):
         guided_loss=args.guided_loss, seed=args.seed))
     if args.epm:
         meta["epm"] = ed.unet.epm_config
-    if ed.own_text:                                                # frozen, but a run's file is all that it needs beside base
-        ed.unet.text_encoder = ed.text_encoder
+    keep_own_text(ed)
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device, bf16=args.bf16,
         resume_any=args.force, lr_new=lr_new, accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True,
         probe=watch(ed.unet), unit="clips")
@@ -1022,7 +1063,7 @@ def refine(args):
     image, motion = starting_point(args)
     for n in range(args.round + 1):
         out, to = args.runs / f"round{n}", args.data / f"round{n}"
-        if finished(out, args.steps or VIDEO[args.model]["steps"]):
+        if finished(out):
             print(f"round {n}: finished, in {out}")
             continue
         print(f"round {n}: curating into {to}")
@@ -1042,16 +1083,17 @@ def changed_flags(args, out, weights, folders):
     now = {k: getattr(args, k) for k in ("sma", "epm", "epm_sites", "epm_start", "trainable", "camera_moves", "t_bias",
                                          "region_weight", "no_text", "guided_loss", "seed")}
     now |= dict(train_on=[portable(folder) for folder in folders], weights=portable(weights))
-    now |= {k: getattr(args, k) for k in ("steps", "lr", "lr_new", "same_noise") if getattr(args, k) is not None}
+    now |= {k: getattr(args, k) for k in ("lr", "lr_new", "same_noise") if getattr(args, k) is not None}
+    now |= dict(steps=args.steps or VIDEO[args.model]["steps"])
     now |= {"max_clips": args.max_clips} if args.max_clips != -1 else {}
-    return [f"--{k.replace('_', '-')} {old[k]} (now {v})" for k, v in now.items() if k in old and old[k] != v]
+    return differences(old, now, [k for k, v in now.items() if k in old and old[k] != v])
 
 
 def check_finished_rounds(args):
     """UserError where a round that --round would skip as finished was trained in another way than the flags now say."""
     for n in range(args.round + 1):
         out = args.runs / f"round{n}"
-        if not args.force and finished(out, args.steps or VIDEO[args.model]["steps"]):
+        if not args.force and finished(out):
             changed = changed_flags(args, out, starting_point(args)[0], round_folders(args, n))
             if changed:
                 raise UserError(f"{out}: finished with {', '.join(changed)}; pass the same, --force to keep it as it is, or "
@@ -1142,7 +1184,7 @@ def to_frames(video):
     return ((video[0].permute(0, 2, 3, 1).cpu().numpy() + 1) / 2).clip(0, 1)
 
 
-def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=None, steps=20, n_frames=1, mode="auto",
+def evaluate(ed, n=24, seed=0, size=64, domain="synthetic", s_txt=None, s_src=None, steps=20, n_frames=1, mode="auto",
              known=False):
     """Held-out table: per task the edit against the truth, inside and outside the region that the true edit changes.
 
@@ -1175,7 +1217,7 @@ def evaluate(ed, n=24, seed=0, size=96, domain="synthetic", s_txt=None, s_src=No
             if not inside.any():
                 continue
             near = [psnr(x, truth, inside) for x in (edited, source, coded["truth"], coded["source"])]
-            kept = [math.nan if inside.all() else psnr(x, source, ~inside) for x in (edited, coded["source"], coded["truth"])]
+            kept = [math.nan if inside.mean() > 0.99 else psnr(x, source, ~inside) for x in (edited, coded["source"], coded["truth"])]
             success = succeeds(near[0] - near[1], kept[0], [(near[3] - near[1], kept[1]), (near[2] - near[1], kept[2])])
             flicker = math.nan
             if n_frames > 1:
@@ -1234,7 +1276,7 @@ def words_heard(ed, n=60, seed=0, size=64):
     return heard
 
 
-def evaluate_clips(ed, folder, size=96, n_frames=8, s_txt=None, s_src=None, steps=20, mode="auto"):
+def evaluate_clips(ed, folder, size=64, n_frames=8, s_txt=None, s_src=None, steps=20, mode="auto"):
     """Real clips at tiny's resolution: global edits against the exact operation; an empty instruction against the source."""
     from sample import read_video
     print("| clip | grayscale | sepia | night | empty | autoencoder |\n|---|---|---|---|---|---|")
@@ -1261,8 +1303,8 @@ def success(rows):
 
 
 def table_rows(args):
-    """[(name, training flags, weights to start from, folders, the cycle's own run or None)] of a table; equal steps and
-    clips in every row. The own run is what seed 0 of the row would train again; no flags: `weights`, by FFG-V2V."""
+    """[(name, training flags, weights to start from, folders, the cycle's own run or None)] of a table; equal steps in
+    every row, and in table 2 equally many clips. The own run is what seed 0 of the row would train again; no flags: `weights`, by FFG-V2V."""
     data, (image, motion) = args.data, starting_point(args)
     rounds = [args.runs / f"round{k}" for k in range(3)]
     if args.stage == "table2":                                     # other data of the same sources, for the same model
@@ -1314,9 +1356,9 @@ def tables(args):
             out = args.runs / args.stage / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
             if flags is not None:
                 row = argparse.Namespace(**vars(args) | {"steps": steps} | flags | {"seed": seed})
-                if seed == 0 and own and finished(own, steps) and not changed_flags(row, own, weights, folders):
+                if seed == 0 and own and finished(own) and not changed_flags(row, own, weights, folders):
                     out = own
-                if not finished(out, steps):
+                if not finished(out):
                     stage_video(row, out, weights, folders)
                 elif not args.force and (changed := changed_flags(row, out, weights, folders)):
                     raise UserError(f"{out}: finished with {', '.join(changed)}; pass the same, --force to keep it as it is, "
@@ -1411,6 +1453,8 @@ def export(run, target):
     unet/config.json says so under "motion", "epm" and "same_noise".
     """
     import shutil
+    if not finished(run):
+        raise UserError(f"{run}: no finished run there to export; train it first")
     run_meta, unet = read_json(run / "meta.json"), load_file(run / "model.safetensors")
     base = hub_dir(repository(run)[1], VideoEditor.FILES)
     text = {k.removeprefix("text_encoder."): unet.pop(k) for k in list(unet) if k.startswith("text_encoder.")}
@@ -1449,9 +1493,10 @@ def parse_args(argv=None):
                    "finished one as it is")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     # training
-    p.add_argument("--steps", type=int, help=f"optimizer steps; default {STEPS}, writer {WRITER_STEPS}, video {defaults('steps')}")
-    p.add_argument("--lr", type=float, help=f"peak learning rate; default 2e-3 vae, {WRITER_LR:g} writer, video {defaults('lr')}, "
-                   "1e-3 the others")
+    p.add_argument("--steps", type=int, help="optimizer steps, with --round of the rounds alone; "
+                   f"default {STEPS}, writer {WRITER_STEPS}, video {defaults('steps')}")
+    p.add_argument("--lr", type=float, help=f"peak learning rate, likewise; default {LR}, writer {WRITER_LR:g}, "
+                   f"video {defaults('lr')}")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (weights stay in float32) and "
                    "curate in it; default on CUDA only. Faster on CPUs with AVX512-BF16 or AMX, slow on others")
     p.add_argument("--optimizer", default="muon", choices=["muon", "adamw"], help="image stage, for matrices inside the network; "
@@ -1460,7 +1505,7 @@ def parse_args(argv=None):
     p.add_argument("--pairs", type=int, default=120000, help="pairs of the world set; writer: at most")
     p.add_argument("--clips-drawn", type=int, default=3000, help="viclip stage: pairs of clips to draw")
     p.add_argument("--size", type=int, default=64, help="short side of the editor's frames in pixels, a multiple of 32")
-    p.add_argument("--seed", type=int, default=0, help="initialisation; also of eval's scenes")
+    p.add_argument("--seed", type=int, default=0, help="of initialisation, noise and the order of the data; also of eval's scenes")
     p.add_argument("--t-bias", type=float, help="time steps are T*u^bias: 1 uniform, below 1 more noise; default "
                    + defaults("t_bias"))
     p.add_argument("--region-weight", type=float, help="extra loss weight where the true edit changes the latents; default "
@@ -1490,8 +1535,8 @@ def parse_args(argv=None):
     p.add_argument("--max-clips", type=int, default=-1, help="video: train on the first so many clips; -1 all")
     p.add_argument("--mix", action="store_true", help="video: from round 2 on the synthetic triples of "
                    "round 0 as well")
-    p.add_argument("--out", type=Path, help="video, writer: where the run goes; default runs/<model>/round<N>, "
-                   "writer")
+    p.add_argument("--out", type=Path, help="video, writer: where the run goes; eval, plot, export: where it lies; default "
+                   "runs/<model>/round<N>, writer")
     p.add_argument("--seeds", type=int, default=3, help="tables: training seeds of every row")
     # writer
     p.add_argument("--pairs-from", type=Path, help="writer: image pairs, as `curate.py images --from`; the first --pairs of them")
@@ -1520,15 +1565,24 @@ def parse_args(argv=None):
     p.add_argument("--source-cfg", type=float, help="eval, tables: source guidance; default the checkpoint's")
     p.add_argument("--to", type=Path, default=ROOT / "assets" / "tiny", help="export: target directory")
     args = p.parse_args(argv)
+    args.given = {name for name, value in vars(args).items() if value != p.get_default(name)}
     for name, default in VIDEO[args.model].items():
         if name not in ("steps", "lr", "lr_new", "same_noise") and getattr(args, name) is None:
             setattr(args, name, default)
     args.data, args.runs = args.data or ROOT / "data" / args.model, args.runs or ROOT / "runs" / args.model
     for name, low in (("steps", 1), ("batch", 1), ("pairs", 1), ("clips_drawn", 1), ("n", 1), ("frames", 1), ("round", 0),
                       ("clip_batch", 1), ("accumulate", 1), ("motion_clips", 1), ("sampling_steps", 1), ("camera_moves", 0),
-                      ("seeds", 1), ("images", 1), ("rank", 1), ("real_clips", 1), ("lr", 0), ("lr_new", 0), ("same_noise", 0)):
+                      ("seeds", 1), ("images", 1), ("rank", 1), ("real_clips", 1), ("same_noise", 0), ("max_clips", -1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs {low} or more")
+    for name in ("lr", "lr_new", "t_bias"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs more than 0")
+    if args.max_clips == 0:
+        raise UserError("--max-clips 0: needs 1 or more, or -1 for all")
+    if args.weights and args.stage == "all" and args.round is None:
+        raise UserError(f"--weights {args.weights}: without --round everything is trained from nothing; add --round N for rounds "
+                        "from it, --stage image to go on from it, or --stage eval")
     if args.model != "tiny" and args.stage in ("vae", "clip", "viclip", "image", "motion"):
         raise UserError(f"--stage {args.stage} --model {args.model}: published weights take its place; it is for --model tiny")
     if args.device not in ["cpu"] + ["cuda"] * torch.cuda.is_available():
@@ -1549,10 +1603,35 @@ LAST_FILE = {"vae": "vae/config.json", "clip": "tokenizer/merges.txt", "viclip":
 
 def wanted(stage, args):
     """True where a stage was asked for by name, or is part of "all" and lacks steps or its networks in runs/<model>/base
-    (a run cut between the two writes them when it is called again; its training is not repeated)."""
-    last = args.runs / "base" / LAST_FILE.get(stage, "")
-    done = last.exists() and finished(args.runs / stage, args.steps or STEPS[stage])
-    return args.stage == stage or args.stage == "all" and not done
+    (a run cut between the two writes them when it is called again; its training is not repeated).
+
+    UserError where it is finished, but flags that were given ask for another network (--force keeps it as it is). With
+    --round most of them are the rounds': see `before_rounds`.
+    """
+    if args.stage != "all":
+        return args.stage == stage
+    run, last = args.runs / stage, args.runs / "base" / LAST_FILE.get(stage, "")
+    if not (last.exists() and finished(run)):
+        return True
+    old, new = read_json(run / "meta.json")["args"], vars(args)
+    names = [k for k in ("steps", "lr", "batch", "optimizer", "pairs", "clips", "seed", "t_bias", "region_weight")
+             if {"clips": "clips_drawn"}.get(k, k) in args.given and args.round is None] + ["size"]
+    weight = args.runs / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    new = new | dict(clips=args.clips_drawn, vae=vae_mark(load_file(weight)["quant_conv.weight"]) if weight.is_file() else None)
+    names = [k for k in [*names, "vae"] if k in old and old[k] != new[k]]
+    if names and not args.force:
+        raise UserError(f"{run}: finished with {', '.join(differences(old, new, names))}; pass the same, --force to keep it as "
+                        "it is, or another --runs folder")
+    return False
+
+
+def before_rounds(args):
+    """The flags for what --round trains first where it is missing, networks and motion modules: --steps, --lr and what
+    else belongs to a round's training are the rounds' alone there; by themselves (--stage) they have them, too."""
+    if args.stage != "all" or args.round is None:
+        return args
+    return argparse.Namespace(**vars(args) | dict(steps=None, lr=None, same_noise=None, t_bias=VIDEO["tiny"]["t_bias"],
+                                                  region_weight=VIDEO["tiny"]["region_weight"]))
 
 
 def networks(args):
@@ -1562,7 +1641,7 @@ def networks(args):
     if todo:
         shards = world_set(args.data / "world", args.pairs, args.size)
     if "clip" in todo or "viclip" in todo:                         # the scorers look at more pixels than the editor makes
-        large = world_set(args.data / "world", args.pairs // 2, TINY_VISION["image_size"])
+        large = world_set(args.data / "world", max(1, args.pairs // 2), TINY_VISION["image_size"])
     if "vae" in todo:
         vae, config = stage_vae(args, shards, args.runs / "vae")
         write_network(base / "vae", config, vae.state_dict(), "diffusion_pytorch_model.safetensors")
@@ -1590,6 +1669,9 @@ def networks(args):
             for path in sorted(p for p in root.rglob("*") if p.is_file() and "unet" not in p.relative_to(root).parts):
                 to = base / path.relative_to(root)
                 to.parent.mkdir(parents=True, exist_ok=True)
+                if to.exists() and to.read_bytes() != path.read_bytes() and path.suffix == ".safetensors":
+                    raise UserError(f"{to}: another network than that of --weights {weights}, which goes on with its own; pass "
+                                    "another --runs folder")
                 if not to.exists():
                     to.write_bytes(path.read_bytes())
         for part, stage in (("vae", "vae"), ("text_encoder", "clip")):
@@ -1611,11 +1693,11 @@ def main(argv=None):
     if up_to_round:
         check_finished_rounds(args)
     if args.model == "tiny" and first and not (up_to_round and args.weights):              # minutes, so one process is enough
-        networks(args)
+        networks(before_rounds(args))
     if dist.is_initialized():
         dist.barrier()
     if args.stage == "motion" or up_to_round and args.model == "tiny" and not args.motion and wanted("motion", args):
-        stage_motion(args, args.runs / "motion", args.runs / "base")
+        stage_motion(before_rounds(args), args.runs / "motion", args.runs / "base")
     if up_to_round:
         refine(args)
     if args.stage == "video":
@@ -1636,8 +1718,11 @@ def main(argv=None):
         ed.unet.ffg_keys = args.ffg_keys
         n_frames, mode = (FRAMES, "video") if up_to_round else (args.frames, args.mode)
         how = args.text_cfg, args.source_cfg, args.sampling_steps
-        evaluate(ed, args.n, args.seed, ed.size, args.domain, *how, n_frames, mode)
-        words_heard(ed, 5 * args.n // 2, args.seed, ed.size)
+        if ed.words or args.stage == "eval":
+            evaluate(ed, args.n, args.seed, ed.size, args.domain, *how, n_frames, mode)
+            words_heard(ed, 5 * args.n // 2, args.seed, ed.size)
+        else:                                                      # published weights do not know the shapes world
+            print(f"{run_of_round}: score it on real clips with `python metrics.py tgve DIR --weights {run_of_round}`")
         if args.clips:
             evaluate_clips(ed, args.clips, ed.size, 8, *how, mode)
     if args.stage == "export" and first:

@@ -385,13 +385,12 @@ def bench_training(model, size, n_frames, runs, steps, device):
     scales = [ed.guidance[0]] * 4, [ed.guidance[1]] * 4
 
     def images():
-        z0 = curate.sample_batch(ed, z_src[:, :1], "make it snow", z_T[:, :1], *scales, steps, "image")
+        z0 = ed.sample(z_src[:, :1], "make it snow", z_T[:, :1], steps, *scales, "image")
         ed.decode(z0.transpose(0, 1))
 
     def clip(ed=ed):
-        path = []
-        curate.sample_batch(ed, z_src[:, :1], "make it snow", z_T[:1, :1], [1.0], [1.0], steps, "image", keep=path)
-        ed.decode(curate.sample_batch(ed, z_src, "make it snow", z_T[:1], *([x[0]] for x in scales), steps, "ffg", path))
+        anchor = ed.anchor(z_src[:, :1], "make it snow", z_T[:1, :1], steps)
+        ed.decode(ed.sample(z_src, "make it snow", z_T[:1], steps, *ed.guidance, "ffg", anchor=anchor))
     row(f"image candidate, {steps} steps, 4 in a batch", *timed([images], 1, device), per=4)
     row(f"clip candidate, {steps} steps, FFG", *timed([clip], 1, device, warm=False))
     if small_on_cpu:

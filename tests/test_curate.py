@@ -281,8 +281,10 @@ def test_every_effect_style_and_texture_has_wordings_and_a_caption():
 
 @pytest.mark.parametrize("split", ["train", "held"])
 def test_known_words_cover_every_text(split):
-    known, texts = set(C.known_words()), C.all_texts(3000, 1, split)
-    assert len(texts) == 3000 and not {w for t in texts for w in C.words_of(t)} - known
+    scenes = [C.draw_scene(1_000_003 + i, ("synthetic", "real")[i % 2], split) for i in range(1000)]
+    edits = [C.propose_edit(scene, i, split=split) for i, scene in enumerate(scenes)]
+    known, texts = set(C.known_words()), [t for e in edits for t in (e.instruction, e.source_caption, e.target_caption)]
+    assert not {w for t in texts for w in C.words_of(t)} - known
     assert all("{" not in t and len(t.split()) <= 32 for t in texts)
 
 
@@ -345,7 +347,7 @@ def test_a_batch_of_candidates_equals_the_editor_one_by_one(editor, mode):
     z_src, n = torch.randn(1, 3, 4, 4, 4), 2
     z_T, s_txt, s_src = torch.randn(n, 3, 4, 4, 4), [4.0, 9.0], [1.0, 1.7]
     first, path = editor.anchor(z_src[:, :1], "make it snow", z_T[:1, :1], 3, 7.5, 1.5)
-    got = C.sample_batch(editor, z_src, "make it snow", z_T, s_txt, s_src, 3, mode, path)
+    got = editor.sample(z_src, "make it snow", z_T, 3, s_txt, s_src, mode, anchor=(first, path))
     for k in range(n):
         want = editor.sample(z_src, "make it snow", z_T[k:k + 1], 3, s_txt[k], s_src[k], mode, anchor=(first, path))
         torch.testing.assert_close(got[k:k + 1], want, atol=1e-4, rtol=1e-4)
@@ -570,8 +572,8 @@ def test_the_first_frame_of_ffg_is_the_selected_edit(made, clips, hub):
     path = load_file(made / image["id"] / "trajectory.safetensors")["trajectory"].float()[:, None, None]
     scene, edit, t0 = C.drawn_scene(image["origin"])
     z_src = ed.encode(C.to_video(C.quantise(C.render(scene, 3, 32, 32, C.FPS, t0))))
-    z0 = C.sample_batch(ed, z_src, image["instruction"], path[0].expand(1, 3, -1, -1, -1), [image["guidance"][0]],
-                        [image["guidance"][1]], 2, "ffg", list(path))
+    z0 = ed.sample(z_src, image["instruction"], path[0].expand(1, 3, -1, -1, -1), 2, *image["guidance"], "ffg",
+                   anchor=(z_src[:, :1], list(path)))
     torch.testing.assert_close(z0[0, 0], path[-1, 0, 0], atol=2e-2, rtol=2e-2)
     assert (z0[0, 1:] - z0[0, :1]).abs().max() > .01
 
@@ -595,9 +597,10 @@ def test_a_camera_move_starts_with_the_image_and_stays_inside_it():
 def test_the_anchor_of_a_later_clip_is_the_images_edit_not_its_own_first_frames(editor):
     torch.manual_seed(1)
     z, z_T, path = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 2, 4, 4, 4), list(torch.randn(3, 1, 1, 4, 4, 4))
-    how = editor, z[:, 1:], "make it snow", z_T, [7.5], [1.5], 2, "ffg", path
-    own, image = C.sample_batch(*how), C.sample_batch(*how, z_first=z[:, :1])
-    assert torch.equal(own, C.sample_batch(*how, z_first=z[:, 1:2])) and (own - image).abs().max() > 1e-3
+    st = C.SimpleNamespace(ed=editor, args=C.SimpleNamespace(batch=4))
+    how = st, z[:, 1:], "make it snow", [z_T], [7.5], [1.5], 2, "ffg", path
+    own, image = C.edit_clip(*how), C.edit_clip(*how, z_first=z[:, :1])
+    assert torch.equal(own, C.edit_clip(*how, z_first=z[:, 1:2])) and (own - image).abs().max() > 1e-3
 
 
 def test_the_world_animates_drawn_scenes_only_and_the_camera_anything(hub, made, tmp_path):

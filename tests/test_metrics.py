@@ -742,6 +742,8 @@ def test_new_weights_get_a_new_name_and_so_new_edits():
     assert before == metrics.stamp(ed)
     next(ed.vae.parameters()).add_(1e-3)
     assert metrics.stamp(ed) != before
+    changed, ed.guidance = metrics.stamp(ed), (3.0, 1.5)
+    assert metrics.stamp(ed) != changed
     changed, ed.deadband = metrics.stamp(ed), 0.1
     assert metrics.stamp(ed) != changed
     changed, ed.scheduler = metrics.stamp(ed), ed.scheduler | {"timestep_spacing": "trailing"}

@@ -491,6 +491,10 @@ def test_auto_takes_the_newest_trained_run_that_fits_else_tiny(tmp_path):
     for run in ("tiny/image", "tiny/vae", "sd15/round0"):
         (tmp_path / "runs" / run).mkdir(parents=True)
         (tmp_path / "runs" / run / "model.safetensors").write_bytes(b"")
+        (tmp_path / "runs" / run / "meta.json").write_text('{"step": 5, "args": {"steps": 6}}')
+    assert choose_model("auto", None, "cpu", tmp_path)[0] == "tiny"         # none is finished
+    for meta in tmp_path.glob("runs/*/*/meta.json"):
+        meta.write_text('{"step": 6, "args": {"steps": 6}}')
     assert choose_model("auto", None, "cpu", tmp_path)[0] == str(tmp_path / "runs" / "tiny" / "image")
     assert choose_model("sd15", None, "cpu", tmp_path)[0] == "sd15"
     assert choose_model("auto", "tiny", "cpu", tmp_path)[0] == "tiny"

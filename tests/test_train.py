@@ -20,7 +20,7 @@ from metrics import LlavaOneVision, writer_loss
 from model import EPM, ROOT, UNet, UserError, VideoEditor
 
 
-def small_fit(out, steps=8, cut_at=None, args=None, losses=None, nan_at=None, **options):
+def small_fit(out, steps=8, cut_at=None, args=None, losses=None, nan_at=None, seed=0, **options):
     """A linear layer on random data through the real loop, saved after every step; `cut_at` breaks off in mid-step."""
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 3)
@@ -33,7 +33,7 @@ def small_fit(out, steps=8, cut_at=None, args=None, losses=None, nan_at=None, **
         if losses is not None:
             losses.append(loss.item())
         return loss
-    meta = dict(stage="test", args=args or dict(steps=steps))
+    meta = dict(stage="test", args=dict(args or dict(steps=steps), seed=seed))
     return train.fit(net, loss_fn, out, meta, steps, 1e-2, 16, warmup=2, save_minutes=0, **options)
 
 
@@ -111,6 +111,13 @@ def test_other_settings_on_resume_are_refused_by_name(tmp_path):
         small_fit(tmp_path, args=dict(steps=8, lr=2))
 
 
+def test_another_seed_draws_other_data(tmp_path):
+    first, again, other = [], [], []
+    for name, losses, seed in (("a", first, 0), ("b", again, 0), ("c", other, 1)):
+        small_fit(tmp_path / name, losses=losses, seed=seed)
+    assert first == again and first[0] != other[0]                 # the same first weights, see small_fit
+
+
 def test_every_known_word_is_one_token_and_the_end_token_is_last(tmp_path):
     tokenizer = train.train_tokenizer(tmp_path)
     assert all(len(tokenizer.encode(w)) == 1 for w in curate.known_words())
@@ -125,6 +132,19 @@ def test_world_shards_are_the_same_whenever_they_are_drawn(tmp_path, monkeypatch
     a, b = (np.load(tmp_path / f"{n}.npy") for n in "ab")
     assert np.array_equal(a, b) and a.shape[:2] == (6, 2)
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+def test_pairs_of_another_world_are_not_taken_for_this_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHARD", 2)
+    train.world_set(tmp_path, 2, 32, per_file=2)
+    train.world_set(tmp_path, 2, 32, per_file=2)
+    probe = json.loads((tmp_path / "world.json").read_text())
+    for change in (lambda row: row[0].update(instruction="another wording"), lambda row: row[1][1][0].__setitem__(0, [0, 255, 0])):
+        other = json.loads(json.dumps(probe))
+        change(other[3])
+        (tmp_path / "world.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match="another version of the shapes world .1 of 16 probes"):
+            train.world_set(tmp_path, 2, 32, per_file=2)
 
 
 def test_batches_hold_about_the_same_number_of_pixels_at_any_aspect():
@@ -186,6 +206,49 @@ def test_stage_image_goes_on_from_an_editor_and_trains_its_text_encoder_along(tm
 GOLDENS = Path(__file__).parent / "goldens"
 LLAVA = GOLDENS / "llava-onevision-qwen2-0.5b-ov-hf"
 IP2P, ADAPTER = GOLDENS / "instruct-pix2pix", GOLDENS / "animatediff-motion-adapter-v1-5-3"
+
+
+def finished_network(runs, stage="vae", **args):
+    """What `wanted` looks at of a network that is trained: its meta.json and the last file of its stage in base."""
+    last = runs / "base" / train.LAST_FILE.get(stage, "")
+    last.parent.mkdir(parents=True, exist_ok=True)
+    if stage in train.LAST_FILE:
+        last.write_text("{}")
+    (runs / stage).mkdir(parents=True)
+    how = dict(steps=20, seed=0, pairs=120000, size=64, lr=1e-3) | args
+    (runs / stage / "meta.json").write_text(json.dumps(dict(step=20, args=how)))
+
+
+def test_a_finished_network_is_kept_whatever_its_steps_but_not_under_other_flags(tmp_path):
+    finished_network(tmp_path)
+    def wanted(*flags):
+        return train.wanted("vae", train.parse_args(["--runs", str(tmp_path), *flags]))
+    assert not wanted() and not wanted("--round", "1", "--steps", "7", "--lr", "1") and wanted("--stage", "vae")
+    for given, match in ((["--size", "96"], "--size 64 .now 96."), (["--steps", "7"], "--steps 20 .now 7."),
+                         (["--round", "1", "--size", "96"], "--size 64"), (["--seed", "1"], "--seed 0 .now 1.")):
+        with pytest.raises(UserError, match=match):
+            wanted(*given)
+        assert not wanted(*given, "--force")
+
+
+def test_image_editor_and_motion_modules_of_another_vae_are_not_taken_for_finished(tmp_path):
+    finished_network(tmp_path, "image", vae=train.vae_mark(torch.ones(2)))
+    (tmp_path / "base" / "vae").mkdir(parents=True)
+    file = tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    args = train.parse_args(["--runs", str(tmp_path), "--round", "0"])
+    save_file({"quant_conv.weight": torch.ones(2)}, file)
+    assert not train.wanted("image", args)
+    save_file({"quant_conv.weight": torch.zeros(2)}, file)
+    with pytest.raises(UserError, match="image: finished with the vae"):
+        train.wanted("image", args)
+
+
+def test_the_schedule_given_with_a_round_is_the_rounds_alone():
+    args = train.parse_args(["--round", "1", "--steps", "7", "--lr", "1", "--t-bias", "2", "--seed", "3"])
+    first = train.before_rounds(args)
+    assert (first.steps, first.lr, first.t_bias, first.seed, args.steps) == (None, None, 0.5, 3, 7)
+    args = train.parse_args(["--stage", "motion", "--round", "1", "--steps", "7"])
+    assert train.before_rounds(args).steps == 7
 
 
 def curated(folder, n=3, n_frames=16, size=(4, 4), channels=4, kept=True):
@@ -307,7 +370,7 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(tmp_path, monkeypatch
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
     net = torch.nn.Linear(2, 1)
     with pytest.raises(UserError, match="norm (nan|inf) at step 2"):           # the root's slope at 0 is infinite
-        train.fit(net, lambda step, g: (net.weight * (step != 2)).abs().sum().sqrt(), tmp_path, dict(args={}), 4, 1e-3, 1)
+        train.fit(net, lambda step, g: (net.weight * (step != 2)).abs().sum().sqrt(), tmp_path, dict(args=dict(seed=0)), 4, 1e-3, 1)
     assert all(p.isfinite().all() for p in net.parameters())
 
 
@@ -325,7 +388,7 @@ def test_two_processes_have_the_loss_of_one_with_twice_the_batch(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     # whoever is done goes on to read the files of the first
-    code = "import sys, train; train.main(sys.argv[1:]); assert train.finished(train.parse_args(sys.argv[1:]).out, 4)"
+    code = "import sys, train; train.main(sys.argv[1:]); assert train.finished(train.parse_args(sys.argv[1:]).out)"
     command = [sys.executable, "-c", code, *flags(tmp_path, "--clip-batch", "1", "--out", str(tmp_path / "two"))]
     two = [subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT, env=os.environ | dict(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1"))
@@ -482,6 +545,22 @@ def test_stage_motion_trains_the_modules_alone_and_writes_an_adapter(tmp_path, m
     assert same(adapter.state_dict(), run)                         # gamma 1 in both
 
 
+def test_motion_modules_keep_the_text_encoder_of_the_editor_they_were_trained_in(tmp_path, monkeypatch):
+    editor = VideoEditor.from_pretrained(IP2P, device="cpu", dtype="float32")
+    editor.unet.text_encoder = editor.text_encoder
+    with torch.no_grad():
+        editor.text_encoder.text_model.final_layer_norm.bias.add_(1)
+    (tmp_path / "image").mkdir()
+    save_file({k: v.contiguous() for k, v in editor.unet.state_dict().items()}, tmp_path / "image" / "model.safetensors")
+    (tmp_path / "image" / "meta.json").write_text(json.dumps(dict(base=str(IP2P), unet=editor.unet.config, step=1, args=dict(steps=1))))
+    monkeypatch.setattr(train, "MOTION_CLIPS", 2)
+    args = train.parse_args(["--stage", "motion", "--runs", str(tmp_path), "--data", str(tmp_path / "d"), "--steps", "1",
+                             "--clip-batch", "1", "--size", "32", "--motion-clips", "2", "--device", "cpu"])
+    train.stage_motion(args, tmp_path / "motion", tmp_path / "base")
+    a, b = (VideoEditor.from_pretrained(tmp_path / x, device="cpu").encode_text(["make it snow"]) for x in ("image", "motion"))
+    assert torch.equal(a, b) and not torch.equal(a, VideoEditor.from_pretrained(IP2P, device="cpu").encode_text(["make it snow"]))
+
+
 def test_gamma_and_epm_are_logged_for_every_module_and_drawn(tmp_path):
     curated(tmp_path / "data")
     weights = train_video(tmp_path, "round0")
@@ -537,6 +616,28 @@ def test_an_exported_video_run_edits_like_the_run(tmp_path):
         assert torch.equal(z[:, 0], z[:, 2])
         editor.same_noise = False
         assert not torch.equal(z[:, 2], editor.noise(3, 4, 4, seed=1, mode="video")[:, 2])
+
+
+def test_a_run_from_an_embedded_video_editor_exports_what_it_has_and_not_what_that_had(tmp_path):
+    curated(tmp_path / "data")
+    train_video(tmp_path, "round0")
+    train.export(tmp_path / "round0", tmp_path / "hub")
+    train_video(tmp_path, "plain", "--weights", str(tmp_path / "hub"), "--motion", str(ADAPTER), "--no-epm")
+    train.export(tmp_path / "plain", tmp_path / "hub2")
+    ed, run = (VideoEditor.from_pretrained(tmp_path / name, device="cpu") for name in ("hub2", "plain"))
+    assert ed.default_mode == "video" and not any("epm" in k for k in ed.unet.state_dict())
+    a, b = ed.unet(*unet_inputs()), run.unet(*unet_inputs())
+    assert (a - b).norm() < 1e-2 * b.norm()                        # float16 files
+
+
+def test_a_run_that_is_not_finished_is_not_exported(tmp_path):
+    curated(tmp_path / "data")
+    train_video(tmp_path, "round0")
+    meta = json.loads((tmp_path / "round0" / "meta.json").read_text())
+    (tmp_path / "round0" / "meta.json").write_text(json.dumps(meta | {"step": 1}))
+    with pytest.raises(UserError, match="no finished run"):
+        train.export(tmp_path / "round0", tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
 
 
 def test_an_exported_video_run_holds_the_image_editor_from_which_rounds_start(tmp_path):
@@ -668,7 +769,8 @@ def test_table_2_makes_other_data_of_the_same_sources_and_trains_on_equally_many
     assert [json.loads((folder / "dataset.json").read_text())["mode"] for folder in folders[1:]] == ["ffg", "image"]
 
 
-@pytest.mark.parametrize("flag, value", [("--round", "-1"), ("--clip-batch", "0"), ("--lr-new", "-1")])
+@pytest.mark.parametrize("flag, value", [("--round", "-1"), ("--clip-batch", "0"), ("--lr-new", "-1"), ("--lr", "0"), ("--t-bias", "0"),
+                                         ("--max-clips", "0"), ("--max-clips", "-2"), ("--weights", "tiny")])
 def test_values_of_the_rounds_out_of_range_name_the_flag(flag, value):
     with pytest.raises(UserError, match=flag):
         train.parse_args([flag, value])
