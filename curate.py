@@ -181,6 +181,8 @@ def check_config(folder, config, force):
     """dataset.json tells what made a data set; other settings are refused, by name, unless --force."""
     path = folder / "dataset.json"
     old = read_json(path) if path.is_file() else config
+    if not isinstance(old, dict):
+        raise UserError(f"{path}: holds no settings of curate.py; restore it, or pass another --to")
     changed = [k for k in sorted(config.keys() | old.keys()) if old.get(k) != config.get(k)]
     if changed and not force:
         names = ", ".join(f"{k} {old.get(k)} (now {config.get(k)})" for k in changed)
@@ -212,7 +214,7 @@ class Unusable(UserError):
 
 
 class Unwritten(Unusable):
-    """A clip for which the writer found no instruction."""
+    """A clip for which the writer found no instruction, or a pair without one: to the editor, none means no edit."""
     why = "no instruction"
 
 
@@ -222,6 +224,10 @@ def to_do(args, items):
     done = {row["id"] for row in rows if args.limit != -1 or not unreadable(row)}
     items = [item for item in items if item["id"] not in done]
     return items if args.limit == -1 else items[:args.limit]
+
+
+def amount(size):
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def out_of_memory(error):
@@ -262,16 +268,18 @@ def run_stage(args, config, items, work, per_source, unit):
     todo = to_do(args, items)
     need, free = len(todo) * per_source * world, shutil.disk_usage(folder).free                 # other ranks need as much
     print(f"{folder}: {len(todo)} of {len(items)} {unit}s to do, {len(items) - len(todo)} done or left for later; "
-          f"at most {need / 1e6:.0f} MB on disk ({per_source / 1e3:.0f} KB a {unit}{', all processes' * (world > 1)}), "
+          f"at most {amount(need)} on disk ({per_source / 1e3:.0f} KB a {unit}{', all processes' * (world > 1)}), "
           f"{free / 1e9:.1f} GB free")
     if need > free:
-        raise UserError(f"--to {folder}: needs up to {need / 1e9:.1f} GB, {free / 1e9:.1f} are free; "
+        raise UserError(f"--to {folder}: needs up to {amount(need)}, {amount(free)} are free; "
                         "pass --limit, fewer sources, or another disk")
     shared = {"round": config["round"], "code": code_version()}
     kept = lost = 0
     bar = tqdm(todo, unit=unit, desc=folder.name, smoothing=0.1)
     for item in bar:
         try:
+            if args.command != "real" and not item["instruction"].strip():          # a real clip's is not written yet
+                raise Unwritten("the pair's is empty")
             rows, files = work(item)
         except Unusable as error:
             rows, files = [{"kept": False, "why": f"{error.why}: {error}", "scores": {}}], {}
@@ -322,8 +330,9 @@ def report(folder, unit, finished):
     if finished and not rows:
         raise UserError(f"{folder}: no {unit} to work on")
     if finished and not kept:
-        raise UserError(f"{folder}: none of {len(sources)} {unit}s kept: {', '.join(lines)}; lower a threshold with "
-                        "--min NAME=VALUE, or see them with curate.py look")
+        advice = ("lower a threshold with --min NAME=VALUE, or see them with curate.py look"
+                  if any(" below " in row["why"] for row in rows if row["scores"]) else f"the first: {rows[0]['why']}")
+        raise UserError(f"{folder}: none of {len(sources)} {unit}s kept: {', '.join(lines)}; {advice}")
     print(f"{folder}: {len(kept)} of {len(sources)} {unit}s kept" + "".join(f"\n  {line}" for line in lines))
 
 
@@ -417,16 +426,21 @@ def open_scorers(args):
 def open_filter(args, family, weights):
     """(thresholds, fitted weights) from the defaults, --min NAME=VALUE and --score-weights."""
     limits, fitted = dict(THRESHOLDS[family]), {"weights": weights[family]}
+    known = {*metrics.SCORES, *VIDEO_SCORES, "pick_score_gain"} if args.command != "images" else {*IMAGE_SCORES}
     if args.score_weights:
-        fitted = read_json(args.score_weights)
-        if not isinstance(fitted, dict) or not fitted.keys() >= {"weights", "centre", "spread", "min_total"}:
-            raise UserError(f"--score-weights {args.score_weights}: needs weights, centre, spread and min_total, as "
-                            "curate.py calibrate writes them")
+        fitted = read_named(args.score_weights, "--score-weights ")
+        parts = [fitted.get(k) for k in ("weights", "centre", "spread")] if isinstance(fitted, dict) else [None]
+        if not all(isinstance(x, dict) and x and x.keys() == parts[0].keys() and all(map(is_number, x.values()))
+                   for x in parts) or not is_number(fitted.get("min_total")):
+            raise UserError(f"--score-weights {args.score_weights}: needs weights, centre and spread, a number for each of "
+                            "the same scores, and min_total, as curate.py calibrate writes them")
+        if parts[0].keys() - known:
+            raise UserError(f"--score-weights {args.score_weights}: {', '.join(sorted(parts[0].keys() - known))}: no score "
+                            f"of {args.command}; pass what curate.py calibrate made of such a data set")
         limits["total"] = fitted["min_total"]
     limits |= dict.fromkeys(metrics.JUDGED, 0.5) if args.judge else {}          # ours: yes is likelier than no
     asked = named_values("--min", args.min, "clip_sim_dir=0.1 or ssim=-inf")
-    known = {"total", metrics.HELD_OUT, *weights["published"], *weights["tiny"], *limits}
-    known |= {*metrics.SCORES, *VIDEO_SCORES, "pick_score_gain"} if args.command != "images" else {*IMAGE_SCORES}
+    known |= {"total", metrics.HELD_OUT, *weights["published"], *weights["tiny"], *limits}
     if asked.keys() - known:
         raise UserError(f"--min {', '.join(sorted(asked.keys() - known))}: no such score; known are {', '.join(sorted(known))}")
     limits |= asked
@@ -443,8 +457,21 @@ def named_values(flag, texts, like):
         try:
             found[name] = float(value)
         except ValueError:
-            raise UserError(f"{flag} {text}: needs NAME=VALUE, like {like}") from None
+            found[name] = math.nan
+        if math.isnan(found[name]):
+            raise UserError(f"{flag} {text}: needs NAME=VALUE, like {like}")
     return found
+
+
+def is_number(x):
+    return isinstance(x, (int, float)) and math.isfinite(x)
+
+
+def read_named(path, flag=""):
+    """JSON of a file that a flag or a file of a data set names; UserError where it is missing or no JSON."""
+    if not os.path.isfile(path):
+        raise UserError(f"{flag}{path}: no such file")
+    return read_json(path)
 
 
 def open_stage(args, weights, source, **more):
@@ -494,6 +521,8 @@ def prepare(frames, ed):
     if len(sizes) > 1:
         raise Unusable("frames of " + " and ".join(f"{w}x{h}" for h, w in sorted(sizes)) + " in one clip")
     [sides] = sizes
+    if max(sides) > LONGEST * min(sides):
+        raise Unusable(f"{sides[1]}x{sides[0]}: one side is over {LONGEST} times the other; cut out a part")
     scale = ed.size / min(sides)
     height, width = (max(1, round(side * scale / ed.multiple)) * ed.multiple for side in sides)
     return np.stack([to_rgb(resize(to_tensor(rgb), height, width)) for rgb in frames])
@@ -604,7 +633,7 @@ def animate_by_cogvideox(args, items):
         print(f"{args.to}/animated: {len(rows)} images to animate; {latents * len(rows) / 1e6:.0f} MB of latents, at "
               f"most {states * len(rows) / 1e6:.0f} MB of text states")
         if need > free:
-            raise UserError(f"--to {args.to}: the animated clips need up to {need / 1e9:.1f} GB, {free / 1e9:.1f} are free; "
+            raise UserError(f"--to {args.to}: the animated clips need up to {amount(need)}, {amount(free)} are free; "
                             "pass --limit, fewer images, or another disk")
     bar = tqdm(total=len(rows), unit="clip", desc="CogVideoX", disable=not rows)
     for k in range(0, len(rows), TEACHER_GROUP):
@@ -708,6 +737,8 @@ def stage_videos(args):
 
     def take(item):                                                 # a pair that others made
         source, target = (prepare(frames, ed) for frames in item["load"]())
+        if source.shape != target.shape:
+            raise Unusable("clips of {2}x{1} and {6}x{5} in one pair".format(*source.shape, *target.shape))
         z_src, z0 = ed.encode(to_video(source)), ed.encode(to_video(target)) * ed.vae.scaling_factor
         return finish_clip(st, item, source, z_src, z0, [None], [None], [None])
 
@@ -758,7 +789,7 @@ def finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth=None):
     return rows, files
 
 
-LONGEST = 2             # long side of a frame in short ones, at most, where it is reckoned how much a data set takes
+LONGEST = 3             # ours: long side of a frame in short ones, at most (films: 2.4); bounds what a data set takes
 
 
 def clip_bytes(st, drawn):
@@ -914,16 +945,21 @@ def file_mark(path):
 def write_from_file(path):
     """A writer from a text file: one instruction a line, or JSON lines with instruction, source_caption, target_caption
     and task; every clip takes one of them by its id. A bare instruction is its own target caption."""
+    rows = []
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [json.loads(line) if line.startswith("{") else {"instruction": line} for line in lines]
-        rows = [{"source_caption": "", "target_caption": row["instruction"], "task": ""} | row for row in rows]
+        for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+            if line := line.strip():
+                row = json.loads(line) if line.startswith("{") else {"instruction": line}
+                row = {"source_caption": "", "target_caption": row["instruction"], "task": ""} | row
+                rows.append(dict(zip(metrics.FIELDS, texts_of(row, metrics.FIELDS, f"{path}, line {n}"))))
+                if not rows[-1]["instruction"].strip():
+                    raise UserError(f"{path}, line {n}: needs text in instruction")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--writer, --instructions {path}: pass tiny, llava, or a file of one instruction a line, or "
                         f"of JSON lines with instruction, source_caption, target_caption ({error})") from None
     if not rows:
         raise UserError(f"--writer, --instructions {path}: is empty")
-    return lambda frames, item: {k: rows[int(item["id"], 16) % len(rows)][k] for k in metrics.FIELDS}
+    return lambda frames, item: rows[int(item["id"], 16) % len(rows)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2059,12 +2095,26 @@ def true_region(source, truth, is_global):
     return np.abs(source.astype(int) - truth).max(-1) > (-1 if is_global else 10)
 
 
+# EXIF's orientation -> what makes it upright. Pillow's exif_transpose writes the tags anew, which odd ones do not survive
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+           8: "ROTATE_90"}
+
+
 def read_image(file, name):
-    """rgb (H, W, 3) uint8 of a path or file object; Unusable where it is missing or broken."""
+    """rgb (H, W, 3) uint8 of a path or file object, upright; Unusable where it is missing or broken."""
     try:
-        return np.array(Image.open(file).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:   # Pillow's, for broken files
-        raise Unusable(f"{name}: not a readable image ({error})") from None
+        image = Image.open(file)
+        if turn := UPRIGHT.get(image.getexif().get(0x0112)):
+            image = image.transpose(Image.Transpose[turn])
+        if image.mode == "F":
+            raise ValueError("mode F: floating point, of any range; save it with 8 or 16 bits")
+        if image.mode.startswith("I"):                              # I;16 and its like: Pillow's convert would clip at 255
+            grey = np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8)
+            return np.stack([grey] * 3, -1)
+        return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error, Image.DecompressionBombError) as error:
+        text = re.sub(" <.* at 0x.*>", "", str(error))              # Pillow's errors name addresses
+        raise Unusable(f"{name}: not a readable image ({text})") from None
 
 
 def read_pairs(where):
@@ -2076,10 +2126,10 @@ def read_pairs(where):
     where = Path(where)
     if not where.exists():
         raise UserError(f"--from {where}: no such file or folder")
-    parquet = [where] if where.suffix == ".parquet" else sorted(where.rglob("*.parquet"))
-    lines = [where] if where.suffix == ".jsonl" else sorted(where.glob("*.jsonl"))
+    files = [where] if where.is_file() else sorted([*where.rglob("*.parquet"), *where.glob("*.jsonl")])
+    parquet, lines = ([p for p in files if p.suffix == end and p.is_file()] for end in (".parquet", ".jsonl"))
     if parquet:
-        return read_parquet(parquet)
+        return read_parquet(parquet, where)
     if len(lines) > 1:
         raise UserError(f"--from {where}: {len(lines)} files of pairs in it ({', '.join(p.name for p in lines[:3])}); pass one")
     if lines:
@@ -2105,7 +2155,15 @@ def first_of(sources, n, where):
     return items
 
 
-def read_parquet(files):
+def texts_of(row, names, where):
+    """[str] of these columns of a pair; what is missing or null is empty. UserError for anything but text."""
+    wrong = [name for name in names if not isinstance(row.get(name), str | None)]
+    if wrong:
+        raise UserError(f"{where}: needs text in {', '.join(wrong)}")
+    return [row.get(name) or "" for name in names]
+
+
+def read_parquet(files, where):
     """Pairs of parquet files, texts first; a picture is read when it is wanted, by row group."""
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{files[0]}: reading parquet needs pyarrow; pip install pyarrow")
@@ -2115,15 +2173,27 @@ def read_parquet(files):
     def open_file(path):
         try:
             return pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from None
 
-    @lru_cache(1)
-    def pictures(path, group, names):
-        return open_file(path).read_row_group(group, columns=list(names)).to_pylist()
+    def holds_bytes(kind):
+        if pyarrow.types.is_struct(kind):
+            return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
+        return str(kind) in ("binary", "large_binary", "null")
+
+    def read(path, group, names):
+        file = open_file(path)
+        try:
+            return file.read_row_group(group, columns=list(names)).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{path}: group {group} of its rows is damaged ({str(error).splitlines()[0]})") from None
+    pictures = lru_cache(1)(read)
 
     def load(path, group, i, names):
-        row, found = pictures(path, group, names)[i], []
+        try:
+            row, found = pictures(path, group, names)[i], []
+        except UserError as error:
+            raise Unusable(str(error)) from None
         for name in names:
             data = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
             found.append(read_image(io.BytesIO(data or b""), f"{path.name}, row {i} of group {group}, {name}"))
@@ -2137,49 +2207,72 @@ def read_parquet(files):
         if columns is None:
             raise UserError(f"{path}: has columns {', '.join(has)}; needs UltraEdit's ({', '.join(PARQUET[0])}) or "
                             f"InstructPix2Pix's ({', '.join(PARQUET[1])})")
+        for name in columns[:2]:
+            kind = file.schema_arrow.field(name).type
+            if not holds_bytes(kind):
+                raise UserError(f"{path}: {name} is {kind}; needs bytes of picture files (binary), or a struct with them")
+        called = path.relative_to(where).as_posix() if path != where else path.name
         for group in range(file.num_row_groups):
-            for i, row in enumerate(file.read_row_group(group, columns=list(columns[2:])).to_pylist()):
-                texts = [row[name] or "" for name in columns[2:]]
-                yield source_item(ident(path.name, group, i, texts), [order], texts[0], texts[1:],
-                                  {"file": path.name, "row": [group, i]},
+            for i, row in enumerate(read(path, group, columns[2:])):
+                texts = texts_of(row, columns[2:], f"{path}, row {i} of group {group}")
+                yield source_item(ident(called, group, i, texts), [order], texts[0], texts[1:],
+                                  {"file": called, "row": [group, i]},
                                   load=lambda p=path, g=group, k=i, n=columns[:2]: load(p, g, k, n))
                 order += 1
 
 
 def read_jsonl(path):
-    rows, cut = read_lines(path)
-    if cut:
-        raise UserError(f"{path}: its last line has no end; is the file cut short?")
-    for n, row in enumerate(rows):
+    # People's file: it may have a BOM, blank lines and no last \n, unlike our own, see `read_lines`.
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for n, (number, line) in enumerate((k, line) for k, line in enumerate(lines, 1) if line.strip()):
+        at = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"{at}: is not JSON" + "; is the file cut short?" * (number == len(lines))) from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {n + 1}: is no JSON object")
+            raise UserError(f"{at}: is no JSON object")
         lacks = [k for k in ("source", "instruction", "source_caption", "target_caption") if k not in row]
         if lacks:
-            raise UserError(f"{path}, line {n + 1}: lacks {', '.join(lacks)}; it has {', '.join(row)}")
-        files = [path.parent / row["source"], path.parent / row["target"] if row.get("target") else None]
-        yield source_item(ident(n, row), [n], row["instruction"], (row["source_caption"], row["target_caption"]),
-                          {"file": row["source"]}, row.get("task", ""),
+            raise UserError(f"{at}: lacks {', '.join(lacks)}; it has {', '.join(row)}")
+        source, target, *texts = texts_of(row, ("source", "target", *metrics.FIELDS), at)
+        if not source:
+            raise UserError(f"{at}: needs text in source")
+        files = [path.parent / source, path.parent / target if target else None]
+        yield source_item(ident(n, row), [n], texts[1], texts[2:], {"file": source}, texts[0],
                           load=lambda f=files: [None if p is None else read_image(p, p) for p in f])
 
 
 def read_prompt(path):
-    prompt = read_json(path)
+    """[instruction, source caption, target caption] of a prompt.json."""
+    prompt = read_named(path)
     if not isinstance(prompt, dict) or not prompt.keys() >= {"input", "edit", "output"}:
         raise UserError(f"{path}: needs input, edit and output, as in InstructPix2Pix's and InsV2V's data")
-    return prompt
+    return texts_of(prompt, ("edit", "input", "output"), path)
 
 
 def read_ip2p(where):
     """InstructPix2Pix's layout: seeds.json names what passed its filter; without it, every pair counts."""
-    folders = [p.parent for p in sorted(where.glob("*/prompt.json"))]
-    listed = (read_json(where / "seeds.json") if (where / "seeds.json").is_file() else
-              [[p.name, sorted(f.name[:-6] for f in p.glob("*_0.jpg"))] for p in folders])
-    for n, (name, seeds) in enumerate(listed):
-        prompt = read_prompt(where / name / "prompt.json")
+    table = where / "seeds.json"
+    if table.is_file():
+        listed = read_json(table)
+    else:
+        folders = sorted({p.parent for name in ("prompt.json", "*_0.jpg") for p in where.glob(f"*/{name}")})
+        bare = [p for p in folders if not (p / "prompt.json").is_file()]
+        if bare:
+            raise UserError(f"{where}: {len(bare)} of {len(folders)} folders lack prompt.json, the first {bare[0]}; add "
+                            "them, or a seeds.json that names the others")
+        listed = [[p.name, sorted(f.name[:-6] for f in p.glob("*_0.jpg"))] for p in folders]
+    for n, entry in enumerate(listed if isinstance(listed, list) else [listed]):
+        match entry:
+            case [str(name), [*seeds]] if all(str(seed).isdecimal() for seed in seeds):
+                texts = read_prompt(where / name / "prompt.json")
+            case _:
+                raise UserError(f"{table if table.is_file() else where}: {json.dumps(entry)[:60]}: needs a folder and its "
+                                'seeds, like ["0000001", ["11", "12"]], numbers as in 11_0.jpg')
         for seed in seeds:
             files = [where / name / f"{seed}_{k}.jpg" for k in (0, 1)]
-            captions = prompt["input"], prompt["output"]
-            yield source_item(ident(name, str(seed)), [n, int(seed)], prompt["edit"], captions,
+            yield source_item(ident(name, str(seed)), [n, int(seed)], texts[0], texts[1:],
                               {"file": f"{name}/{seed}_0.jpg"}, load=lambda f=files: [read_image(p, p) for p in f])
 
 
@@ -2191,9 +2284,9 @@ def read_insv2v(where):
                         "(<name>/prompt.json, <name>/image/<seed>_0_0000.jpg)")
     for n, path in enumerate(found):
         folder, seed = path.parent, path.name.split("_")[0]
-        prompt = read_prompt(folder.parent / "prompt.json")
+        texts = read_prompt(folder.parent / "prompt.json")
         clips = [[folder / f"{seed}_{k}_{i:04d}.jpg" for i in range(N_FRAMES)] for k in (0, 1)]
-        yield source_item(ident(folder.parent.name, seed), [n], prompt["edit"], (prompt["input"], prompt["output"]),
+        yield source_item(ident(folder.parent.name, seed), [n], texts[0], texts[1:],
                           {"file": f"{folder.parent.name}/image/{seed}", "frames": [0, N_FRAMES]},
                           load=lambda c=clips: [[read_image(p, p) for p in files] for files in c])
 
@@ -2241,7 +2334,8 @@ def video_frames(path, start=0, count=-1):
 def find_shots(small):
     """[(first, end)] of the shots of a video: small (F, h, w, 3) uint8, thumbnails of its frames.
 
-    A cut is where the picture and its colours change at once, and much more than around it. Fades are not found.
+    A cut is where the picture changes much more than around it; a little less will do where its colours do, too. Fades
+    are not found.
     """
     x = small.astype(np.float32) / 255
     change = np.abs(np.diff(x, axis=0)).mean((1, 2, 3))             # (F - 1,)
@@ -2251,7 +2345,7 @@ def find_shots(small):
     cuts = [0]
     for i in range(len(change)):
         around = np.r_[change[max(0, i - 6):i], change[i + 1:i + 7]]
-        if change[i] > 0.08 and recoloured[i] > 0.25 and change[i] > 2.5 * (np.median(around) if len(around) else 0):
+        if change[i] > 0.08 and change[i] > (2.5 if recoloured[i] > 0.25 else 3) * (np.median(around) if len(around) else 0):
             cuts.append(i + 1)
     return list(zip(cuts, cuts[1:] + [len(small)]))
 
@@ -2351,9 +2445,13 @@ def calibrate(args):
     """
     rows, ratings = read_manifest(args.manifest), {}
     for path in args.ratings or ():
-        data = read_json(path)
-        if not isinstance(data, dict) or not data.get("rating") or "answers" not in data:
+        data = read_named(path, "--ratings ")
+        if not isinstance(data, dict) or not data.get("rating") or not isinstance(data.get("answers"), dict):
             raise UserError(f"--ratings {path}: holds no ratings; pass what the page of metrics.py study --rate saved")
+        odd = [name for name, x in data["answers"].items()
+               if not (isinstance(x, dict) and x and all(map(is_number, x.values())))]
+        if odd:
+            raise UserError(f"--ratings {path}: {odd[0]}: needs numbers, as the page of metrics.py study --rate saves them")
         for name, answers in data["answers"].items():               # named after the folder of the clip
             if name.endswith("/target"):
                 ratings.setdefault(name.split("/")[0], []).append(np.mean(list(answers.values())))
@@ -2416,8 +2514,8 @@ def look(args):
     sources = {}
     for row in rows:
         sources.setdefault(row["id"], []).append(row)
-    chosen = [list(sources.values())[i] for i in
-              np.unique(np.linspace(0, len(sources) - 1, min(len(sources), args.limit)).astype(int))] if sources else []
+    n = len(sources) if args.limit == -1 else min(len(sources), args.limit)
+    chosen = [list(sources.values())[i] for i in np.unique(np.linspace(0, max(0, len(sources) - 1), n).astype(int))]
     items = []
     for candidates in chosen:
         top = max(candidates, key=lambda row: (row["kept"], " below " not in row["why"], row.get("total") or -1e9))
@@ -2446,12 +2544,17 @@ def yields(folder):
     for path in sorted(p for p in folder.resolve().parent.iterdir() if p.is_dir() and os.access(p, os.R_OK | os.X_OK)):
         if not (path / "dataset.json").is_file() or not any(path.glob("manifest*.jsonl")):          # a teacher is still at work
             continue
-        rows, config = read_manifest(path), read_json(path / "dataset.json")
-        if "stage" not in config:                                   # somebody else's
+        try:
+            rows, config = read_manifest(path), read_json(path / "dataset.json")
+        except (UserError, OSError) as error:
+            print(f"left out of the table of yields: {error}")
+            continue
+        if not isinstance(config, dict) or not {"stage", "round"} <= config.keys() or not all(
+                {"kept", "why", "scores"} <= row.keys() for row in rows):                           # somebody else's
             continue
         stage = config["stage"] + (f" {config['round']}" if config["round"] else "")
         ids = [{row["id"] for row in rows if test(row)} for test in
-               (lambda row: True, lambda row: " below " not in row["why"] and row["scores"], lambda row: row["kept"])]
+               (lambda row: True, lambda row: row["scores"] and " below " not in row["why"], lambda row: row["kept"])]
         table.append([path.name, len(ids[0]), len(rows), len(ids[1]), len(ids[2]), PAPER_YIELD.get(stage, "")])
     return table
 
@@ -3310,6 +3413,12 @@ def parse(argv=None):
 
     def fail(message):
         raise UserError(f"{message} (see --help)")
+    parser.error = fail
+
+    def named(text):                                # Path("") would be the current folder
+        if not text:
+            raise argparse.ArgumentTypeError("needs a path")
+        return Path(text)
 
     def command(name, text):
         p = commands.add_parser(name, help=text, description=text,
@@ -3320,7 +3429,7 @@ def parse(argv=None):
     def stage(name, text, candidates, batch):
         p = command(name, text)
         p.add_argument("--weights", required=True, help="tiny, sd15, a directory in hub layout, a trained run")
-        p.add_argument("--to", required=True, type=Path, help="folder of the data set")
+        p.add_argument("--to", required=True, type=named, help="folder of the data set")
         p.add_argument("--candidates", type=int, default=candidates, help="edits per source")
         p.add_argument("--batch", type=int, default=batch, help="candidates at a time; lower it where memory is short")
         p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the editor; default: bfloat16 on CUDA, "
@@ -3329,7 +3438,7 @@ def parse(argv=None):
         p.add_argument("--seed", type=int, default=0, help="of guidance, noise, drawn scenes, instructions")
         p.add_argument("--no-filter", action="store_true", help="keep every source's first candidate")
         p.add_argument("--min", action="append", metavar="NAME=VALUE", help="another threshold; -inf: none")
-        p.add_argument("--score-weights", type=Path, metavar="FILE", help="weights of the total, from calibrate")
+        p.add_argument("--score-weights", type=named, metavar="FILE", help="weights of the total, from calibrate")
         p.add_argument("--force", action="store_true", help="go on although the settings changed, or many sources cannot be read")
         metrics.scorer_flags(p)
         p.set_defaults(judge=None)                                  # it judges clips, not images
@@ -3346,7 +3455,7 @@ def parse(argv=None):
     p.add_argument("--dino", metavar="DIR", help="hub id or directory of DINOv2, or none")
 
     p = stage("videos", "steps 3-4: the kept images as clips, edited under their trajectory (FFG-V2V)", 4, 4)
-    p.add_argument("--images", required=True, type=Path, help="data set of `images`, or InsV2V's clips")
+    p.add_argument("--images", required=True, type=named, help="data set of `images`, or InsV2V's clips")
     p.add_argument("--motion", help="motion modules: hub id, directory or .ckpt, or none; default the weights' own")
     p.add_argument("--mode", default="ffg", choices=["ffg", "image"],
                    help="image: frame by frame, without the trajectory")
@@ -3365,20 +3474,20 @@ def parse(argv=None):
     p.add_argument("--writer", "--instructions", default="tiny", metavar="tiny|llava|FILE",
                    help="who writes instructions: tiny CLIP, LLaVA-OneVision, or text or JSON lines")
     p.add_argument("--llava", default=metrics.LLAVA, metavar="DIR", help="hub id or directory of the writer")
-    p.add_argument("--lora", type=Path, metavar="FILE", help="what train.py --stage writer made of it")
+    p.add_argument("--lora", type=named, metavar="FILE", help="what train.py --stage writer made of it")
     p.add_argument("--task-mix", nargs="+", metavar="TASK=WEIGHT", help="how often LLaVA is asked for which task; "
                    f"default: {', '.join(metrics.WRITER_TASKS)} equally")
     judge_flag(p)
 
     p = command("calibrate", "fit the total's weights to ratings or, in the shapes world, to the truth")
-    p.add_argument("manifest", type=Path, help="data set or manifest.jsonl")
-    p.add_argument("--ratings", type=Path, nargs="+", metavar="JSON", help="answers of metrics.py study --rate")
-    p.add_argument("--to", type=Path, help="default: score_weights.json beside the manifest")
+    p.add_argument("manifest", type=named, help="data set or manifest.jsonl")
+    p.add_argument("--ratings", type=named, nargs="+", metavar="JSON", help="answers of metrics.py study --rate")
+    p.add_argument("--to", type=named, help="default: score_weights.json beside the manifest")
 
     p = command("look", "one HTML page of a data set")
-    p.add_argument("manifest", type=Path, help="data set or manifest.jsonl")
+    p.add_argument("manifest", type=named, help="data set or manifest.jsonl")
     p.add_argument("--limit", type=int, default=200, help="sources on the page, evenly spaced")
-    p.add_argument("--to", type=Path, help="default: look.html beside the manifest")
+    p.add_argument("--to", type=named, help="default: look.html beside the manifest")
 
     p = command("scene", "one drawn scene and its true edit, as videos")
     p.add_argument("out", help="where to, without ending")
@@ -3403,13 +3512,22 @@ def parse(argv=None):
         if value < low and value != unset:
             flag, other = name.replace("_", "-"), ", or -1 for all" if unset else ""
             raise UserError(f"--{flag} {value}: must be at least {low}{other}")
+    if args.command in ("calibrate", "look") and args.to and args.to.is_dir():
+        raise UserError(f"--to {args.to}: is a folder; needs a file")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    {"images": stage_images, "videos": stage_videos, "real": stage_real, "calibrate": calibrate, "look": look,
-     "scene": command_scene}[args.command](args)
+    new = args.command in ("images", "videos", "real") and not args.to.exists()
+    try:
+        {"images": stage_images, "videos": stage_videos, "real": stage_real, "calibrate": calibrate, "look": look,
+         "scene": command_scene}[args.command](args)
+    except UserError:
+        with suppress(OSError):                     # a folder that holds something stays
+            if new:
+                args.to.rmdir()
+        raise
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -268,7 +269,11 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     average = {k: v.detach().clone() if k in trained else v for k, v in net.state_dict().items()}
     start = 0
     if (out / "state.pt").is_file():
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)        # a resumed run needs no more memory
+        try:                                                       # on the CPU: a resumed run needs no more memory
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"{out / 'state.pt'}: damaged ({str(error).splitlines()[0][:100] if str(error) else 'it ends too early'}); "
+                            "put a whole copy there, or delete it to begin anew") from None
         changed = [k for k in meta["args"] if k in state["args"] and state["args"][k] != meta["args"][k]]
         if changed and not resume_any:
             raise UserError(f"{out}: begun with {', '.join(differences(state['args'], meta['args'], changed))}; "
@@ -284,8 +289,11 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
         del state
     log = out / "log.jsonl"
     if rank == 0 and log.is_file():                                # lines after the checkpoint will come again
-        lines = [x for x in log.read_text().splitlines(keepends=True)
-                 if x.endswith("\n") and json.loads(x)["step"] <= start]
+        try:
+            lines = [x for x in log.read_text().splitlines(keepends=True)
+                     if x.endswith("\n") and json.loads(x)["step"] <= start]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{log}: has lines that are no JSON with a step; mend or remove it") from None
         log.with_suffix(".tmp").write_text("".join(lines))
         os.replace(log.with_suffix(".tmp"), log)
 
@@ -293,8 +301,10 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
         if rank > 0:
             return
         try:
-            torch.save(dict(net=net.state_dict(), opt=opt.state_dict(), ema=average, step=step, args=meta["args"]),
-                       out / "state.tmp")
+            with open(out / "state.tmp", "wb") as f:
+                torch.save(dict(net=net.state_dict(), opt=opt.state_dict(), ema=average, step=step, args=meta["args"]), f)
+                f.flush()
+                os.fsync(f.fileno())                               # else a power cut may leave the new name and no contents
             os.replace(out / "state.tmp", out / "state.pt")
             save_tensors(out / "model.safetensors", average)
             write_json(out / "meta.json", meta | {"step": step})
@@ -969,8 +979,9 @@ def watch(unet):
     return probe
 
 
-def stage_video(args, out, weights, folders):
+def stage_video(args, out, weights, folders, curation=None):
     """One round: the video editor on triples of 16 frames, three dropouts of 5 %, epsilon or v as the scheduler says.
+    curation: `curation_flags` that made the triples, for meta.json.
 
     PAPER: the rounds' schedule and what is trained in them are not given. Default here: motion modules, gamma and EPM
     (--trainable all: everything). Dropped instructions follow the image editor the round starts from, see VIDEO.
@@ -1005,7 +1016,7 @@ def stage_video(args, out, weights, folders):
                          (*ed.guidance, states[texts[""]].float()) if args.guided_loss else None)
 
     steps, lr, lr_new = args.steps or defaults["steps"], args.lr or defaults["lr"], args.lr_new or defaults["lr_new"]
-    meta = dict(stage=out.name, base=portable(ed.base), unet=ed.unet.config, motion=ed.unet.motion_config)
+    meta = dict(stage=out.name, base=portable(ed.base), unet=ed.unet.config, motion=ed.unet.motion_config, curation=curation or {})
     meta |= dict(same_noise=same_noise > 0.5, args=dict(
         weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
         lr_new=lr_new, clip_batch=batch * args.accumulate * processes()[1], trainable=args.trainable, sma=args.sma,
@@ -1040,12 +1051,21 @@ def said_as(flag, stage=""):
         raise UserError(text) from None
 
 
+def curate_command(args, stage, weights, to, *more):
+    """curate.py's command line for `stage`."""
+    dtype = {True: ["--dtype", "bfloat16"], False: ["--dtype", "float32"], None: []}[args.bf16]
+    given = getattr(args, f"curate_{stage}")
+    try:
+        flags = [*dtype, *shlex.split(CURATE[args.model][stage]), *shlex.split(given), *map(str, more)]
+    except ValueError as error:
+        raise UserError(f"--curate-{stage} {given}: {str(error).lower()}") from None
+    return [stage, "--weights", str(weights), "--to", str(to), "--device", args.device, *flags]
+
+
 def curate_stage(args, stage, weights, to, *more):
     """curate.py's command `stage`; under torchrun every process does its share, then waits for the others."""
-    dtype = {True: ["--dtype", "bfloat16"], False: ["--dtype", "float32"], None: []}[args.bf16]
-    flags = [*dtype, *shlex.split(CURATE[args.model][stage]), *shlex.split(getattr(args, f"curate_{stage}")), *map(str, more)]
     with said_as("--real-from" if stage == "real" else "--images-from", stage):
-        curate.main([stage, "--weights", str(weights), "--to", str(to), "--device", args.device, *flags])
+        curate.main(curate_command(args, stage, weights, to, *more))
     if dist.is_initialized():
         dist.barrier()
 
@@ -1074,7 +1094,13 @@ def refine(args):
         else:
             curate_stage(args, "real", args.runs / f"round{n - 1}", to, "--round", n, "--from", args.real_from,
                          "--n", args.real_clips)
-        stage_video(args, out, image, round_folders(args, n))
+        stage_video(args, out, image, round_folders(args, n), curation_flags(args, n))
+
+
+def curation_flags(args, n):
+    """What --round's flags say about the data of round n; in its meta.json under "curation"."""
+    names = ("real_from", "real_clips", "curate_real") if n else ("images_from", "images", "curate_images", "curate_videos")
+    return {} if args.train_on else {k: getattr(args, k) for k in names}
 
 
 def changed_flags(args, out, weights, folders):
@@ -1089,12 +1115,21 @@ def changed_flags(args, out, weights, folders):
     return differences(old, now, [k for k, v in now.items() if k in old and old[k] != v])
 
 
-def check_finished_rounds(args):
-    """UserError where a round that --round would skip as finished was trained in another way than the flags now say."""
+def check_rounds(args):
+    """UserError, before hours of work, for flags that curate.py does not take, and where a round that --round would skip
+    as finished was curated or trained in another way than the flags now say."""
+    for stage, needs in (("images", []), ("videos", ["--images", "x"]), ("real", ["--round", 1])):
+        command = curate_command(args, stage, "x", "x", *needs)
+        try:
+            curate.parse(command)
+        except UserError as error:
+            raise UserError(f"--curate-{stage}: {error}") from None
     for n in range(args.round + 1):
         out = args.runs / f"round{n}"
         if not args.force and finished(out):
             changed = changed_flags(args, out, starting_point(args)[0], round_folders(args, n))
+            old, now = read_json(out / "meta.json").get("curation", {}), curation_flags(args, n)
+            changed += differences(old, now, [k for k, v in now.items() if k in old and old[k] != v])
             if changed:
                 raise UserError(f"{out}: finished with {', '.join(changed)}; pass the same, --force to keep it as it is, or "
                                 "another --runs folder")
@@ -1481,7 +1516,10 @@ def export(run, target):
 def parse_args(argv=None):
     def defaults(name):
         return ", ".join(f"{how[name]:g} ({model})" for model, how in VIDEO.items())
+    def fail(message):
+        raise UserError(f"{message} (see --help)")
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Defaults)
+    p.error = fail
     p.add_argument("--stage", default="all", choices=["all", *STEPS, "video", "writer", "eval", "plot", *TABLES, "export"],
                    help="what to train or do")
     p.add_argument("--round", type=int, help="bring the model up to this refinement round, curation included; with --stage "
@@ -1589,6 +1627,10 @@ def parse_args(argv=None):
         raise UserError(f"--device {args.device}: not on this machine; pass cpu" + " or cuda" * torch.cuda.is_available())
     if args.out and args.stage in ("all", *STEPS, *TABLES):
         raise UserError(f"--out {args.out}: --stage {args.stage} writes into --runs; --out is for video, writer, eval, plot, export")
+    for name in ("data", "runs", "out", "to"):
+        path = getattr(args, name)
+        if path and any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
+            raise UserError(f"--{name} {path}: is, or lies below, a file; needs a directory")
     if args.clips and not args.clips.is_dir():
         raise UserError(f"--clips {args.clips}: no such folder")
     if args.size % 32 or args.size < 32:
@@ -1691,7 +1733,7 @@ def main(argv=None):
     up_to_round, first = args.stage == "all" and args.round is not None, processes()[0] == 0
     run_of_round = args.out or args.runs / ("image" if args.round is None else f"round{args.round}")
     if up_to_round:
-        check_finished_rounds(args)
+        check_rounds(args)
     if args.model == "tiny" and first and not (up_to_round and args.weights):              # minutes, so one process is enough
         networks(before_rounds(args))
     if dist.is_initialized():

@@ -509,6 +509,34 @@ def test_a_disk_that_is_gone_stops_the_run(hub, tmp_path):
         images(hub, tmp_path / "x", "--from", tmp_path, "--force", n=-1)
 
 
+def test_what_is_no_pair_for_this_editor_is_dropped_and_says_why(hub, tmp_path):
+    text = {"instruction": "make it snow", "source_caption": "a street", "target_caption": "a snowy street"}
+    Image.fromarray(picture(0, 20, 100)).save(tmp_path / "wide.png")
+    Image.fromarray(picture()).save(tmp_path / "good.png")
+    rows = [text | {"source": "wide.png"}, text | {"source": "good.png", "instruction": " "},
+            text | {"source": "good.png", "instruction": None}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    why = "none of 3 images kept: no instruction removed 2 of 3.*the first: unreadable: 100x20"
+    with pytest.raises(UserError, match=why) as error:
+        images(hub, tmp_path / "x", "--from", tmp_path, n=-1)
+    assert "threshold" not in str(error.value)
+    assert [row["why"] for row in C.read_manifest(tmp_path / "x")][1:] == ["no instruction: the pair's is empty"] * 2
+
+
+def test_a_full_disk_is_refused_in_sizes_that_say_something(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: C.SimpleNamespace(free=20_000))
+    with pytest.raises(UserError, match=r"needs up to 0\.\d MB, 0.0 MB are free"):
+        images(hub, tmp_path / "x")
+
+
+def test_a_reader_that_fails_leaves_no_folder_behind_but_one_that_was_there(hub, tmp_path):
+    for name in ("new", "old"):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="no such file or folder"):
+            images(hub, tmp_path / name, "--from", tmp_path / "none")
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
 def test_a_source_that_is_listed_twice_is_done_once_and_told(hub, tmp_path, capsys):
     folder = tmp_path / "pairs" / "7"
     folder.mkdir(parents=True)
@@ -730,12 +758,14 @@ def test_insv2vs_clips_are_scored_and_kept_as_they_are(hub, tmp_path):
     folder.mkdir(parents=True)
     prompt = {"input": "a cat", "edit": "make it a dog", "output": "a dog"}
     (tmp_path / "0001" / "prompt.json").write_text(json.dumps(prompt))
-    for seed in (7, 8):
-        for i in range(16 if seed == 7 else 9):                     # the second clip is too short
-            for k in (0, 1):
-                Image.fromarray(picture(i + 50 * k, 32, 32)).save(folder / f"{seed}_{k}_{i:04d}.jpg")
+    for seed in (7, 8, 9):
+        for i in range(16 if seed != 8 else 9):                     # the second clip is too short
+            for k in (0, 1):                                        # the third's target is wider
+                x = picture(i + 50 * k, 32, 48 if seed + k == 10 else 32)
+                Image.fromarray(x).save(folder / f"{seed}_{k}_{i:04d}.jpg")
     videos(hub, tmp_path, tmp_path / "x", *OPEN)
-    good, short = C.read_manifest(tmp_path / "x")
+    good, short, two = C.read_manifest(tmp_path / "x")
+    assert not two["kept"] and two["why"] == "unreadable: clips of 32x32 and 48x32 in one pair"
     assert good["kept"] and good["instruction"] == "make it a dog" and good["guidance"] == [None, None]
     assert not short["kept"] and "8_0_0009.jpg" in short["why"]
 
@@ -747,6 +777,15 @@ def moving(n, seed, height=32, width=48):
     blocks = np.random.default_rng(seed).integers(0, 255, (8, 40, 3), dtype=np.uint8)
     wide = np.kron(blocks, np.ones((4, 4, 1), np.uint8))
     return [wide[:height, i:i + width] for i in range(n)]
+
+
+def test_cuts_are_found_without_the_help_of_colours_and_a_shot_with_motion_is_one():
+    small = [C.quantise(C.render(C.draw_scene(seed, "real"), 12, 64, 64, C.FPS, 0)).reshape(12, 32, 2, 32, 2, 3).mean((2, 4))
+             for seed in range(2020, 2060)]
+    gray = [x.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8) for x in small]
+    assert all(C.find_shots(x) == [(0, 12)] for x in gray)
+    found = [(0, 12) in C.find_shots(np.concatenate(pair)) for pair in zip(gray[::2], gray[1::2])]
+    assert sum(found) >= 19, found
 
 
 def test_no_clip_crosses_a_cut_and_static_black_and_short_shots_are_dropped(tmp_path):
@@ -826,6 +865,71 @@ def test_instructpix2pixs_folders_are_read_as_seeds_json_lists_them(tmp_path):
     assert source.shape == edited.shape == (40, 56, 3) and (source != edited).any()
 
 
+def test_a_picture_is_read_upright_and_with_its_own_range(tmp_path):
+    ramp = np.linspace(0, 65535, 24 * 16).reshape(16, 24)
+    for name, kind in (("sixteen.png", np.uint16), ("wide.tiff", np.int32), ("float.tiff", np.float32)):
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / name)
+    for name in ("sixteen.png", "wide.tiff"):
+        np.testing.assert_array_equal(C.read_image(tmp_path / name, name)[..., 1], np.rint(ramp.astype(np.uint16) / 257))
+    with pytest.raises(C.Unusable, match="float.tiff: not a readable image .mode F"):
+        C.read_image(tmp_path / "float.tiff", "float.tiff")
+    x, exif = picture(), Image.Exif()
+    for exif[0x0112], true in enumerate((x, x[:, ::-1], x[::-1, ::-1], x[::-1], x.swapaxes(0, 1), np.rot90(x, -1),
+                                         np.rot90(x, 2).swapaxes(0, 1), np.rot90(x)), 1):      # as EXIF counts them
+        Image.fromarray(x).save(tmp_path / "turned.png", exif=exif)
+        np.testing.assert_array_equal(C.read_image(tmp_path / "turned.png", ""), true)
+    for broken in (b"", b"text", b"\x89PNG\r\n\x1a\n"):              # manifests of equal runs are equal
+        said = []
+        for _ in range(2):
+            with pytest.raises(C.Unusable) as error:
+                C.read_image(io.BytesIO(broken), "a")
+            said.append(str(error.value))
+        assert said[0] == said[1] == "a: not a readable image (cannot identify image file)"
+
+
+def test_a_list_of_pairs_that_people_write_needs_no_last_newline(tmp_path):
+    row = {"source": "a.png", "instruction": "make it snow", "source_caption": "a", "target_caption": "b"}
+    (tmp_path / "a.jsonl").write_bytes(f"\ufeff{json.dumps(row)}\r\n\r\n{json.dumps(row)}\n \n{json.dumps(row)}".encode())
+    assert [pair["order"] for pair in C.read_pairs(tmp_path)] == [[0], [1], [2]]
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row)[:40])
+    with pytest.raises(UserError, match="a.jsonl, line 3: is not JSON; is the file cut short"):
+        list(C.read_pairs(tmp_path))
+
+
+@pytest.mark.parametrize("odd", [{"source": None}, {"source": ["a.png"]}, {"target": 5}, {"instruction": 5}, {"task": 3},
+                                 {"target_caption": ["b"]}], ids=str)
+def test_texts_that_are_none_are_refused_by_line_and_name(tmp_path, odd):
+    row = {"source": "a.png", "instruction": "make it snow", "source_caption": "a", "target_caption": "b"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | odd) + "\n")
+    with pytest.raises(UserError, match=f"a.jsonl, line 2: needs text in {next(iter(odd))}"):
+        list(C.read_pairs(tmp_path))
+    if "source" not in odd and "target" not in odd:
+        with pytest.raises(UserError, match=f"a.jsonl, line 2: needs text in {next(iter(odd))}"):
+            C.write_from_file(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("seeds, prompt, match", [
+    ({"a": 1}, "make it snow", 'seeds.json: {"a": 1}: needs a folder and its seeds'),
+    ([["7", ["x"]]], "make it snow", "seeds.json.*numbers as in"),
+    ([1, 2], "make it snow", "seeds.json: 1: needs"),
+    ([["8", [3]]], "make it snow", "8/prompt.json: no such file$"),
+    (None, 5, "7/prompt.json: needs text in edit"),
+    (None, None, "1 of 2 folders lack prompt.json, the first .*7; add"),
+    (None, "x", 'ip2p: .*"x".*: needs a folder and its seeds'),
+])
+def test_an_odd_instructpix2pix_folder_is_named(tmp_path, seeds, prompt, match):
+    for name in ("6", "7"):
+        (tmp_path / "ip2p" / name).mkdir(parents=True)
+        (tmp_path / "ip2p" / name / f"{'x' if prompt == 'x' else 3}_0.jpg").touch()
+        if prompt or name == "6":
+            edit = prompt if name == "7" else "make it snow"
+            (tmp_path / "ip2p" / name / "prompt.json").write_text(json.dumps({"input": "a", "edit": edit, "output": "b"}))
+    if seeds:
+        (tmp_path / "ip2p" / "seeds.json").write_text(json.dumps(seeds))
+    with pytest.raises(UserError, match=match):
+        list(C.read_pairs(tmp_path / "ip2p"))
+
+
 @pytest.mark.parametrize("columns", C.PARQUET, ids=["UltraEdit", "InstructPix2Pix"])
 def test_parquet_of_both_sets_is_read(tmp_path, columns):
     pyarrow = pytest.importorskip("pyarrow")
@@ -851,6 +955,49 @@ def test_parquet_without_the_expected_columns_or_cut_short_is_refused(tmp_path):
         list(C.read_pairs(tmp_path))
 
 
+def parquet(path, **columns):
+    """Writes two pairs in UltraEdit's columns, or others, one a group, uncompressed; returns the first group's metadata."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    png = io.BytesIO()
+    Image.fromarray(picture(1)).save(png, "PNG")
+    table = dict(zip(C.PARQUET[0], ([png.getvalue()] * 2, [png.getvalue()] * 2, ["make it snow"] * 2, ["s"] * 2, ["t"] * 2)))
+    path.parent.mkdir(exist_ok=True)
+    table = pyarrow.table(table | columns)
+    pyarrow.parquet.write_table(table, path, row_group_size=1, compression="none", use_dictionary=False)
+    return pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
+
+
+@pytest.mark.parametrize("column", [0, 2], ids=["picture", "text"])
+def test_a_damaged_page_of_pictures_is_unreadable_and_one_of_texts_refused(tmp_path, column):
+    at = parquet(tmp_path / "a.parquet").column(column).data_page_offset
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[at:at + 12] = b"\xff" * 12
+    (tmp_path / "a.parquet").write_bytes(data)
+    if column == 2:
+        with pytest.raises(UserError, match="a.parquet: group 0 of its rows is damaged"):
+            list(C.read_pairs(tmp_path))
+        return
+    first, second = C.read_pairs(tmp_path)
+    with pytest.raises(C.Unusable, match="a.parquet: group 0 of its rows is damaged"):
+        first["load"]()
+    np.testing.assert_array_equal(second["load"]()[0], picture(1))
+
+
+def test_parquet_of_other_types_is_refused_and_equal_files_in_two_folders_are_two(tmp_path):
+    for name, value in (("source_image", ["a", "b"]), ("edited_image", [{"path": "a"}] * 2), ("edit_prompt", [1, 2])):
+        parquet(tmp_path / "a.parquet", **{name: value})
+        with pytest.raises(UserError, match=f"a.parquet.*{name}"):
+            list(C.read_pairs(tmp_path))
+    parquet(tmp_path / "a.parquet")
+    plain = [pair["id"] for pair in C.read_pairs(tmp_path)]
+    assert plain == [pair["id"] for pair in C.read_pairs(tmp_path / "a.parquet")]
+    parquet(tmp_path / "x" / "a.parquet")
+    pairs = list(C.read_pairs(tmp_path))
+    assert [pair["origin"]["file"] for pair in pairs] == ["a.parquet"] * 2 + ["x/a.parquet"] * 2
+    assert [pair["id"] for pair in pairs[:2]] == plain and len({pair["id"] for pair in pairs}) == 4
+
+
 @pytest.mark.parametrize("command, match", [
     (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/none"], "--from .*no such file"),
     (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/empty"], "no image pairs in it"),
@@ -862,6 +1009,11 @@ def test_parquet_without_the_expected_columns_or_cut_short_is_refused(tmp_path):
     (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/two/b.jsonl"], "line 1: is no JSON object"),
     (["images", "--weights", "HUB", "--to", "T/x", "--from", "T/ip2p"], "prompt.json: needs input, edit and output"),
     (["images", "--weights", "HUB"], "--to"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--nope"], "unrecognized arguments: --nope"),
+    (["images", "--weights", "HUB", "--to", ""], "argument --to: needs a path"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--min", "ssim=nan"], "--min ssim=nan: needs NAME=VALUE"),
+    (["images", "--weights", "HUB", "--to", "T/x", "--score-weights", "T/none"], "--score-weights .*none: no such file$"),
+    (["images", "--weights", "HUB", "--to", "T/list"], "dataset.json: holds no settings of curate.py"),
     (["videos", "--weights", "HUB", "--to", "T/x", "--images", "T/none"], "--images .*run curate.py images first"),
     (["videos", "--weights", "HUB", "--to", "T/x", "--images", "T/empty"], "holds neither a manifest"),
     (["real", "--weights", "HUB", "--to", "T/x", "--round", "0"], "--round 0"),
@@ -880,14 +1032,17 @@ def test_parquet_without_the_expected_columns_or_cut_short_is_refused(tmp_path):
      "--cogvideox-steps 0"),
     (["videos", "--weights", "HUB", "--to", "T/x", "--images", "T/empty", "--animate", "camera"], "--animate camera"),
     (["calibrate", "T/empty"], "holds no manifest.jsonl"),
+    (["calibrate", "MADE", "--ratings", "T/none"], "--ratings .*none: no such file$"),
     (["look", "T/none"], "holds no manifest.jsonl"),
+    (["look", "MADE", "--to", "T/empty"], "--to .*empty: is a folder"),
     (["look", "T/file"], "is no manifest of curate.py"),
     (["images", "--weights", "HUB", "--to", "T/file"], "--to .*cannot be made a folder"),
     (["images", "--weights", "HUB", "--to", "T/x", "--device", "abacus"], "--device abacus: not on this machine"),
 ])
 def test_bad_input_is_one_line_that_names_it(hub, made, tmp_path, command, match):
-    for name in ("empty", "two", "ip2p/7"):
+    for name in ("empty", "two", "ip2p/7", "list"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "list" / "dataset.json").write_text("[]")
     (tmp_path / "file").write_text("{}\n")
     (tmp_path / "two" / "a.jsonl").write_text("")
     (tmp_path / "two" / "b.jsonl").write_text("[]\n")
@@ -962,6 +1117,11 @@ def test_ratings_of_the_study_page_calibrate_what_was_kept(tmp_path, capsys):
     (tmp_path / "v.json").write_text(json.dumps({"study": "x", "rating": False, "names": [], "answers": {}}))
     with pytest.raises(UserError, match="holds no ratings"):
         C.main(["calibrate", str(tmp_path / "x"), "--ratings", str(tmp_path / "v.json")])
+    name = next(iter(answers))
+    for odd in ({"text": None}, {"text": "5"}, {}, 5):
+        (tmp_path / "v.json").write_text(json.dumps({"rating": True, "answers": answers | {name: odd}}))
+        with pytest.raises(UserError, match=f"v.json: {name}: needs numbers"):
+            C.main(["calibrate", str(tmp_path / "x"), "--ratings", str(tmp_path / "v.json")])
 
 
 def test_the_calibrated_total_filters_like_any_threshold(hub, made, tmp_path):
@@ -971,6 +1131,15 @@ def test_the_calibrated_total_filters_like_any_threshold(hub, made, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"min_total": 1e9}))
     with pytest.raises(UserError, match="total removed 3 of 3"):
         images(hub, tmp_path / "y", "--score-weights", file, n=1)
+    good = json.loads(file.read_text())
+    for part, odd in (("weights", {"ssim": 1}), ("spread", dict.fromkeys(good["spread"], "1")), ("min_total", None),
+                      ("centre", []), ("weights", {})):
+        file.write_text(json.dumps(good | {part: odd}))
+        with pytest.raises(UserError, match="--score-weights .*score_weights.json: needs weights, centre and spread"):
+            images(hub, tmp_path / "z", "--score-weights", file, n=1)
+    file.write_text(json.dumps(dict.fromkeys(("weights", "centre", "spread"), {"viclip_out": 1}) | {"min_total": 0}))
+    with pytest.raises(UserError, match="viclip_out: no score of images"):
+        images(hub, tmp_path / "z", "--score-weights", file, n=1)
 
 
 def test_auc_is_the_chance_to_rank_a_good_one_higher():
@@ -979,11 +1148,18 @@ def test_auc_is_the_chance_to_rank_a_good_one_higher():
     assert C.auc(np.zeros(4), good) == .5
 
 
-def test_the_page_holds_every_source_and_no_text_can_end_its_script(made, tmp_path):
+def test_the_page_holds_every_source_and_no_text_can_end_its_script(made, tmp_path, capsys):
     ranked(tmp_path / "x", n=12)
     C.main(["look", str(tmp_path / "x"), "--to", str(tmp_path / "a.html")])
     page = (tmp_path / "a.html").read_text()
     assert page.count("</script>") == 1 and "http" not in page and '"sources"' in page.lower()
+    assert '"total": 12' in page and len(json.loads(page.split("const data = ")[1].split(", $ = id =>")[0])["items"]) == 12
+    C.main(["look", str(tmp_path / "x"), "--limit", "-1"])
+    assert (tmp_path / "x" / "look.html").read_text() == page
+    ranked(tmp_path / "y")
+    (tmp_path / "y" / "manifest.jsonl").write_text("damaged\n")      # a neighbour is nothing to this data set
+    C.main(["look", str(tmp_path / "x")])
+    assert (tmp_path / "x" / "look.html").read_text() == page and "left out of the table" in capsys.readouterr().out
     (made.parent / "round0").mkdir()
     (made.parent / "round0" / "dataset.json").write_text("{}")       # a teacher's stage that has made no clip yet
     C.main(["look", str(made), "--to", str(tmp_path / "b.html")])

@@ -367,6 +367,18 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(tmp_path, monkeypatch
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 8
 
 
+def test_a_damaged_checkpoint_or_log_is_named_and_left_as_it_is(tmp_path):
+    small_fit(tmp_path)
+    state, log = (tmp_path / "state.pt").read_bytes(), (tmp_path / "log.jsonl").read_text()
+    for name, whole, broken in (("state.pt", state, state[:len(state) // 2]), ("state.pt", state, b""),
+                                ("log.jsonl", log.encode(), b"{broken\n" + log.encode())):
+        (tmp_path / name).write_bytes(broken)
+        with pytest.raises(UserError, match=name):
+            small_fit(tmp_path)
+        assert (tmp_path / name).read_bytes() == broken
+        (tmp_path / name).write_bytes(whole)
+
+
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
     net = torch.nn.Linear(2, 1)
     with pytest.raises(UserError, match="norm (nan|inf) at step 2"):           # the root's slope at 0 is infinite
@@ -596,6 +608,21 @@ def test_flags_that_contradict_a_finished_round_are_refused_by_name_before_any_w
     assert f"round 0: finished, in {tmp_path / 'round0'}" in capsys.readouterr().out
 
 
+def test_other_data_than_a_finished_rounds_is_refused_and_flags_of_curation_are_read_before_any_work(tmp_path):
+    curated(tmp_path / "data" / "round0")
+    command = flags(tmp_path, "--round", "0", "--data", str(tmp_path / "data"))
+    command[1] = "all"
+    del command[command.index("--train-on"):command.index("--train-on") + 2]
+    args = train.parse_args(command)
+    train.stage_video(args, tmp_path / "round0", args.weights, train.round_folders(args, 0), train.curation_flags(args, 0))
+    train.check_rounds(args)
+    for more, match in ((["--images", "5"], "--images 240 .now 5."), (["--curate-videos=--min clip_frame=0.5"], "--curate-videos  .now"),
+                        (["--curate-real=--nope"], "--nope"), (["--curate-images=--n 'x"], "--curate-images --n 'x: no closing")):
+        with pytest.raises(UserError, match=match):
+            train.check_rounds(train.parse_args([*command, *more]))
+    train.check_rounds(train.parse_args([*command, "--real-clips", "5"]))          # round 0 has no real clips
+
+
 @pytest.mark.parametrize("n, mix, rounds", [(0, [], "0"), (1, [], "01"), (2, [], "2"), (2, ["--mix"], "02"), (3, ["--mix"], "03")])
 def test_a_round_trains_on_what_the_papers_table_4_counts(n, mix, rounds):
     folders = train.round_folders(train.parse_args(["--data", "d", *mix]), n)
@@ -769,8 +796,19 @@ def test_table_2_makes_other_data_of_the_same_sources_and_trains_on_equally_many
     assert [json.loads((folder / "dataset.json").read_text())["mode"] for folder in folders[1:]] == ["ffg", "image"]
 
 
-@pytest.mark.parametrize("flag, value", [("--round", "-1"), ("--clip-batch", "0"), ("--lr-new", "-1"), ("--lr", "0"), ("--t-bias", "0"),
-                                         ("--max-clips", "0"), ("--max-clips", "-2"), ("--weights", "tiny")])
+RANGES = [("--round", "-1"), ("--clip-batch", "0"), ("--lr-new", "-1"), ("--lr", "0"), ("--t-bias", "0"), ("--max-clips", "0"),
+          ("--max-clips", "-2"), ("--weights", "tiny")]
+
+
+@pytest.mark.parametrize("flag", ["--runs", "--data", "--out", "--to"])
+def test_a_file_where_a_directory_is_needed_is_refused_at_once(flag, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"{flag} .*file"):
+            train.parse_args([flag, str(path), *(["--stage", "eval"] if flag == "--out" else [])])
+
+
+@pytest.mark.parametrize("flag, value", RANGES)
 def test_values_of_the_rounds_out_of_range_name_the_flag(flag, value):
     with pytest.raises(UserError, match=flag):
         train.parse_args([flag, value])
