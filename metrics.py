@@ -1344,7 +1344,7 @@ def editor_flags(parser):
     parser.add_argument("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
     parser.add_argument("--weights", help="directory in hub layout or trained run, instead of --model")
     parser.add_argument("--size", type=int, default=-1, help="short side of the model's frame (-1: own)")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     parser.add_argument("--text-cfg", type=float, help="guidance on the instruction (default: the model's)")
     parser.add_argument("--source-cfg", type=float, help="guidance on the source clip (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -1358,7 +1358,7 @@ def editor_flags(parser):
 def open_editor(args):
     """(editor, guidance (text, source), its frame's short side, one line about it, a name for its folder, and that name
     without the place from which the editor was loaded: what an edit depends on)."""
-    if not 1 <= args.steps <= 1000:
+    if args.steps is not None and not 1 <= args.steps <= 1000:
         raise UserError(f"--steps {args.steps}: must lie between 1 and 1000")
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
@@ -1366,7 +1366,7 @@ def open_editor(args):
         check_judge(args.judge, source, args.same_judge)
     ed = VideoEditor.from_pretrained(source, device=args.device)
     cfg = [d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance)]
-    mark = stamp(ed)
+    args.steps, mark = args.steps or ed.steps, stamp(ed)
     title = f"{source} {mark}, text {cfg[0]:g}, source {cfg[1]:g}, {args.steps} steps, seed {args.seed}"
     size = ed.size if args.size == -1 else args.size
     title += f", {size} px"

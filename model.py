@@ -1013,7 +1013,7 @@ class VideoEditor:
         about = (read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {})
         about = about.get("instructvedit", {})
         self.size, self.guidance = about.get("size", 512), tuple(about.get("guidance", (7.5, 1.5)))
-        self.deadband = about.get("deadband", 0.0)                 # see `settle`
+        self.steps, self.deadband = about.get("steps", 20), about.get("deadband", 0.0)     # of sampling; see `settle`
         self.words, self.examples = set(about.get("words", ())) or None, about.get("examples")
         self.multiple = self.vae.factor
         self.default_mode = "video" if "motion" in trained else "ffg"
@@ -1102,19 +1102,19 @@ class VideoEditor:
         return source + w * w * (3 - 2 * w) * (z0 - source)
 
     @torch.no_grad()
-    def sample(self, z_src, instruction, z_T, steps=20, s_txt=None, s_src=None, mode="auto", sampler="ddim",
+    def sample(self, z_src, instruction, z_T, steps=None, s_txt=None, s_src=None, mode="auto", sampler="ddim",
                anchor=None, z0_ref=None, on_step=None, keep=None):
         """Denoise z_T (K, F, c, h, w) into the edited latents z0 of that shape, scaled: K edits of one clip in one batch,
         each from its own noise, given source latents z_src (1, F, c, h, w) and an instruction.
 
-        s_txt, s_src: guidance scales, a number or K, by default the checkpoint's own. anchor: for mode "ffg", source
+        steps; s_txt, s_src, guidance scales, a number or K: by default the checkpoint's own. anchor: for mode "ffg", source
         latents (1, 1, c, h, w) and steps + 1 latents (1 or K, 1, c, h, w) of its edit, as `anchor` makes them of the
         first frame where not given. z0_ref (1, R, c, h, w): final latents of the first R frames, known from
         the previous window; they steer the others by InsV2V's noise correction over the first half of the steps.
         on_step(i) is called after each step; keep (a list) receives the latents of every step and the end.
         """
         mode = self.default_mode if mode == "auto" else mode
-        s_txt, s_src = (d if s is None else s for s, d in zip((s_txt, s_src), self.guidance))
+        steps, s_txt, s_src = (d if s is None else s for s, d in zip((steps, s_txt, s_src), (self.steps, *self.guidance)))
         scheduler = self.scheduler_for(steps, sampler)
         ctx = self.encode_text([instruction, ""])
         if mode == "ffg" and anchor is None:
@@ -1144,18 +1144,18 @@ class VideoEditor:
             keep.append(z)
         return z
 
-    def anchor(self, z_src, instruction, z_T, steps=20, s_txt=None, s_src=None, sampler="ddim"):
+    def anchor(self, z_src, instruction, z_T, steps=None, s_txt=None, s_src=None, sampler="ddim"):
         """FFG-V2V's first-frame trajectory: z_src (1, 1, c, h, w), z_T (K, 1, c, h, w) -> (z_src, [latents of every step
         and the end])."""
         trajectory = []
         self.sample(z_src, instruction, z_T, steps, s_txt, s_src, "image", sampler, keep=trajectory)
         return z_src, trajectory
 
-    def edit(self, video, instruction, steps=20, s_txt=None, s_src=None, seed=0, z_T=None, mode="auto", sampler="ddim"):
+    def edit(self, video, instruction, steps=None, s_txt=None, s_src=None, seed=0, z_T=None, mode="auto", sampler="ddim"):
         """Edit a clip in one pass. video (1, F, 3, H, W) in [-1, 1] -> the same shape; H and W multiples of `multiple`.
 
         s_txt, s_src: guidance on the instruction and on the source; None takes the checkpoint's own (7.5 and 1.5 for
-        published ones). z_T (1, F, c, h, w): the starting noise, else drawn from `seed`. mode: "image" (frame by
+        published ones), and so for steps (20). z_T (1, F, c, h, w): the starting noise, else drawn from `seed`. mode: "image" (frame by
         frame), "ffg" (training-free, guided by the first frame), "video" (trained SMA + EPM), "auto". Clips longer
         than 16 frames belong into `sample.edit_stream`, which edits in windows.
         """

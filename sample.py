@@ -403,7 +403,7 @@ def write_video(path, video, fps, audio=None):
 
 # ---- editing ---------------------------------------------------------------------------------------------------
 
-def edit_stream(ed, frames, instruction, steps=20, s_txt=None, s_src=None, seed=0, mode="auto", sampler="ddim",
+def edit_stream(ed, frames, instruction, steps=None, s_txt=None, s_src=None, seed=0, mode="auto", sampler="ddim",
                 on_step=None, with_source=False):
     """Edit a clip of any length: iterable of source frames (3, H, W) in [-1, 1] -> generator of edited ones.
 
@@ -545,7 +545,7 @@ def parse(argv=None):
     add("--frames", type=int, default=-1, help="edit this many frames at most (-1: all)")
     add("--size", type=int, default=-1, help="short side of the model's frame, pixels (-1: the model's own)")
     # edit
-    add("--steps", type=int, default=20, help="sampling steps")
+    add("--steps", type=int, help="sampling steps; default the checkpoint's own: 20, tiny 5")
     add("--text-cfg", type=float, help="how strongly to follow the instruction, 0 to 30 (default: the model's)")
     add("--source-cfg", type=float, help="how closely to keep to the source, 0 to 10 (default: the model's)")
     add("--deadband", type=float, help="latent cells that change by less, 0 to 2, stay the source's; 0: off (default: the model's)")
@@ -751,7 +751,7 @@ def main(argv=None):
         s_txt, s_src = (d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance))
         if args.deadband is not None:
             ed.deadband = args.deadband
-        options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed, sampler=args.sampler)
+        options = dict(steps=ed.steps if args.steps is None else args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed, sampler=args.sampler)
         for instruction, path in zip(args.instruction, paths):
             check_words(ed, instruction)
             if args.grid:

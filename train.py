@@ -583,6 +583,7 @@ TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=16, out_channel
                  up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], norm_eps=1e-5, act_fn="silu", use_linear_projection=False)
 EDITOR_ODDS = {"addition": 2.5, "object": 1.5}                     # where an instruction says a shape that no pixel shows
 TINY_GUIDANCE = [1.5, 1.5]                                         # text, source
+TINY_STEPS = 5                                                     # of sampling; twenty do no better (README, Results)
 TINY_DEADBAND = 0.07                                               # VideoEditor.settle; 0.05 to 0.1 do the same
 TINY_SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                       num_train_timesteps=1000, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
@@ -1219,7 +1220,7 @@ def to_frames(video):
     return ((video[0].permute(0, 2, 3, 1).cpu().numpy() + 1) / 2).clip(0, 1)
 
 
-def evaluate(ed, n=24, seed=0, size=64, domain="synthetic", s_txt=None, s_src=None, steps=20, n_frames=1, mode="auto",
+def evaluate(ed, n=24, seed=0, size=64, domain="synthetic", s_txt=None, s_src=None, steps=None, n_frames=1, mode="auto",
              known=False):
     """Held-out table: per task the edit against the truth, inside and outside the region that the true edit changes.
 
@@ -1260,7 +1261,7 @@ def evaluate(ed, n=24, seed=0, size=64, domain="synthetic", s_txt=None, s_src=No
                 flicker = wobble / (motion + 1e-3)
             row = (*near[:3], *kept[:2], success, flicker, near[0] > near[1])
             rows.setdefault(task + ("" if edit.deterministic else " ~"), []).append(row)
-    print(f"held-out {domain} scenes, {size} px, {n_frames} frame(s), {steps} steps, seed {seed}; PSNR in dB")
+    print(f"held-out {domain} scenes, {size} px, {n_frames} frame(s), {steps or ed.steps} steps, seed {seed}; PSNR in dB")
     print("| task | n | inside: edit | source | bound | closer | outside: edit | coded | success | flicker |\n|" + "---|" * 10)
     for task, values in rows.items():
         means = [np.nanmean(x) if np.isfinite(x).any() else math.nan for x in np.array(values, dtype=float).T]
@@ -1311,7 +1312,7 @@ def words_heard(ed, n=60, seed=0, size=64):
     return heard
 
 
-def evaluate_clips(ed, folder, size=64, n_frames=8, s_txt=None, s_src=None, steps=20, mode="auto"):
+def evaluate_clips(ed, folder, size=64, n_frames=8, s_txt=None, s_src=None, steps=None, mode="auto"):
     """Real clips at tiny's resolution: global edits against the exact operation; an empty instruction against the source."""
     from sample import read_video
     print("| clip | grayscale | sepia | night | empty | autoencoder |\n|---|---|---|---|---|---|")
@@ -1404,7 +1405,7 @@ def tables(args):
                 if k % world != rank:
                     continue
                 ed = VideoEditor.from_pretrained(trained, motion=motion if flags is None else None, device=args.device)
-                how = dict(n=args.n, guidance=list(guidance), sampling_steps=args.sampling_steps, size=ed.size, frames=FRAMES,
+                how = dict(n=args.n, guidance=list(guidance), sampling_steps=args.sampling_steps or ed.steps, size=ed.size, frames=FRAMES,
                            stamp=stamp(ed))
                 if not (done.is_file() and read_json(done)["how"] == how):
                     rows = evaluate(ed, args.n, 0, ed.size, domain, *guidance, args.sampling_steps, FRAMES, mode, known=True)
@@ -1594,7 +1595,7 @@ def parse_args(argv=None):
                    "(image: from nothing)")
     p.add_argument("--n", type=int, default=24, help="eval, tables: edits per task")
     p.add_argument("--frames", type=int, default=1, help="eval: frames a clip; 1 edits single frames")
-    p.add_argument("--sampling-steps", type=int, default=20, help="eval, tables: of every edit")
+    p.add_argument("--sampling-steps", type=int, help="eval, tables: of every edit; default the checkpoint's own: 20, tiny 5")
     p.add_argument("--mode", default="auto", choices=["auto", "image", "ffg", "video"], help="eval: how clips are edited")
     p.add_argument("--ffg-keys", default="beside", choices=["beside", "instead"], help="eval: a frame's own keys in FFG-V2V")
     p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="eval: which scenes")
@@ -1722,7 +1723,7 @@ def networks(args):
         (base / "scheduler").mkdir(exist_ok=True)
         write_json(base / "scheduler" / "scheduler_config.json", TINY_SCHEDULER)
         write_json(base / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": dict(
-            size=args.size, guidance=TINY_GUIDANCE, deadband=TINY_DEADBAND, words=curate.known_words(),
+            size=args.size, steps=TINY_STEPS, guidance=TINY_GUIDANCE, deadband=TINY_DEADBAND, words=curate.known_words(),
             examples=curate.examples())})
         stage_image(args, shards, args.runs / "image", base, weights)
 

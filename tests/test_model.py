@@ -479,6 +479,15 @@ def test_a_frames_noise_does_not_depend_on_its_window(image_editor):
     assert torch.equal(still, still[:, :1].expand_as(still)) and not torch.equal(whole[:, :1], whole[:, 1:2])
 
 
+def test_a_checkpoints_own_steps_guidance_and_size_are_the_defaults(image_editor, tmp_path):
+    assert (image_editor.steps, image_editor.guidance, image_editor.size) == (20, (7.5, 1.5), 512)
+    shutil.copytree(IP2P, tmp_path / "hub")
+    (tmp_path / "hub" / "model_index.json").write_text('{"instructvedit": {"steps": 3, "guidance": [4, 1.2], "size": 32}}')
+    ed, path, (z, z_T) = VideoEditor.from_pretrained(tmp_path / "hub", device="cpu"), [], torch.randn(2, 1, 1, 4, 4, 4)
+    z0 = ed.sample(z, "make it snow", z_T, mode="image", keep=path)
+    assert len(path) == 4 and torch.equal(z0, image_editor.sample(z, "make it snow", z_T, 3, 4, 1.2, "image"))
+
+
 def test_the_source_latent_is_the_unscaled_posterior_mode(image_editor):
     video = clip(5)
     assert apart(image_editor.encode(video)[0], image_editor.vae.encode(video[0])[0]) < 1e-5
