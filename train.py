@@ -1340,7 +1340,8 @@ def success(rows):
 
 def table_rows(args):
     """[(name, training flags, weights to start from, folders, the cycle's own run or None)] of a table; equal steps in
-    every row, and in table 2 equally many clips. The own run is what seed 0 of the row would train again; no flags: `weights`, by FFG-V2V."""
+    every row, and in table 2 equally many clips. The own run is what seed 0 of the row would train again. A mode instead
+    of flags: `weights` as they are, "image" frame by frame, "ffg" with the motion adapter at full strength."""
     data, (image, motion) = args.data, starting_point(args)
     rounds = [args.runs / f"round{k}" for k in range(3)]
     if args.stage == "table2":                                     # other data of the same sources, for the same model
@@ -1358,7 +1359,8 @@ def table_rows(args):
     if args.stage == "table3":
         return [(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", dict(sma=sma, epm=epm), image,
                  [data / "round0"], rounds[0] if sma and epm else None) for sma in (False, True) for epm in (False, True)]
-    return [("image editor, FFG-V2V", None, image, None, None),    # table4: the paper's stages I to III
+    return [("image editor, frame by frame", "image", image, None, None),      # table4: the paper's stages I to III
+            ("image editor, FFG-V2V", "ffg", image, None, None),
             ("round 0", {}, image, [data / "round0"], rounds[0]),
             ("round 1", {}, image, [data / "round0", data / "round1"], rounds[1]),
             ("round 2, with synthetic data", {}, image, [data / "round0", data / "round2"], None),
@@ -1388,9 +1390,10 @@ def tables(args):
     lines, first, (rank, world) = [], {}, processes()
     for name, flags, weights, folders, own in table_rows(args):
         results = {"synthetic": [], "real": []}
-        for seed in range(args.seeds if flags is not None else 1):
+        untrained = isinstance(flags, str)
+        for seed in range(1 if untrained else args.seeds):
             out = args.runs / args.stage / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-            if flags is not None:
+            if not untrained:
                 row = argparse.Namespace(**vars(args) | {"steps": steps} | flags | {"seed": seed})
                 if seed == 0 and own and finished(own) and not changed_flags(row, own, weights, folders):
                     out = own
@@ -1401,10 +1404,11 @@ def tables(args):
                                     "or another --runs folder")
             files, guidance = {domain: out / f"eval-{domain}.json" for domain in results}, (args.text_cfg, args.source_cfg)
             for k, (domain, done) in enumerate(files.items()):
-                trained, mode = (weights, "ffg") if flags is None else (out, "video")
+                trained, mode = (weights, flags) if untrained else (out, "video")
                 if k % world != rank:
                     continue
-                ed = VideoEditor.from_pretrained(trained, motion=motion if flags is None else None, device=args.device)
+                ed = VideoEditor.from_pretrained(trained, motion={"ffg": motion, "image": False, "video": None}[mode],
+                                                 device=args.device)
                 how = dict(n=args.n, guidance=list(guidance), sampling_steps=args.sampling_steps or ed.steps, size=ed.size, frames=FRAMES,
                            stamp=stamp(ed))
                 if not (done.is_file() and read_json(done)["how"] == how):
