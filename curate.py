@@ -59,7 +59,7 @@ import metrics
 from metrics import read_lines, to_video, write_aside
 from model import (ROOT, UserError, VideoEditor, attention, hub_dir, load_weights, read_json, read_tensors,
                    repository, run, timestep_embedding)
-from sample import IMAGES, frame_files, probe, read_frames, resize, to_rgb, to_tensor, write_video
+from sample import EXIF_TURNS, IMAGES, frame_files, probe, read_frames, resize, to_rgb, to_tensor, upright, write_video
 
 # ----------------------------------------------------------------------------------------------------------
 # The pipeline (paper, section 3.2): one function per stage. A data set is a folder with
@@ -2095,23 +2095,16 @@ def true_region(source, truth, is_global):
     return np.abs(source.astype(int) - truth).max(-1) > (-1 if is_global else 10)
 
 
-# EXIF's orientation -> what makes it upright. Pillow's exif_transpose writes the tags anew, which odd ones do not survive
-UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-           8: "ROTATE_90"}
-
-
 def read_image(file, name):
     """rgb (H, W, 3) uint8 of a path or file object, upright; Unusable where it is missing or broken."""
     try:
         image = Image.open(file)
-        if turn := UPRIGHT.get(image.getexif().get(0x0112)):
-            image = image.transpose(Image.Transpose[turn])
+        turn = EXIF_TURNS.get(image.getexif().get(0x0112), (0, False))
         if image.mode == "F":
             raise ValueError("mode F: floating point, of any range; save it with 8 or 16 bits")
         if image.mode.startswith("I"):                              # I;16 and its like: Pillow's convert would clip at 255
-            grey = np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8)
-            return np.stack([grey] * 3, -1)
-        return np.array(image.convert("RGB"))
+            image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        return upright(np.array(image.convert("RGB")), *turn)
     except (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error, Image.DecompressionBombError) as error:
         text = re.sub(" <.* at 0x.*>", "", str(error))              # Pillow's errors name addresses
         raise Unusable(f"{name}: not a readable image ({text})") from None

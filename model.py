@@ -93,7 +93,7 @@ def repository(source):
 def finished(run):
     """True where a trained run (a directory) has reached the steps it was begun with."""
     meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else None
-    return meta is not None and meta["step"] >= meta["args"]["steps"]
+    return meta is not None and meta.get("step", -1) >= meta.get("args", {}).get("steps", 0)
 
 
 def read_json(path):
@@ -1155,9 +1155,9 @@ class VideoEditor:
         """Edit a clip in one pass. video (1, F, 3, H, W) in [-1, 1] -> the same shape; H and W multiples of `multiple`.
 
         s_txt, s_src: guidance on the instruction and on the source; None takes the checkpoint's own (7.5 and 1.5 for
-        published ones), and so for steps (20). z_T (1, F, c, h, w): the starting noise, else drawn from `seed`. mode: "image" (frame by
-        frame), "ffg" (training-free, guided by the first frame), "video" (trained SMA + EPM), "auto". Clips longer
-        than 16 frames belong into `sample.edit_stream`, which edits in windows.
+        published ones), and so for steps (20). z_T (1, F, c, h, w): the starting noise, else drawn from `seed`. mode:
+        "image" (frame by frame), "ffg" (training-free, guided by the first frame), "video" (trained SMA + EPM), "auto".
+        Clips longer than 16 frames belong into `sample.edit_stream`, which edits in windows.
         """
         if mode not in ("auto", "image", "ffg", "video"):
             raise UserError(f"mode {mode}: needs auto, image, ffg or video")

@@ -224,10 +224,10 @@ def is_inner_matrix(key, p):
     return p.dim() > 1 and not any(part in key for part in ("embedding", "conv_in", "conv_out"))
 
 
-def differences(old, new, names):
-    """["--flag old (now new)"] of the settings `names` in meta.json's args."""
-    flag = {"vae": "the vae", "clips": "--clips-drawn"}            # the networks below depend on it without a flag for it
-    return [f"{flag.get(k, '--' + k.replace('_', '-'))} {old[k]} (now {new[k]})" for k in names]
+def differences(old, new):
+    """["--flag old (now new)"] of the settings that both know and that differ; "vae" is no flag but the one below."""
+    return [f"{'the vae' if k == 'vae' else '--' + k.replace('_', '-')} {old[k]} (now {v})" for k, v in new.items()
+            if k in old and old[k] != v]
 
 
 def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, save_minutes=5, device="cpu",
@@ -274,9 +274,9 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(f"{out / 'state.pt'}: damaged ({str(error).splitlines()[0][:100] if str(error) else 'it ends too early'}); "
                             "put a whole copy there, or delete it to begin anew") from None
-        changed = [k for k in meta["args"] if k in state["args"] and state["args"][k] != meta["args"][k]]
+        changed = differences(state["args"], meta["args"])
         if changed and not resume_any:
-            raise UserError(f"{out}: begun with {', '.join(differences(state['args'], meta['args'], changed))}; "
+            raise UserError(f"{out}: begun with {', '.join(changed)}; "
                             "pass the same, --force to go on with the new ones, or another --runs folder")
         net.load_state_dict(state["net"])
         if [len(group["params"]) for group in state["opt"]["param_groups"]] == [len(group["params"]) for group in groups]:
@@ -568,7 +568,7 @@ def stage_viclip(args, shards, out, base):
                 0.5 * match(moved, change(captions), slow, same(pairs)))
 
     steps, lr = args.steps or STEPS["viclip"], args.lr or LR["viclip"]
-    meta = dict(stage="viclip", config=config, args=dict(steps=steps, seed=args.seed, clips=args.clips_drawn, lr=lr))
+    meta = dict(stage="viclip", config=config, args=dict(steps=steps, seed=args.seed, clips_drawn=args.clips_drawn, lr=lr))
     fit(net, loss_fn, out, meta, steps, lr, 32, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
     return net, config
 
@@ -897,7 +897,8 @@ def camera_move(x, number):
     """InsV2V's motion augmentation: one camera move over source and target. x (2, F, 3, H, W) -> the same shape.
 
     A pan over up to 20 % of the frame, or (probability 0.2) a zoom up to 1.25, which comes with a pan in seven cases of
-    ten; both at constant speed. The window is smaller than the frame by the length of the pan and is scaled back up, so that nothing beyond the edge is made up.
+    ten; both at constant speed. The window is smaller than the frame by the length of the pan and is scaled back up, so
+    that nothing beyond the edge is made up.
     """
     rng = Random(number)
     zoom = rng.uniform(1, 1.25) if rng.random() < 0.2 else 1.0
@@ -1113,7 +1114,7 @@ def changed_flags(args, out, weights, folders):
     now |= {k: getattr(args, k) for k in ("lr", "lr_new", "same_noise") if getattr(args, k) is not None}
     now |= dict(steps=args.steps or VIDEO[args.model]["steps"])
     now |= {"max_clips": args.max_clips} if args.max_clips != -1 else {}
-    return differences(old, now, [k for k, v in now.items() if k in old and old[k] != v])
+    return differences(old, now)
 
 
 def check_rounds(args):
@@ -1125,12 +1126,13 @@ def check_rounds(args):
             curate.parse(command)
         except UserError as error:
             raise UserError(f"--curate-{stage}: {error}") from None
+    if args.model == "tiny" and not args.motion:                   # refuses modules of other flags before networks train
+        wanted("motion", args)
     for n in range(args.round + 1):
         out = args.runs / f"round{n}"
         if not args.force and finished(out):
             changed = changed_flags(args, out, starting_point(args)[0], round_folders(args, n))
-            old, now = read_json(out / "meta.json").get("curation", {}), curation_flags(args, n)
-            changed += differences(old, now, [k for k, v in now.items() if k in old and old[k] != v])
+            changed += differences(read_json(out / "meta.json").get("curation", {}), curation_flags(args, n))
             if changed:
                 raise UserError(f"{out}: finished with {', '.join(changed)}; pass the same, --force to keep it as it is, or "
                                 "another --runs folder")
@@ -1660,15 +1662,17 @@ def wanted(stage, args):
     run, last = args.runs / stage, args.runs / "base" / LAST_FILE.get(stage, "")
     if not (last.exists() and finished(run)):
         return True
-    old, new = read_json(run / "meta.json")["args"], vars(args)
-    names = [k for k in ("steps", "lr", "batch", "optimizer", "pairs", "clips", "seed", "t_bias", "region_weight")
-             if {"clips": "clips_drawn"}.get(k, k) in args.given and args.round is None] + ["size"]
-    weight = args.runs / "base" / "vae" / "diffusion_pytorch_model.safetensors"
-    new = new | dict(clips=args.clips_drawn, vae=vae_mark(load_file(weight)["quant_conv.weight"]) if weight.is_file() else None)
-    names = [k for k in [*names, "vae"] if k in old and old[k] != new[k]]
-    if names and not args.force:
-        raise UserError(f"{run}: finished with {', '.join(differences(old, new, names))}; pass the same, --force to keep it as "
-                        "it is, or another --runs folder")
+    names = {"steps", "lr", "batch", "optimizer", "pairs", "clips_drawn", "seed", "t_bias", "region_weight"} & args.given
+    new = {k: getattr(args, k) for k in ("size", *(sorted(names) if args.round is None else ()))}
+    vae = args.runs / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    if stage == "motion":
+        new["weights"] = portable(starting_point(args)[0])
+    if vae.is_file() and not args.weights:                         # else the editor brings its own
+        new["vae"] = vae_mark(read_tensors(vae)["quant_conv.weight"])
+    changed = differences(read_json(run / "meta.json")["args"], new)
+    if changed and not args.force:
+        raise UserError(f"{run}: finished with {', '.join(changed)}; pass the same, --force to keep it as it is, or another "
+                        "--runs folder")
     return False
 
 
@@ -1713,12 +1717,15 @@ def networks(args):
         weights = args.weights if args.stage == "image" else None  # without a stage: what to evaluate
         if weights:                                                # from another editor: its other networks as well
             root = hub_dir(repository(weights)[1], VideoEditor.FILES)
-            for path in sorted(p for p in root.rglob("*") if p.is_file() and "unet" not in p.relative_to(root).parts):
-                to = base / path.relative_to(root)
+            copies = {base / p.relative_to(root): p for p in sorted(root.rglob("*"))
+                      if p.is_file() and "unet" not in p.relative_to(root).parts}
+            other = [to for to, path in copies.items()
+                     if to.suffix == ".safetensors" and to.exists() and to.read_bytes() != path.read_bytes()]
+            if other:
+                raise UserError(f"{other[0]}: another network than that of --weights {weights}, which goes on with its own; pass "
+                                "another --runs folder")
+            for to, path in copies.items():
                 to.parent.mkdir(parents=True, exist_ok=True)
-                if to.exists() and to.read_bytes() != path.read_bytes() and path.suffix == ".safetensors":
-                    raise UserError(f"{to}: another network than that of --weights {weights}, which goes on with its own; pass "
-                                    "another --runs folder")
                 if not to.exists():
                     to.write_bytes(path.read_bytes())
         for part, stage in (("vae", "vae"), ("text_encoder", "clip")):

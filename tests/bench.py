@@ -382,15 +382,14 @@ def bench_training(model, size, n_frames, runs, steps, device):
           "| what | s | min | CPU s | peak GB | compared with | s | min | CPU s | peak GB | ratio | CPU ratio |\n|"
           + "---|" * 12, flush=True)
     z_src, z_T = torch.randn(1, n_frames, c, h, h).to(device), torch.randn(4, n_frames, c, h, h).to(device)
-    scales = [ed.guidance[0]] * 4, [ed.guidance[1]] * 4
 
     def images():
-        z0 = ed.sample(z_src[:, :1], "make it snow", z_T[:, :1], steps, *scales, "image")
+        z0 = ed.sample(z_src[:, :1], "make it snow", z_T[:, :1], steps, mode="image")
         ed.decode(z0.transpose(0, 1))
 
     def clip(ed=ed):
         anchor = ed.anchor(z_src[:, :1], "make it snow", z_T[:1, :1], steps)
-        ed.decode(ed.sample(z_src, "make it snow", z_T[:1], steps, *ed.guidance, "ffg", anchor=anchor))
+        ed.decode(ed.sample(z_src, "make it snow", z_T[:1], steps, mode="ffg", anchor=anchor))
     row(f"image candidate, {steps} steps, 4 in a batch", *timed([images], 1, device), per=4)
     row(f"clip candidate, {steps} steps, FFG", *timed([clip], 1, device, warm=False))
     if small_on_cpu:

@@ -243,6 +243,25 @@ def test_image_editor_and_motion_modules_of_another_vae_are_not_taken_for_finish
         train.wanted("image", args)
 
 
+def test_an_editor_to_go_on_from_does_not_take_the_place_of_other_networks(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHARD", 2)
+    file = tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file({"quant_conv.weight": torch.ones(2)}, file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="another network than that of --weights tiny"):
+        train.main(["--stage", "image", "--weights", "tiny", "--pairs", "2", "--size", "32", "--data", str(tmp_path / "d"),
+                    "--runs", str(tmp_path), "--device", "cpu"])
+    assert [p for p in (tmp_path / "base").rglob("*") if p.is_file()] == [file] and file.read_bytes() == before
+
+
+def test_motion_modules_of_another_editor_are_not_taken_for_finished(tmp_path):
+    finished_network(tmp_path, "motion", weights="tiny")
+    assert not train.wanted("motion", train.parse_args(["--runs", str(tmp_path), "--round", "0", "--weights", "tiny"]))
+    with pytest.raises(UserError, match="motion: finished with --weights tiny .now .*image"):
+        train.wanted("motion", train.parse_args(["--runs", str(tmp_path), "--round", "0"]))
+
+
 def test_the_schedule_given_with_a_round_is_the_rounds_alone():
     args = train.parse_args(["--round", "1", "--steps", "7", "--lr", "1", "--t-bias", "2", "--seed", "3"])
     first = train.before_rounds(args)
