@@ -351,16 +351,18 @@ def draw_candidates(ed, item_id, n, seed, first=None):
     return seeds, s_txt, s_src
 
 
-def totals(rows, fitted):
-    """Weighted total of every candidate: (K,). fitted: {"weights"} and, from `calibrate`, "centre" and "spread" to
-    normalise the scores by; without them, they are normalised over the candidates of one source (as the paper says)."""
-    return metrics.total_score([row["scores"] for row in rows], fitted["weights"], fitted.get("centre"), fitted.get("spread"))
+def totals(rows, fitted, task=""):
+    """Weighted total of every candidate of a source: (K,). fitted: {"weights"} and, from `calibrate`, "centre" and "spread" to
+    normalise the scores by; without them, they are normalised over the candidates of one source (as the paper says). From
+    `calibrate --by-task` also "tasks", what each kind of edit adds; another one adds nothing."""
+    total = metrics.total_score([row["scores"] for row in rows], fitted["weights"], fitted.get("centre"), fitted.get("spread"))
+    return total + fitted.get("tasks", {}).get(task, 0.0)
 
 
-def choose(rows, limits, fitted, keep_all=False):
+def choose(rows, limits, fitted, keep_all=False, task=""):
     """Thresholds, then the best total: adds total, kept and why to the candidates of one source; returns the index of
     the kept one, or of the best of the dropped. keep_all: no filter, the first candidate is kept."""
-    total = totals(rows, fitted)
+    total = totals(rows, fitted, task)
     for row, value in zip(rows, total):
         scores = row["scores"] | {"total": float(value)}
         low = [f"{k} {scores[k]:.3g} below {v:g}" for k, v in limits.items() if scores.get(k) is not None
@@ -434,6 +436,10 @@ def open_filter(args, family, weights):
                    for x in parts) or not is_number(fitted.get("min_total")):
             raise UserError(f"--score-weights {args.score_weights}: needs weights, centre and spread, a number for each of "
                             "the same scores, and min_total, as curate.py calibrate writes them")
+        tasks = fitted.get("tasks", {})
+        if not isinstance(tasks, dict) or not all(map(is_number, tasks.values())):
+            raise UserError(f"--score-weights {args.score_weights}: tasks needs a number for each kind of edit, as curate.py "
+                            "calibrate --by-task writes them")
         if parts[0].keys() - known:
             raise UserError(f"--score-weights {args.score_weights}: {', '.join(sorted(parts[0].keys() - known))}: no score "
                             f"of {args.command}; pass what curate.py calibrate made of such a data set")
@@ -566,7 +572,7 @@ def stage_images(args):
                      scores={name: round(float(x[k]), 5) for name, x in scores.items()}) for k in range(n)]
         if drawn:
             judge(ed, rows, z_src, source, [x[None] for x in edits], true_clip(item["origin"], source))
-        best = choose(rows, st.limits, st.fitted, args.no_filter)
+        best = choose(rows, st.limits, st.fitted, args.no_filter, item["task"])
         files = {"source.png": source[0], "target.png": edits[best]}
         return rows, files | ({"trajectory.safetensors": {"trajectory": latents[best]}} if rows[best]["kept"] else {})
 
@@ -782,7 +788,7 @@ def finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth=None):
         scores = [row | {name: round(value, 5)} for row, value in zip(scores, values)]
     rows = [dict(seed=seeds[k], guidance=[s_txt[k], s_src[k]], scores=scores[k]) for k in range(len(z0))]
     judge(st.ed, rows, z_src, source, edits, truth)
-    best = choose(rows, st.limits, st.fitted, st.args.no_filter)
+    best = choose(rows, st.limits, st.fitted, st.args.no_filter, item["task"])
     files = {"source.mp4": to_video(source), "target.mp4": videos[best]}
     if rows[best]["kept"]:
         files["latents.safetensors"] = {"source": z_src[0], "target": z0[best] / st.ed.vae.scaling_factor}
@@ -2417,16 +2423,21 @@ def auc(x, good):
     return float((ranks[good].sum() - n * (n + 1) / 2) / max(n * (len(x) - n), 1))
 
 
-def fit_weights(x, good):
-    """Logistic regression with weights >= 0 and a small ridge: x (N, K) normalised, good (N,) bool -> (K,)."""
+def fit_weights(x, good, tasks):
+    """Logistic regression with weights >= 0 of the scores, free ones of the tasks, and a small ridge: x (N, K) normalised,
+    good (N,) bool, tasks (N, T) 0 or 1 -> weights (K,) with sum 1 and offsets (T,) of the total, in units of it."""
+    n, k, t = *x.shape, tasks.shape[1]
+    both, ridge = np.c_[x, tasks], np.r_[np.full(k, 0.01), np.full(t, 0.003)]
+
     def loss(p):
-        z = x @ p[1:] + p[0]
-        slope = (scipy.special.expit(z) - good) / len(x)
-        value = (np.logaddexp(0, z) - good * z).mean() + 0.01 * (p[1:] ** 2).sum()
-        return value, np.r_[slope.sum(), x.T @ slope + 0.02 * p[1:]]
-    start = np.r_[0, np.full(x.shape[1], 0.1)]
-    bounds = [(None, None)] + [(0, None)] * x.shape[1]
-    return scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x[1:]
+        z = both @ p[1:] + p[0]
+        slope = (scipy.special.expit(z) - good) / n
+        value = (np.logaddexp(0, z) - good * z).mean() + ridge @ p[1:] ** 2
+        return value, np.r_[slope.sum(), both.T @ slope + 2 * ridge * p[1:]]
+    start = np.r_[0, np.full(k, 0.1), np.zeros(t)]
+    bounds = [(None, None)] + [(0, None)] * k + [(None, None)] * t
+    p = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x[1:]
+    return p[:k] / (p[:k].sum() or 1), p[k:] / (p[:k].sum() or 1)
 
 
 def calibrate(args):
@@ -2434,7 +2445,8 @@ def calibrate(args):
 
     Five folds over sources: Spearman's correlation with the rating (or the gain in dB to the true edit) and AUC for
     good against bad (a rating above the middle; metrics.SUCCESS), over all candidates: which should go? And Spearman
-    within a source: which is best? Beside equal weights and each score. Writes what --score-weights reads.
+    within a source: which is best? Beside equal weights and each score, and beside what knowing the task besides is worth: some
+    kinds of edit succeed more often than others. Writes what --score-weights reads; --by-task: with what each task adds.
     """
     rows, ratings = read_manifest(args.manifest), {}
     for path in args.ratings or ():
@@ -2465,13 +2477,18 @@ def calibrate(args):
     x, y = np.array([[row["scores"][k] for k in keys] for row in rows]), np.array([row["y"] for row in rows])
     place = {name: k for k, name in enumerate(sources)}             # ids are hashes: any order is a random one
     fold = np.array([place[row["id"]] % 5 for row in rows])
-    out = {"fitted": np.zeros(len(rows)), "equal": np.zeros(len(rows))}
+    names = sorted({row.get("task") or "" for row in rows})
+    tasks = np.array([[row.get("task") == name for name in names] for row in rows], float)
+    none = tasks[:, :0]
+    out = {name: np.zeros(len(rows)) for name in ("fitted", "fitted, by task", "equal")}
     for k in range(5):
         train = fold != k
         centre, spread = x[train].mean(0), np.maximum(x[train].std(0), 1e-6)
         z = (x - centre) / spread
-        w = fit_weights(z[train], good[train])
-        out["fitted"][~train], out["equal"][~train] = z[~train] @ w / max(w.sum(), 1e-9), z[~train].mean(1)
+        for name, known in (("fitted", none), ("fitted, by task", tasks)):
+            w, offsets = fit_weights(z[train], good[train], known[train])
+            out[name][~train] = z[~train] @ w + known[~train] @ offsets
+        out["equal"][~train] = z[~train].mean(1)
     print(f"{args.manifest}: {len(rows)} candidates of {len(sources)} sources, {good.mean():.0%} good; five folds")
     print("| total | Spearman | AUC | Spearman within a source |", "|---|---|---|---|", sep="\n")
     groups = [np.flatnonzero([row["id"] == name for row in rows]) for name in sources]
@@ -2485,16 +2502,18 @@ def calibrate(args):
         print("of a source's candidates the first is good for {:.0%} of the sources, the one with the best total for {:.0%}, "
               "any for {:.0%}".format(*picks, np.mean([good[g].any() for g in groups])))
     centre, spread = x.mean(0), np.maximum(x.std(0), 1e-6)
-    w = fit_weights((x - centre) / spread, good)
-    total = (x - centre) / spread @ w / max(w.sum(), 1e-9)
+    known = tasks if args.by_task else none
+    w, offsets = fit_weights((x - centre) / spread, good, known)
+    total = (x - centre) / spread @ w + known @ offsets
     cuts = np.unique(total)                                         # keep the cut with the best balance (Youden's J)
     best = max(cuts, key=lambda c: (total[good] >= c).mean() - (total[~good] >= c).mean())
     to = args.to or (args.manifest if args.manifest.is_dir() else args.manifest.parent) / "score_weights.json"
     fitted = {name: {k: round(float(v), 5) for k, v in zip(keys, values)} for name, values in
               (("weights", w), ("centre", centre), ("spread", spread))}
+    fitted |= {"tasks": {name: round(float(v), 5) for name, v in zip(names, offsets)}} if args.by_task else {}
     write_aside(to, json.dumps(fitted | {"min_total": round(float(best), 4), "n": len(rows)}, indent=1))
     kept = total >= best
-    print(f"{to}: " + ", ".join(f"{k} {v:.2f}" for k, v in zip(keys, w / max(w.sum(), 1e-9))) +
+    print(f"{to}: " + ", ".join(f"{k} {v:.2f}" for k, v in zip(keys, w)) +
           f"; a total of {best:.2f} or more keeps {kept.mean():.0%}, {good[kept].mean():.0%} of them good")
 
 
@@ -3475,6 +3494,8 @@ def parse(argv=None):
     p = command("calibrate", "fit the total's weights to ratings or, in the shapes world, to the truth")
     p.add_argument("manifest", type=named, help="data set or manifest.jsonl")
     p.add_argument("--ratings", type=named, nargs="+", metavar="JSON", help="answers of metrics.py study --rate")
+    p.add_argument("--by-task", action="store_true", help="let the total know the task: a filter by it leaves out whole "
+                   "kinds of edit that seldom succeed")
     p.add_argument("--to", type=named, help="default: score_weights.json beside the manifest")
 
     p = command("look", "one HTML page of a data set")

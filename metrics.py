@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
                    find_tensors, hub_dir, load_weights, read_json, read_tensors, run)
-from sample import (choose_model, edit_stream, model_size, open_video, plan, probe, read_frames, resize, seam_score,
+from sample import (choose_model, edit_pictures, model_size, open_video, plan, probe, read_frames, seam_score,
                     to_rgb, to_tensor, window_starts, write_video)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1150,13 +1150,13 @@ def edit_benchmark(items, folder, edit, settings, ending=".jpg"):
 
 
 def run_editor(ed, item, source, size, options):
-    """The edit of source (F, H, W, 3) uint8 as rgb frames of its size; short side `size` inside the model."""
-    full = source.shape[1:3]
-    height, width = model_size(SimpleNamespace(height=full[0], width=full[1], pixel=1), size, ed.multiple)
-    frames = (resize(to_tensor(rgb), height, width) for rgb in source)
+    """The edit of source (F, H, W, 3) uint8 as rgb frames of its size, as `sample.py` delivers it; short side `size`
+    inside the model."""
+    height, width = source.shape[1:3]
+    small = model_size(SimpleNamespace(height=height, width=width, pixel=1), size, ed.multiple)
     options = options | {"seed": options["seed"] + item.get("number", 0)}
-    for frame in edit_stream(ed, frames, item["instruction"], **options):
-        yield to_rgb(resize(frame.float(), *full))
+    for rgb, *_ in edit_pictures(ed, source, small, item["instruction"], **options):
+        yield rgb
 
 
 def stamp(ed, crc=0):
@@ -1348,7 +1348,9 @@ def editor_flags(parser):
     parser.add_argument("--text-cfg", type=float, help="guidance on the instruction (default: the model's)")
     parser.add_argument("--source-cfg", type=float, help="guidance on the source clip (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--no-image-control", action="store_true", help="leave out the frame-by-frame editor")
+    parser.add_argument("--no-detail", action="store_true", help="score the model's own frames, plainly resized")
+    parser.add_argument("--no-image-control", action="store_true", help="leave out the frame-by-frame editor and, of drawn "
+                        "clips, the edit without detail")
     parser.add_argument("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
     judge_flags(parser)
     parser.add_argument("--same-judge", action="store_true",
@@ -1369,8 +1371,8 @@ def open_editor(args):
     args.steps, mark = args.steps or ed.steps, stamp(ed)
     title = f"{source} {mark}, text {cfg[0]:g}, source {cfg[1]:g}, {args.steps} steps, seed {args.seed}"
     size = ed.size if args.size == -1 else args.size
-    title += f", {size} px"
-    how = f"{mark}_t{cfg[0]:g}_s{cfg[1]:g}_n{args.steps}_seed{args.seed}_{size}px"
+    title += f", {size} px" + ", without detail" * args.no_detail
+    how = f"{mark}_t{cfg[0]:g}_s{cfg[1]:g}_n{args.steps}_seed{args.seed}_{size}px" + "_detail" * (not args.no_detail)
     return ed, cfg, size, title, f"{Path(source).name}-{how}", how
 
 
@@ -1421,7 +1423,7 @@ def main_tgve(argv):
         folders = {"edit": out / "edit"}
         if not args.no_image_control:
             folders["image editor, frame by frame"] = out / "image"
-        options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
+        options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed, detail=not args.no_detail)
         for folder, mode in zip(folders.values(), ("auto", "image")):
             edit_benchmark(items, folder, lambda item: run_editor(ed, item, read_source(item)["source"], size,
                                                                   options | {"mode": mode}), f"{how}, {mode}")
@@ -1613,7 +1615,7 @@ def main_shapes(argv):
     editor_flags(parser)
     scorer_flags(parser)
     args = parser.parse_args(argv)
-    in_grid = args.sweep or args.agreement
+    in_grid, detail = args.sweep or args.agreement, not args.no_detail
     n = args.n if args.n is not None else 24 if in_grid else 200
     for flag, value in (("--n", n), ("--frames", args.frames)):
         if value < 1:
@@ -1635,15 +1637,16 @@ def main_shapes(argv):
         texts = args.grid_text or [round(cfg[0] * f, 2) for f in (2 / 3, 1, 1.5, 2.5)]
         sources = args.grid_source or [round(cfg[1] * f, 2) for f in (0.8, 1, 1.3)]
         seeds = range(args.seed, args.seed + 1 + args.agreement)
-        runs = [(f"t{t:g}_s{s:g}_seed{k}", t, s, k, "auto") for s in sources for t in texts for k in seeds]
+        runs = [(f"t{t:g}_s{s:g}_seed{k}", t, s, k, "auto", detail) for s in sources for t in texts for k in seeds]
     else:
-        runs = [("edit", *cfg, args.seed, "auto"), ("image editor, frame by frame", *cfg, args.seed, "image")]
-        runs = runs[:2 - args.no_image_control]
+        runs = [("edit", *cfg, args.seed, "auto", detail), ("image editor, frame by frame", *cfg, args.seed, "image", detail),
+                ("without detail", *cfg, args.seed, "auto", False)]
+        runs = runs[:1 if args.no_image_control else 2 + detail]
     folders, grid = {}, {}                          # {row: folder}, {(text, source): its rows}
-    for row, s_txt, s_src, seed, mode in runs:
+    for row, s_txt, s_src, seed, mode, detailed in runs:
         folders[row] = out / row.replace(",", "").replace(" ", "_")
         grid.setdefault((s_txt, s_src), []).append(row)
-        options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=1_000_003 * seed, mode=mode)
+        options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=1_000_003 * seed, mode=mode, detail=detailed)
         edit_benchmark(items, folders[row],
                        lambda item: run_editor(ed, item, clip(item)[0], size, options), f"{how}, {row}, {mode}", ".png")
     for k, row in enumerate(CODED):                 # source, truth

@@ -4,7 +4,7 @@ Contents:
   reading    Clip, probe, decode, select, plan, read_frames, read_video     any file PyAV opens, or a folder of frames
   writing    audio_packets, video_writer, write_video                       H.264 in mp4, the source's sound copied
   editing    edit_stream, window_starts, seam_score                         any length in windows, constant memory
-  detail     carry_detail                                                   the edit at the source's resolution
+  detail     carry_detail, edit_pictures                                    the edit at the source's resolution
   command    parse, choose_model, output_paths, grid_sheet, edit_file, main
 
 Videos are (1, F, 3, H, W) in [-1, 1], single frames (3, H, W) in [-1, 1], and rgb is (H, W, 3) uint8. Times inside a
@@ -510,6 +510,26 @@ def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.005, tau=0
     full = apply(a.unflatten(1, (3, 3)), source_full) + b
     return F.interpolate(e, size, mode="bicubic").lerp(full, trust).clamp(-1, 1)
 
+
+def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
+    """Edit rgb frames (H, W, 3) uint8 of any size and number -> generator of (edited rgb of that size, the model's frame
+    of it and of the source (3, h, w) in [-1, 1]). size: (h, w) of the model's frame; detail: carry the edit up to the
+    source's resolution, else resize it; options as `edit_stream` takes them. What the commands deliver and score."""
+    waiting = deque()                                               # source frames inside the window
+
+    def small_frames():
+        for rgb in pictures:
+            waiting.append((rgb, resize(to_tensor(rgb), *size)))
+            yield waiting[-1][1]
+
+    for edit, source_low in edit_stream(ed, small_frames(), instruction, **options, with_source=True):
+        rgb, small = waiting.popleft()
+        if detail:
+            full = carry_detail(source_low[None], edit[None], to_tensor(rgb)[None].to(edit.device))[0]
+        else:
+            full = resize(edit, *rgb.shape[:2])
+        yield to_rgb(full), edit.cpu(), small
+
 # ---- command ---------------------------------------------------------------------------------------------------
 
 def fail(message):
@@ -673,12 +693,12 @@ def edit_file(ed, clip, span, size, instruction, path, compare, detail, options)
     begin = start if fps else first * tick
     until = None if end is None and count == -1 else begin + (times[-1] - first + lengths[-1]) * tick
     joins = window_starts(len(times), "video" if frames_interact(ed, options["mode"]) else "image")[1:]
-    waiting, changes, before = deque(), ([], []), None              # waiting: source frames inside the window
+    waiting, changes, before = deque(), ([], []), None              # waiting: (ticks, rgb) inside the window
 
-    def small_frames():
+    def pictures():
         for ticks, rgb in read_frames(clip, *span):
-            waiting.append((ticks, rgb, resize(to_tensor(rgb), *size)))
-            yield waiting[-1][2]
+            waiting.append((ticks, rgb))
+            yield rgb
 
     def writer(path, width):
         return video_writer(path, width, clip.height, fps or clip.rate, tick, clip.pixel,
@@ -687,8 +707,7 @@ def edit_file(ed, clip, span, size, instruction, path, compare, detail, options)
     bar = tqdm(total=(len(joins) + 1) * options["steps"], desc=instruction[:30], unit="step")
     both = writer(compare, 2 * clip.width) if compare else nullcontext()
     with bar, writer(path, clip.width) as write, both as write_both:
-        edits = edit_stream(ed, small_frames(), instruction, **options, with_source=True,
-                            on_step=lambda i: bar.update())
+        edits = edit_pictures(ed, pictures(), size, instruction, detail, **options, on_step=lambda i: bar.update())
         held = None                                                 # (ticks, frame, comparison): shown until the next one
 
         def show(until):
@@ -696,19 +715,13 @@ def edit_file(ed, clip, span, size, instruction, path, compare, detail, options)
             write(full, ticks - first, until - ticks)
             if compare:
                 write_both(pair, ticks - first, until - ticks)
-        for n, (edit, source_low) in enumerate(edits, 1):
-            ticks, rgb, small = waiting.popleft()
-            if detail:
-                full = carry_detail(source_low[None], edit[None], to_tensor(rgb)[None].to(edit.device))[0]
-            else:
-                full = resize(edit, clip.height, clip.width)
-            full = to_rgb(full)
+        for n, (full, *now) in enumerate(edits, 1):                 # now: the model's frames, edit and source
+            ticks, rgb = waiting.popleft()
             if held:
                 show(ticks)
             else:                                                   # where a stream begins in the middle of a scene
                 ticks = min(ticks, times[0])
             held = ticks, full, np.concatenate([rgb, full], axis=1) if compare else None
-            now = (edit.cpu(), small)
             for change, a, b in zip(changes, before or (), now):
                 change.append(float((a - b).abs().mean()))
             before = now

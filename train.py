@@ -59,7 +59,7 @@ from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextE
 # The world set: pairs of frames drawn once, shared by all stages
 # ---------------------------------------------------------------------------------------------------------------
 
-STEPS = {"vae": 2500, "clip": 1000, "viclip": 1500, "image": 12000, "motion": 600}         # of the optimizer; video: see VIDEO
+STEPS = {"vae": 2500, "clip": 1000, "viclip": 1500, "image": 16000, "motion": 600}         # of the optimizer; video: see VIDEO
 LR = {"vae": 2e-3, "clip": 1e-3, "viclip": 1e-3, "image": 1e-3, "motion": 1e-3}
 SHARD = 500                                                        # pairs in a file
 # How often each task is drawn: the local ones are harder to learn than the global ones, so they come more often. Stage
@@ -581,7 +581,7 @@ TINY_UNET = dict(_class_name="UNet2DConditionModel", in_channels=16, out_channel
                  layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=96, sample_size=16,
                  down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], mid_block_type="UNetMidBlock2DCrossAttn",
                  up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], norm_eps=1e-5, act_fn="silu", use_linear_projection=False)
-EDITOR_ODDS = {"addition": 2.5, "object": 1.5}                     # where an instruction says a shape that no pixel shows
+EDITOR_ODDS = {"addition": 1.5, "object": 1.5, "texture": 2, "background": 1.7}        # shapes that no pixel shows; what is hard
 TINY_GUIDANCE = [1.5, 1.5]                                         # text, source
 TINY_STEPS = 5                                                     # of sampling; twenty do no better (README, Results)
 TINY_DEADBAND = 0.07                                               # VideoEditor.settle; 0.05 to 0.1 do the same
@@ -616,6 +616,18 @@ def vae_mark(weight):
     return hashlib.sha1(weight.float().cpu().numpy().tobytes()).hexdigest()[:8]
 
 
+def region_weights(change, strength):
+    """Loss weights (N, h, w), mean 1 in every frame: the smaller part of it, changed or kept, counts more.
+
+    change (N, c, h, w): target - source in scaled latents; cells with a mean |change| from 0.5 on count as changed. A
+    small object's edit is not lost in the frame, nor an object before a changed background. strength 0: all alike. Ours.
+    """
+    part = (change.abs().mean(dim=1) / 0.5).clamp(max=1)
+    share = part.mean(dim=(1, 2), keepdim=True)
+    weight = 1 + strength * (part * (1 - share) + (1 - part) * share)
+    return weight / weight.mean(dim=(1, 2), keepdim=True)
+
+
 def stage_image(args, shards, out, base, weights=None):
     """InstructPix2Pix on cached latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the scheduler says.
 
@@ -625,7 +637,7 @@ def stage_image(args, shards, out, base, weights=None):
 
     PAPER: IP2P keeps the edited target where it drops the text, so its "no instruction" is an average of all edits.
     Here a dropped instruction asks for nothing and its target is the source: an empty instruction then returns the
-    clip, and text guidance points from unchanged to edited. Errors count more where the true edit changes something.
+    clip, and text guidance points from unchanged to edited. Errors count by `region_weights`.
     """
     vae = VAE(read_json(base / "vae" / "config.json"))
     vae.load_state_dict(load_file(base / "vae" / "diffusion_pytorch_model.safetensors"))
@@ -666,9 +678,7 @@ def stage_image(args, shards, out, base, weights=None):
         x = torch.cat([z_t, z_src * ~no_src[:, None, None, None]], dim=1)
         out = unet(x[:, None], t, text(ids.to(args.device)))[:, 0].float()
         error = (out - (a.sqrt() * eps - (1 - a).sqrt() * z0 if v_prediction else eps)).square().mean(dim=1)      # (N, h, w)
-        changed = (target - z_src).abs().mean(dim=1) * vae.scaling_factor
-        weight = 1 + args.region_weight * (changed / 0.5).clamp(max=1)
-        return (error * weight / weight.mean(dim=(1, 2), keepdim=True)).mean()
+        return (error * region_weights((target - z_src) * vae.scaling_factor, args.region_weight)).mean()
 
     steps, lr = args.steps or STEPS["image"], args.lr or LR["image"]
     meta = dict(stage="image", base=portable(base), unet=unet.config,
@@ -849,7 +859,7 @@ def recompute(unet):
 # Defaults that differ: `tiny` is trained from nothing and its empty instruction returns the source (see stage_image);
 # IP2P's is an average of all edits, which its guidance scales count on. 1e-5 is InsV2V's learning rate; the rest of
 # sd15's is our guess until someone has the GPU hours: 2,000 steps are 3 to 6 passes over the paper's clips.
-VIDEO = {"tiny": dict(steps=60, lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=1.0,
+VIDEO = {"tiny": dict(steps=60, lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch=4, accumulate=1, t_bias=0.5, region_weight=3.0,
                       no_text="source", epm_start=-2.0, guided_loss=True),
          "sd15": dict(steps=2000, lr=1e-5, lr_new=1e-4, same_noise=0.0, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0,
                       no_text="edit", epm_start=-10.0, guided_loss=False)}
@@ -1010,10 +1020,9 @@ def stage_video(args, out, weights, folders, curation=None):
             u, t, eps = draw_noise(k, args.seed, shape, args.t_bias, same_noise, train_steps)
             no_text, no_src = u < 0.10, 0.05 <= u < 0.15           # text alone, both, source alone: 5 % each
             z_tgt = z_src if u < 0.05 and args.no_text == "source" else z_tgt
-            changed = (z_tgt - z_src).abs().mean(dim=1, keepdim=True) * scale
-            weight = 1 + args.region_weight * (changed / 0.5).clamp(max=1)                 # as in stage_image
+            weight = region_weights((z_tgt - z_src) * scale, args.region_weight)[:, None]  # (F, 1, h, w)
             samples.append((z_tgt * scale, z_src * (not no_src), states[texts["" if no_text else instruction]].float(),
-                            t, eps, weight / weight.mean(dim=(2, 3), keepdim=True)))
+                            t, eps, weight))
         return clip_loss(ed.unet, samples, ed.scheduler, args.device,
                          (*ed.guidance, states[texts[""]].float()) if args.guided_loss else None)
 
@@ -1553,7 +1562,7 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of initialisation, noise and the order of the data; also of eval's scenes")
     p.add_argument("--t-bias", type=float, help="time steps are T*u^bias: 1 uniform, below 1 more noise; default "
                    + defaults("t_bias"))
-    p.add_argument("--region-weight", type=float, help="extra loss weight where the true edit changes the latents; default "
+    p.add_argument("--region-weight", type=float, help="extra loss weight of the smaller part of a frame, changed or kept; default "
                    + defaults("region_weight"))
     # motion and video
     p.add_argument("--clip-batch", type=int, help="clips of 16 frames in a micro-batch of one process; default "

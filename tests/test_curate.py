@@ -1083,7 +1083,27 @@ def test_calibration_finds_the_score_that_tells_and_beats_equal_weights(tmp_path
     assert table["fitted"][1] > .9 > table["equal"][1] and table["fitted"][0] > table["equal"][0] + .1
     fitted = json.loads((tmp_path / "x" / "score_weights.json").read_text())
     assert fitted["weights"]["clip_sim_target"] > 5 * max(fitted["weights"][k] for k in ("ssim", "clip_sim_image"))
-    assert fitted.keys() >= {"centre", "spread", "min_total"}
+    assert fitted.keys() >= {"centre", "spread", "min_total"} and "tasks" not in fitted
+
+
+def test_calibration_by_task_learns_which_edits_seldom_succeed_and_the_filter_then_counts_it(tmp_path, capsys):
+    rows = ranked(tmp_path / "x")
+    for k, row in enumerate(rows):                                  # every other source is of a task that always fails
+        if k // 3 % 2:
+            row |= {"task": "texture", "truth": row["truth"] | {"success": 0.0}}
+    (tmp_path / "x" / "manifest.jsonl").write_text(C.dump(rows))
+    C.main(["calibrate", str(tmp_path / "x"), "--by-task", "--to", str(tmp_path / "w.json")])
+    table = {line.split("|")[1].strip(): [float(x) for x in line.split("|")[2:4]]
+             for line in capsys.readouterr().out.splitlines()[3:] if line.startswith("|")}
+    assert table["fitted, by task"][1] > .95 > table["fitted"][1] + .05
+    fitted = json.loads((tmp_path / "w.json").read_text())
+    assert sum(fitted["weights"].values()) == pytest.approx(1, abs=1e-3) and fitted["tasks"].keys() == {"style", "texture"}
+    pair = [{"scores": rows[k]["scores"]} for k in range(2)]
+    total = {task: C.totals(pair, fitted, task) for task in ("style", "texture", "unheard")}
+    assert (total["style"] - total["texture"] > 1).all() and (total["unheard"] == C.totals(pair, fitted)).all()
+    limits = {"total": fitted["min_total"]}
+    good = [{"scores": {"clip_sim_dir": 1.0, "clip_sim_target": 1.0, "clip_sim_image": -1.0, "ssim": 0.0}}]
+    assert [(C.choose(good, limits, fitted, task=task), good[0]["kept"])[1] for task in ("style", "texture")] == [True, False]
 
 
 def test_calibration_says_how_often_the_first_the_chosen_and_any_candidate_is_good(tmp_path, capsys):
@@ -1136,6 +1156,10 @@ def test_the_calibrated_total_filters_like_any_threshold(hub, made, tmp_path):
                       ("centre", []), ("weights", {})):
         file.write_text(json.dumps(good | {part: odd}))
         with pytest.raises(UserError, match="--score-weights .*score_weights.json: needs weights, centre and spread"):
+            images(hub, tmp_path / "z", "--score-weights", file, n=1)
+    for odd in ([], {"style": "much"}):
+        file.write_text(json.dumps(good | {"tasks": odd}))
+        with pytest.raises(UserError, match="--score-weights .*score_weights.json: tasks needs a number for each kind of edit"):
             images(hub, tmp_path / "z", "--score-weights", file, n=1)
     file.write_text(json.dumps(dict.fromkeys(("weights", "centre", "spread"), {"viclip_out": 1}) | {"min_total": 0}))
     with pytest.raises(UserError, match="viclip_out: no score of images"):

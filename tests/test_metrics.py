@@ -601,8 +601,9 @@ def test_the_editor_fills_the_submission_layout_and_continues_where_it_stopped(t
     (tree / "prompt_dict.json").write_text(json.dumps({"fox": PROMPTS["fox"] | {"edit_style": "change it"}}))
     with pytest.raises(UserError, match="fox/style: was made with other settings .*another --out"):
         metrics.main_tgve(argv)
-    with pytest.raises(UserError, match="another --out"):
-        metrics.main_tgve([*argv, "--seed", "1"])
+    for other in (["--seed", "1"], ["--no-detail"]):
+        with pytest.raises(UserError, match="another --out"):
+            metrics.main_tgve([*argv, *other])
 
 
 @pytest.mark.parametrize("argv", [["--limit", "0"], ["--steps", "0"], ["--outputs", "nowhere"]])
@@ -708,7 +709,10 @@ def test_the_shapes_benchmark_prints_its_controls_as_they_must_be_and_resumes(tm
     assert untouched["PSNR outside ↑"].startswith("100.0") and untouched["success ↑"].startswith("0.00")
     assert frozen["CLIPFrame ↑"] == "1.000" and "PickScore ↑" not in untouched
     assert {"style", "object", "background", "synthetic", "control: autoencoded truth", "this run − untouched source [95 %]",
-            "control: image editor, frame by frame"} <= set(cells)
+            "control: image editor, frame by frame", "control: without detail"} <= set(cells)
+    frames = [{str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")} for folder in
+              (tmp_path / "out/edit", tmp_path / "out/without_detail")]
+    assert len(frames[0]) == 6 and frames[0].keys() == frames[1].keys() and all(frames[0][k] != frames[1][k] for k in frames[0])
     assert metrics.SUCCESS in first and "3 of 3 clips scored" in first
     log = (tmp_path / "out/scores.jsonl").read_text()
     assert len(log.splitlines()) == 3 and not list((tmp_path / "out").rglob(".*"))

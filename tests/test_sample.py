@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import sample
-from model import UserError, VideoEditor
-from sample import (carry_detail, choose_model, edit_stream, main, plan, probe, read_frames, read_video, seam_score,
-                    select, video_writer, window_starts, write_video)
+from model import ROOT, UserError, VideoEditor
+from sample import (carry_detail, choose_model, edit_pictures, edit_stream, main, plan, probe, read_frames, read_video, resize,
+                    seam_score, select, to_tensor, video_writer, window_starts, write_video)
 
 HUB = str(Path(__file__).parent / "goldens" / "instruct-pix2pix")      # random weights, latents 8 times smaller
 
@@ -375,6 +375,19 @@ def test_a_replaced_object_does_not_show_the_old_texture():
     assert psnr(carried[inside], plain[inside]) > psnr(source[inside], plain[inside]) + 8
     assert psnr(carried[inside], truth[inside]) > psnr(plain[inside], truth[inside]) - 1
     assert psnr(carried[..., :40], truth[..., :40]) > 40                # and the rest stays the source
+
+
+def test_delivered_frames_have_the_sources_size_and_where_nothing_changed_its_pixels():
+    tiny = VideoEditor.from_pretrained("tiny", device="cpu")
+    clip = probe(ROOT / "assets/demo.mp4")
+    rgbs = [rgb for _, rgb in read_frames(clip, count=2)]
+    options = dict(size=(64, 112), instruction="", steps=5, mode="image")
+    sharp, plain = ([rgb for rgb, *_ in edit_pictures(tiny, rgbs, detail=detail, **options)] for detail in (True, False))
+    error = [np.mean([np.square(a / 255 - b / 255).mean() for a, b in zip(rgbs, out)]) for out in (sharp, plain)]
+    assert error[0] < error[1] / 30 and error[0] < 3e-4                 # 35 dB and more; resized 20
+    low = list(edit_stream(tiny, [resize(to_tensor(rgb), 64, 112) for rgb in rgbs], "", 5, mode="image"))
+    for rgb, (out, edit, small) in zip(rgbs, edit_pictures(tiny, rgbs, **options)):
+        assert out.shape == rgb.shape and torch.equal(edit, low.pop(0)) and torch.equal(small, resize(to_tensor(rgb), 64, 112))
 
 
 # ---- the command

@@ -153,6 +153,15 @@ def test_batches_hold_about_the_same_number_of_pixels_at_any_aspect():
     assert max(sizes.values()) < 1.1 * min(sizes.values())
 
 
+def test_the_smaller_part_of_a_frame_counts_more_whether_it_changed_or_was_kept():
+    change = torch.zeros(3, 4, 8, 8)
+    change[0, :, :2, :2], change[1], change[1, :, :2, :2], change[2] = 2, -2, 0, 2     # a patch; all but a patch; everything
+    weights = train.region_weights(change, 3.0)
+    assert weights.shape == (3, 8, 8) and torch.allclose(weights.mean((1, 2)), torch.ones(3))
+    assert torch.allclose(weights[0], weights[1]) and weights[0, 0, 0] > 3 * weights[0, 7, 7]
+    assert torch.equal(weights[2], torch.ones(8, 8)) and torch.equal(train.region_weights(change, 0.0), torch.ones(3, 8, 8))
+
+
 def test_contrastive_loss_takes_equal_texts_as_equally_right():
     a = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     a[1] = a[0]
