@@ -54,8 +54,8 @@ from tqdm import tqdm
 
 from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
                    find_tensors, hub_dir, load_weights, read_json, read_tensors, run)
-from sample import (choose_model, edit_pictures, model_size, open_video, plan, probe, read_frames, seam_score,
-                    to_rgb, to_tensor, window_starts, write_video)
+from sample import (check_device, check_ranges, choose_model, edit_pictures, model_size, open_video, plan, probe, read_frames, seam_score,
+                    to_rgb, to_tensor, video_writer, window_starts)
 
 # ------------------------------------------------------------------------------------------------------------
 # Images in
@@ -708,11 +708,16 @@ SCORERS = {                                                             # role: 
 }
 
 
-def load_frames(path):
-    """A video file or a folder of numbered frames -> (frames (F, H, W, 3) uint8, frames per second; None of a folder)."""
+def load_frames(path, start=0):
+    """A video file, from `start` seconds on, or a folder of numbered frames -> (frames (F, H, W, 3) uint8, times (F,) in
+    seconds from the first of them; None of a folder)."""
     clip = probe(path)
-    plan(clip)                                                          # refuses a file that is cut short
-    return np.stack([rgb for _, rgb in read_frames(clip)]), None if Path(path).is_dir() else float(clip.rate)
+    if clip.path.is_dir() and start:
+        raise UserError(f"--start {start:g}: {path} is a folder of frames, which have no times")
+    plan(clip, start)                                                   # refuses a file that is cut short
+    ticks, frames = zip(*read_frames(clip, start))
+    times = None if clip.path.is_dir() else np.array([float((t - ticks[0]) * clip.tick) for t in ticks])
+    return np.stack(frames), times
 
 
 def stretch(frame, width, height):
@@ -721,20 +726,27 @@ def stretch(frame, width, height):
     return frame if same else np.asarray(Image.fromarray(frame).resize((width, height), Image.BICUBIC))
 
 
-def align(source, edited, source_fps, edited_fps):
-    """Source and edit as clips of one length, size and rate: (source, edited, notes on what was done). A rate of None, of a
-    folder of frames, is the other's."""
-    source_fps, edited_fps = source_fps or edited_fps or 1, edited_fps or source_fps or 1
-    notes, rate = [], min(source_fps, edited_fps)
-    if max(source_fps, edited_fps) > 1.01 * rate:
-        notes.append(f"source has {source_fps:g} frames a second, edit {edited_fps:g}: compared at {rate:g}")
-        source, edited = (x[(np.arange(int(len(x) / fps * rate + 0.01)) * fps / rate + 0.01).astype(int)]
-                          for x, fps in ((source, source_fps), (edited, edited_fps)))
-    n = min(len(source), len(edited))
+def align(source, edited, source_times=None, edited_times=None):
+    """Source and edit as clips of one length and size: (source, edited, notes on what was done).
+
+    Clips of as many frames, and folders, whose frames have no times (None), are paired one to one. Else times in seconds
+    tell: up to where the shorter clip ends, each frame of the clip that has fewer there meets the one shown at its time.
+    """
+    notes, n = [], min(len(source), len(edited))
     if len(source) != len(edited):
-        notes.append(f"source has {len(source)} frames, edit {len(edited)}: the first {n} of both are scored")
+        found = f"source has {len(source)} frames, edit {len(edited)}"
+        if source_times is None or edited_times is None:
+            notes.append(f"{found}: the first {n} of both are scored")
+        else:
+            ends = [t[-1] + np.median(np.diff(t)) if len(t) > 1 else 0 for t in (source_times, edited_times)]
+            times = [t[t <= max(0, min(ends) - 0.002)] for t in (source_times, edited_times)]
+            shown = [np.searchsorted(t, min(times, key=len) + 0.002, "right") - 1 for t in times]       # 2 ms: as webm rounds
+            source, edited, n = source[shown[0]], edited[shown[1]], len(shown[0])
+            notes.append(f"{found}: {n} of each are scored, paired by their times")
+    height, width = source.shape[1:3]
+    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # an odd last row or column, which mp4 shows twice
+        edited = edited[:, :height, :width]
     if source.shape[1:3] != edited.shape[1:3]:
-        height, width = source.shape[1:3]
         old = f"{edited.shape[2]}x{edited.shape[1]}"
         notes.append(f"edit stretched from {old} to the source's {width}x{height}")
         edited = np.stack([stretch(frame, width, height) for frame in edited[:n]])
@@ -876,9 +888,7 @@ def print_scores(row, clip, scorers):
 
 def choose_scorers(args):
     """({role: hub id or directory}, square of `score_clips`) as the flags ask for; prints which and why."""
-    usable = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    if args.device.split(":")[0] not in usable:
-        raise UserError(f"--device {args.device}: not on this machine; pass {' or '.join(usable)}")
+    check_device(args.device)
     kind, why = args.scorers, "as --scorers says"
     if kind == "auto":
         kind = "published" if torch.cuda.is_available() else "tiny"
@@ -987,18 +997,22 @@ def main_clip(argv):
     parser = command("", "Scores of one edited clip; `tgve|shapes|study|votes --help` for the rest.")
     parser.add_argument("edited", help="video file or folder of frames")
     parser.add_argument("--source", help="the clip it was made from")
+    parser.add_argument("--start", type=float, default=0, help="seconds of the source at which the edit begins")
     parser.add_argument("--instruction", default="", help="what was asked for; --judge needs it")
     parser.add_argument("--source-caption", default="", help="what the source shows")
     parser.add_argument("--target-caption", default="", help="what the edit should show")
     scorer_flags(parser)
     judge_flags(parser)
     args = parser.parse_args(argv)
-    edited, fps = load_frames(args.edited)
+    check_ranges(parser, args)
+    if args.start and not args.source:
+        raise UserError(f"--start {args.start:g}: is a time of --source, which lacks")
+    edited, times = load_frames(args.edited)
     notes = []
     clip = {key: getattr(args, key).strip() for key in ("instruction", "source_caption", "target_caption")}
     if args.source:
-        source, source_fps = load_frames(args.source)
-        clip["source"], edited, notes = align(source, edited, source_fps, fps)
+        source, source_times = load_frames(args.source, args.start)
+        clip["source"], edited, notes = align(source, edited, source_times, times)
     clip["edits"] = {"edit": edited}
     scorers, square = choose_scorers(args)
     scorers |= {"judge": args.judge} if args.judge else {}
@@ -1050,10 +1064,14 @@ def read_tgve(folder, prompts=None):
         raise UserError(f"{folder}: holds no CSV; expected LOVEU-TGVE-2023_Dataset.csv and its video folders")
     prompts = prompts or next(iter(sorted(folder.glob("*prompt*.json"))), None)
     prompts = read_json(prompts) if prompts else {}
-    if not isinstance(prompts, dict) or not all(isinstance(x, dict) for x in prompts.values()):
+    if not isinstance(prompts, dict) or not all(isinstance(x, dict) and all(isinstance(s, str) for s in x.values())
+                                                for x in prompts.values()):
         raise UserError(f"{folder}: its prompts need to be a JSON object, {{video: {{\"edit_style\": instruction, …}}}}")
-    with open(file, encoding="utf-8-sig", newline="") as f:
-        header, *rows = [[cell.strip() for cell in row] for row in csv.reader(f)] or [[]]
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as f:
+            header, *rows = [[cell.strip() for cell in row] for row in csv.reader(f)] or [[]]
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is not UTF-8; save it as \"CSV UTF-8\"") from None
     wanted = ["Video name", "Our GT caption", *TASKS]
     lacks = [c for c in wanted if c not in header]
     if lacks:
@@ -1141,9 +1159,11 @@ def edit_benchmark(items, folder, edit, settings, ending=".jpg"):
         try:
             for i, rgb in enumerate(edit(item)):
                 Image.fromarray(rgb).save(aside / f"{i:05d}{ending}", quality=95)
-        except UserError as error:                                      # a source that cannot be read
-            shutil.rmtree(aside)
-            item["problem"] = str(error)
+        except BaseException as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if not isinstance(error, UserError):
+                raise
+            item["problem"] = str(error)                                # a source that cannot be read
             continue
         append_line(log, wanted[item["id"]])
         os.replace(aside, target)
@@ -1160,11 +1180,11 @@ def run_editor(ed, item, source, size, options):
 
 
 def stamp(ed, crc=0):
-    """Eight digits that change with weights, schedule, guidance and deadband: old edits are not taken for a new model's."""
+    """Eight digits that change with weights, schedule, guidance, deadband and kind of noise: old edits are not taken for a new model's."""
     for net in (ed.unet, ed.vae, ed.text_encoder):
         for x in net.state_dict().values():
             crc = zlib.crc32(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
-    return f"{zlib.crc32(repr((sorted(ed.scheduler.items()), ed.guidance, ed.deadband)).encode(), crc):08x}"
+    return f"{zlib.crc32(repr((sorted(ed.scheduler.items()), ed.guidance, ed.deadband, ed.same_noise)).encode(), crc):08x}"
 
 
 def read_lines(path):
@@ -1228,7 +1248,7 @@ def score_benchmark(items, folders, scorers, square, device, log, read, chunk=16
                         raise UserError(f"no edit at {folder / item['id']}")
                     edited = load_frames(folder / item["id"])[0]
                     edited = thin(edited) if len(edited) == length else edited          # of all of the source's frames
-                    _, edits[name], found = align(clip["source"], edited, 1, 1)
+                    _, edits[name], found = align(clip["source"], edited)
                     notes += found
                 item["notes"] = list(dict.fromkeys(notes))
             except UserError as error:
@@ -1360,8 +1380,6 @@ def editor_flags(parser):
 def open_editor(args):
     """(editor, guidance (text, source), its frame's short side, one line about it, a name for its folder, and that name
     without the place from which the editor was loaded: what an edit depends on)."""
-    if args.steps is not None and not 1 <= args.steps <= 1000:
-        raise UserError(f"--steps {args.steps}: must lie between 1 and 1000")
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
     if args.judge:
@@ -1385,6 +1403,8 @@ def finish(items, folders, scorers, square, device, out, title, read, report):
     clips = [item | {"scores": done.get(item["id"], {})} for item in items]
     write_aside(out / "scores.json", json.dumps(head | {"clips": clips}, indent=1))
     print(*lines, f"table and every clip's scores: {out}", sep="\n")
+    if not done:
+        raise UserError(f"none of {len(items)} clips could be scored; {items[0]['problem'] if items else 'there is none'}")
 
 
 def main_tgve(argv):
@@ -1399,6 +1419,7 @@ def main_tgve(argv):
     editor_flags(parser)
     scorer_flags(parser)
     args = parser.parse_args(argv)
+    check_ranges(parser, args, size=(8, 2048))
     if args.limit == 0 or args.limit < -1:
         raise UserError(f"--limit {args.limit}: must be at least 1, or -1 for all clips")
 
@@ -1615,11 +1636,12 @@ def main_shapes(argv):
     editor_flags(parser)
     scorer_flags(parser)
     args = parser.parse_args(argv)
+    check_ranges(parser, args, size=(8, 2048), clips=(0, 1e6), n=(1, 1e5))
+    for flag, high, values in (("--grid-text", 30, args.grid_text), ("--grid-source", 10, args.grid_source)):
+        if not all(0 <= x <= high for x in values or ()):
+            raise UserError(f"{flag} {' '.join(f'{x:g}' for x in values)}: all must lie between 0 and {high}")
     in_grid, detail = args.sweep or args.agreement, not args.no_detail
     n = args.n if args.n is not None else 24 if in_grid else 200
-    for flag, value in (("--n", n), ("--frames", args.frames)):
-        if value < 1:
-            raise UserError(f"{flag} {value}: must be at least 1")
     scorers, square = choose_scorers(args)
     scorers |= {"judge": args.judge} if args.judge else {}
     ed, cfg, size, title, label, how = open_editor(args)
@@ -1682,9 +1704,10 @@ QUESTIONS = {"text": "Which video follows the caption better?",
 
 def find_clips(folder):
     """{name: video file or folder of frames} of everything below a folder: edited/cat.mp4 -> "cat"."""
-    videos = {str(p.relative_to(folder).with_suffix("")): p for p in folder.rglob("*")
+    found = [p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    videos = {str(p.relative_to(folder).with_suffix("")): p for p in found
               if p.suffix.lower() in (".mp4", ".webm", ".mov", ".mkv", ".gif") or p.name in ("source.png", "target.png")}
-    frames = {str(p.parent.relative_to(folder)): p.parent for p in folder.rglob("*")
+    frames = {str(p.parent.relative_to(folder)): p.parent for p in found
               if p.suffix.lower() in (".jpg", ".jpeg", ".png") and p.parent != folder and p.name not in ("source.png", "target.png")}
     return frames | videos
 
@@ -1700,9 +1723,11 @@ def data_url(path, fps=8):
         blob, kind = path.read_bytes(), path.suffix[1:].lower()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            frames, rate = load_frames(path)
-            video = torch.stack([to_tensor(f) for f in frames])[None]
-            write_video(Path(folder) / "clip.mp4", video, rate or fps)
+            clip = probe(path, fps)
+            times, tick, lengths = plan(clip)
+            with video_writer(Path(folder) / "clip.mp4", clip.width, clip.height, clip.rate, tick, clip.pixel) as write:
+                for (ticks, rgb), length in zip(read_frames(clip), lengths):
+                    write(rgb, ticks, length)
             blob, kind = (Path(folder) / "clip.mp4").read_bytes(), "mp4"
     return f"data:video/{kind};base64,{base64.b64encode(blob).decode()}"
 
@@ -1768,6 +1793,11 @@ def main_votes(argv):
     for path, file in files:
         if not isinstance(file, dict) or not {"study", "rating", "names", "answers"} <= set(file):
             raise UserError(f"{path}: holds no answers of a study; pass what the page's button saved")
+        if not file["rating"]:
+            answers = file["answers"].values() if isinstance(file["answers"], dict) else [None]
+            whole = isinstance(file["study"], str) and isinstance(file["names"], list) and len(file["names"]) == 2
+            if not whole or not all(isinstance(x, dict) and all(v in ("a", "b") for v in x.values()) for x in answers):
+                raise UserError(f"{path}: needs a study, two names and answers a or b, as the page's button saves them")
     studies = {file["study"] for _, file in files}
     if len(studies) > 1:
         raise UserError(f"votes: files of several studies, {', '.join(sorted(studies))}; pass those of one")

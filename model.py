@@ -46,13 +46,17 @@ class UserError(Exception):
 
 def run(main):
     """Call a script's `main()`; a UserError, or a full disk, becomes one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):                         # a console that lacks a letter gets its number
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as e:
         sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
     except (OSError, RuntimeError, SafetensorError) as e:           # a full disk has many names
         if getattr(e, "errno", None) not in FULL and "No space left" not in str(e):
-            raise
+            if not getattr(e, "filename", None):
+                raise
+            sys.exit(print(f"error: {e.filename}: {e.strerror}", file=sys.stderr) or 2)
         where = getattr(e, "filename", None) or "a file"
         sys.exit(print(f"error: {where} cannot be written: the disk is full; make room and run the same again", file=sys.stderr) or 2)
     except KeyboardInterrupt:

@@ -11,12 +11,13 @@ Videos are (1, F, 3, H, W) in [-1, 1], single frames (3, H, W) in [-1, 1], and r
 clip are whole ticks of its time base, counted from its first frame.
 """
 import argparse
+import math
 import os
 import re
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from model import UserError, VideoEditor, finished, run
 
 WINDOW, REFERENCES = 16, 4          # frames per pass, and how many of them the previous pass has finished
+NAME_BYTES = 220                    # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MP4_AUDIO = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "libopus", "flac")    # copied as they are
 EXACT = (Interpolation.BICUBIC | Interpolation.ACCURATE_RND         # when colours are converted
@@ -242,6 +244,7 @@ def plan(clip, start=0, end=None, fps=None, count=-1):
             raise UserError(f"{clip.path}: {clip.missing}; {good} frames can be read" +
                             (f", pass --frames {good} to edit those" if good else ""))
     after = next((t for t in clip.times if t > times[-1]), clip.times[-1] + clip.last)
+    after = after if end is None else max(times[-1] + 1, min(after, math.ceil(end / clip.tick)))
     lengths = [b - a for a, b in zip(times, times[1:])] + [1 if fps else after - times[-1]]
     return times, 1 / fps if fps else clip.tick, lengths
 
@@ -250,6 +253,9 @@ def read_frames(clip, start=0, end=None, fps=None, count=-1):
     """Yields (ticks, rgb) of the frames that `select` chooses, upright. One frame in memory at a time."""
     for ticks, (frame, how) in select(decode(clip, start), clip, start, end, fps, count):
         width, height = (clip.height, clip.width) if how[0] % 2 else (clip.width, clip.height)
+        if clip.path.is_dir() and (frame.width, frame.height) != (width, height):
+            raise UserError(f"{clip.files[ticks]}: {frame.width}x{frame.height}, where {clip.files[0].name} needs {width}x{height}; "
+                            "frames of one clip need one size")
         untagged_hd = frame.colorspace == 2 and height > 576 and frame.format.name.startswith("yuv")
         rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=EXACT,
                                src_colorspace="itu709" if untagged_hd else None)
@@ -292,7 +298,9 @@ def model_size(clip, size, multiple):
     shape = clip.height, clip.width * clip.pixel                    # in square pixels
     height, width = (max(1, round(side * size / min(shape) / multiple)) * multiple for side in shape)
     if max(height, width) > 4096:
-        raise UserError(f"--size {size}: frames of {width}x{height} are too large; pass a lower --size")
+        narrow = max(shape) > 128 * min(shape)
+        raise UserError(f"--size {size}: frames of {width}x{height} are too large; " +
+                        ("no side of a clip may be over 128 times the other" if narrow else "pass a lower --size"))
     return height, width
 
 # ---- writing ---------------------------------------------------------------------------------------------------
@@ -391,7 +399,8 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
     except (OSError, av.FFmpegError) as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_video(path, video, fps, audio=None):
@@ -522,9 +531,10 @@ def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
             waiting.append((rgb, resize(to_tensor(rgb), *size)))
             yield waiting[-1][1]
 
-    for edit, source_low in edit_stream(ed, small_frames(), instruction, **options, with_source=True):
+    for edit in edit_stream(ed, small_frames(), instruction, **options, with_source=detail):
         rgb, small = waiting.popleft()
         if detail:
+            edit, source_low = edit
             full = carry_detail(source_low[None], edit[None], to_tensor(rgb)[None].to(edit.device))[0]
         else:
             full = resize(edit, *rgb.shape[:2])
@@ -580,24 +590,36 @@ def parse(argv=None):
     add("--grid", action="store_true", help="a PNG of the first frame over both guidance scales, to choose them by")
     add("--verbose", action="store_true", help="also print the seam score")
     args = parser.parse_args(argv)
-    for name, low, high in (("start", 0, 1e6), ("end", 0, 1e6), ("fps", 0.1, 240), ("frames", 1, 1e7),
-                            ("size", 32, 2048), ("steps", 1, 1000), ("text_cfg", 0, 30), ("source_cfg", 0, 10),
-                            ("deadband", 0, 2), ("seed", 0, 2 ** 32 - 1)):
-        value, default = getattr(args, name), parser.get_default(name)
-        if value is not None and value != default and not low <= value <= high:     # nan is outside too
-            raise UserError(f"--{name.replace('_', '-')} {float(value):g}: must lie between {low:g} and {high:g}")
+    check_ranges(parser, args)
     args.end, args.fps = (None if x == -1 else x for x in (args.end, args.fps))
     if args.end is not None and args.end <= args.start:
         raise UserError(f"--end {float(args.end):g}: must come after --start {float(args.start):g}")
     if not all(text.strip() for text in args.instruction):
         raise UserError('instruction "": is empty; say what to change, e.g. "make it snow"')
-    known = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
-    name, colon, index = (args.device or "cpu").partition(":")
+    check_device(args.device or "cpu")
     if args.grid and (args.compare or args.no_detail or args.mode != "auto"):
         raise UserError("--grid: shows the first frame, edited by itself; leave out --compare, --mode and --no-detail")
-    if not (index if colon else "0").isdigit() or int(index or 0) >= known.get(name, 0):
-        raise UserError(f"--device {args.device}: this machine has {', '.join(k for k in known if known[k])}")
     return args
+
+
+RANGES = dict(start=(0, 1e6), end=(0, 1e6), fps=(0.1, 240), frames=(1, 1e7), size=(32, 2048), steps=(1, 1000), text_cfg=(0, 30),
+              source_cfg=(0, 10), deadband=(0, 2), seed=(0, 2 ** 32 - 1))
+
+
+def check_ranges(parser, args, **other):
+    """UserError for a flag of RANGES, or of `other`, that is neither its default nor inside its range; NaN is outside."""
+    for name, (low, high) in (RANGES | other).items():
+        value, default = getattr(args, name, None), parser.get_default(name)
+        if value is not None and value != default and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {float(value):g}: must lie between {low:g} and {high:g}")
+
+
+def check_device(device):
+    """UserError for a --device that this machine does not have."""
+    known = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
+    name, colon, index = device.partition(":")
+    if not (index if colon else "0").isdecimal() or int(index or 0) >= known.get(name, 0):
+        raise UserError(f"--device {device}: this machine has {', '.join(k for k in known if known[k])}")
 
 
 def choose_model(model, weights, device, root=Path(__file__).parent):
@@ -638,10 +660,14 @@ def output_paths(clip, instructions, out, ending, compare=False):
         paths, folder, stem = [], out or clip.path.parent, source.name if source.is_dir() else source.stem
         for text in instructions:
             slug = re.sub(r"\W+", "-", text.lower())[:60].strip("-_") or "edit"
+            while len(os.fsencode(f"{stem}_{slug}")) > NAME_BYTES:
+                stem = stem[:-1]
             path = (source.parent if source.is_dir() and not out else folder) / f"{stem}_{slug}{ending}"
             paths.append(path if path not in paths else path.with_stem(f"{path.stem}-{len(paths) + 1}"))
     for path in [*paths, *map(comparison, paths if compare else ())]:
-        if not os.access(path.parent, os.W_OK) or path.is_dir() or path.resolve() == source:
+        if len(os.fsencode(path.stem)) > NAME_BYTES + 12:
+            raise UserError(f"{path}: is too long a name; pass a shorter --out")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir() or path.resolve() == source:
             raise UserError(f"{path}: cannot be written there (no such folder, read-only, or the source); see --out")
     return paths
 

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -372,13 +373,43 @@ def test_frames_are_stretched_to_480_before_the_crop_as_in_tgves_script():
     assert np.array_equal(got, want)
 
 
+def numbered(n, height=16, width=24):
+    return np.zeros((n, height, width, 3), np.uint8) + np.arange(n, dtype=np.uint8)[:, None, None, None]
+
+
 def test_clips_of_other_length_rate_and_size_are_aligned_and_it_is_said():
-    source, edited = np.zeros((20, 16, 24, 3), np.uint8), np.zeros((9, 8, 12, 3), np.uint8)
-    source += np.arange(20, dtype=np.uint8)[:, None, None, None]
-    a, b, notes = metrics.align(source, edited, 20, 10)
+    source, edited = numbered(20), numbered(9, 8, 12)
+    a, b, notes = metrics.align(source, edited, np.arange(20) / 20, np.arange(9) / 10)
     assert a[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16] and a.shape == b.shape == (9, 16, 24, 3)
-    assert len(notes) == 3 and "10" in notes[0] and "first 9" in notes[1] and "12x8" in notes[2]
-    assert metrics.align(source, source, 20, 20)[2] == [] and metrics.align(source, source, None, 10)[2] == []
+    assert len(notes) == 2 and "source has 20 frames, edit 9: 9 of each" in notes[0] and "12x8" in notes[1]
+    a, b, notes = metrics.align(edited, source, np.arange(9) / 10, np.arange(20) / 20)                  # the other way round
+    assert b[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16] and len(a) == 9
+    a, b, notes = metrics.align(source, edited, None, np.arange(9) / 10)                                # a folder has no times
+    assert a[:, 0, 0, 0].tolist() == list(range(9)) and "first 9 of both" in notes[0]
+    assert metrics.align(source, source, np.arange(20) / 20, np.arange(20) / 8)[2] == []
+    a, b, _ = metrics.align(source, source[:1], np.arange(20) / 20, np.zeros(1))
+    assert len(a) == len(b) == 1 and a[0, 0, 0, 0] == 0
+
+
+def test_frames_at_uneven_times_meet_those_shown_then():
+    uneven = np.array([0, .04, .08, .5, .54, 1.2, 1.24, 1.28])
+    a, b, _ = metrics.align(numbered(8), numbered(4), uneven, np.arange(4) / 3)
+    assert a[:, 0, 0, 0].tolist() == [0, 2, 4, 4] and b[:, 0, 0, 0].tolist() == [0, 1, 2, 3]             # 0, .33, .67, 1
+
+
+def test_an_edit_of_a_part_meets_that_part_and_an_odd_side_its_own_pixels(tmp_path, capsys):
+    frames = np.repeat(noisy_clip(20)[:, :37, :51], 2, axis=0)
+    source, edited = write_clip(tmp_path / "source.mp4", frames), write_clip(tmp_path / "edited.mp4", frames[13:30])
+    kept = []
+    for more in (["--start", "1.3"], []):
+        metrics.main_clip([edited, "--source", source, *more, "--scorers", "tiny", "--clip", "none", "--viclip", "none"])
+        out = capsys.readouterr().out
+        kept.append(float(next(line for line in out.splitlines() if line.startswith("area changed")).split()[2]))
+        assert "stretched" not in out
+    assert kept[0] < .1 < .25 < kept[1]
+    for flags, what in ((["--start", "1"], "--start 1: is a time of --source"), (["--start", "-1", "--source", source], "--start -1: must")):
+        with pytest.raises(UserError, match=what):
+            metrics.main_clip([edited, *flags])
 
 
 def write_clip(path, frames, fps=10):
@@ -606,10 +637,39 @@ def test_the_editor_fills_the_submission_layout_and_continues_where_it_stopped(t
             metrics.main_tgve([*argv, *other])
 
 
-@pytest.mark.parametrize("argv", [["--limit", "0"], ["--steps", "0"], ["--outputs", "nowhere"]])
+@pytest.mark.parametrize("argv", [["--limit", "0"], ["--steps", "0"], ["--outputs", "nowhere"], ["--size", "0"], ["--seed", "-1"],
+                                  ["--text-cfg", "nan"], ["--device", "cpu:"]])
 def test_a_benchmark_flag_out_of_range_is_named(tree, argv):
     with pytest.raises(UserError, match=" ".join(argv)):
         metrics.main_tgve([str(tree), *argv])
+
+
+@pytest.mark.parametrize("argv", [["--clips", "-100"], ["--frames", "0"], ["--n", "0"], ["--grid-text", "nan"], ["--grid-source", "-1"]])
+def test_a_flag_of_shapes_out_of_range_is_named(argv):
+    with pytest.raises(UserError, match=" ".join(argv)):
+        metrics.main_shapes(["--sweep", *argv])
+
+
+def test_an_interrupted_benchmark_leaves_no_part_of_an_edit(tmp_path):
+    def edit(item):
+        yield np.zeros((8, 8, 3), np.uint8)
+        raise KeyboardInterrupt
+    item = dict(id="set/fox/style", instruction="x", mark="", problem=None)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.edit_benchmark([item], tmp_path / "edit", edit, "how")
+    assert not [p for p in tmp_path.rglob("*") if not p.is_dir() or "style" in p.name]
+
+
+def test_a_csv_or_prompts_of_another_kind_are_named(tree):
+    file = tree / "LOVEU-TGVE-2023_Dataset.csv"
+    text = file.read_text(encoding="utf-8-sig")
+    file.write_bytes(text.replace("cat", "café").encode("latin-1"))
+    with pytest.raises(UserError, match="Dataset.csv: is not UTF-8"):
+        metrics.read_tgve(tree)
+    file.write_text(text, encoding="utf-8")
+    (tree / "prompt_dict.json").write_text(json.dumps({"fox": {"edit_style": 5}}))
+    with pytest.raises(UserError, match="prompts need to be a JSON object"):
+        metrics.read_tgve(tree)
 
 
 def test_an_interval_covers_the_mean_and_shrinks_with_n():
@@ -810,6 +870,29 @@ def test_a_film_in_a_codec_that_browsers_do_not_play_is_written_anew(tmp_path):
     url = metrics.data_url(tmp_path / "a.mp4")
     (tmp_path / "b.mp4").write_bytes(base64.b64decode(url.split(",")[1]))
     assert metrics.plays_in_browsers(tmp_path / "b.mp4") and not metrics.plays_in_browsers(tmp_path / "a.mp4")
+
+
+def test_a_film_with_uneven_times_is_shown_at_them(tmp_path):
+    times = [0, 40, 80, 500, 540, 1200, 1240]
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 32, 32, "yuv420p", Fraction(1, 1000)
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for t in times:
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), t % 256, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = t, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (tmp_path / "b.mp4").write_bytes(base64.b64decode(metrics.data_url(tmp_path / "a.mkv").split(",")[1]))
+    np.testing.assert_allclose(metrics.load_frames(tmp_path / "b.mp4")[1], np.array(times) / 1000, atol=.002)
+
+
+@pytest.mark.parametrize("odd", [{"answers": []}, {"answers": {"x": None}}, {"answers": {"x": {"text": 3}}}, {"names": ["a"]}, {"study": [1]}])
+def test_votes_of_another_kind_are_refused(tmp_path, odd):
+    votes = {"study": "s", "rating": False, "names": ["x", "y"], "answers": {"clip": {"text": "a"}}}
+    (tmp_path / "v.json").write_text(json.dumps(votes | odd))
+    with pytest.raises(UserError, match="v.json: needs a study, two names and answers a or b"):
+        metrics.main_votes([str(tmp_path / "v.json")])
 
 
 def test_votes_are_win_rates_with_exact_binomial_intervals(tmp_path, capsys):

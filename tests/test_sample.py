@@ -477,6 +477,7 @@ def test_inputs_that_hold_no_pictures_are_named(tmp_path):
     (["--fps", "1/0"], "--fps"), (["--seed", "-3"], "--seed -3"),
     (["--start", "9"], "--start 9.*lasts 0.12 s"), (["--start", "1", "--end", "0.5"], "--end 0.5"),
     (["--start", "1e400"], "--start"), (["--fps", "1e400"], "--fps"), (["--device", "cpu:"], "--device cpu:"),
+    (["--device", "cpu:²"], "--device cpu:²"),
     (["--grid", "--compare"], "--grid: "), (["--model", "tiny"], "--model tiny --weights .*pass one"),
     (["--device", "tpu"], "--device tpu"), (["--weights", "nowhere"], "--weights nowhere"),
     (["--out", "nowhere/x.mp4"], "cannot be written"), (["--out", "x.avi"], "--out x.avi"),
@@ -486,6 +487,30 @@ def test_flags_out_of_range_are_refused_in_one_line(tmp_path, flags, says):
     with pytest.raises(UserError, match=says) as error:
         main([str(path), "make it snow", "--weights", HUB, *flags])
     assert "\n" not in str(error.value) and [f.name for f in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_name_too_long_for_the_disk_is_cut_and_an_out_too_long_or_below_a_file_refused(tmp_path):
+    clip, words = probe(make_clip(tmp_path / ("é" * 110 + ".mp4"), n=2)), ["make " + "it " * 40 + text for text in ("snow", "rain")]
+    first, second = sample.output_paths(clip, words, None, ".mp4", compare=True)
+    assert first != second and all(len(str(p.name).encode()) < 235 and p.parent == tmp_path for p in (first, second))
+    with video_writer(sample.comparison(second), 16, 16, 8, Fraction(1, 8)) as write:
+        write(np.zeros((16, 16, 3), np.uint8), 0, 1)
+    for out in (tmp_path / ("x" * 240 + ".mp4"), clip.path / "x.mp4"):
+        with pytest.raises(UserError, match="too long a name|cannot be written there"):
+            sample.output_paths(clip, ["snow"], str(out), ".mp4")
+
+
+def test_a_frame_shown_long_ends_where_the_cut_does(tmp_path):
+    clip = probe(make_clip(tmp_path / "a.mp4", n=4, tick=Fraction(1, 10), times=[0, 1, 2, 30]))
+    cut, whole = ([x * clip.tick * 10 for x in plan(clip, 0, end)[2]] for end in (Fraction(1), None))
+    assert cut == [1, 1, 8] and whole[:3] == [1, 1, 28]
+
+
+def test_frames_of_two_sizes_are_no_clip(tmp_path):
+    for i, size in enumerate([(64, 48), (32, 48)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    with pytest.raises(UserError, match="1.png: 32x48, where 0.png needs 64x48"):
+        list(read_frames(probe(tmp_path)))
 
 
 def test_empty_instructions_are_refused_and_long_ones_cut_with_a_warning(tmp_path, capsys):
