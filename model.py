@@ -18,10 +18,12 @@ import gzip
 import html
 import json
 import math
+import os
 import re
 import sys
 import time
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import torch
@@ -46,10 +48,13 @@ class UserError(Exception):
 
 def run(main):
     """Call a script's `main()`; a UserError, or a full disk, becomes one line on stderr and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):                         # a console that lacks a letter gets its number
+    for stream in filter(None, (sys.stdout, sys.stderr)):           # a console that lacks a letter gets its number
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
+    except BrokenPipeError:                                         # who reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                # what is left to print goes nowhere
+        sys.exit(1)
     except UserError as e:
         sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
     except (OSError, RuntimeError, SafetensorError) as e:           # a full disk has many names
@@ -87,7 +92,9 @@ def repository(source):
     names the repository that it was trained from; anything else is a repository itself. Our own are found from anywhere.
     """
     run = Path(source).parent if str(source).endswith("model.safetensors") else Path(source)
-    meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else None
+    meta = read_config(run / "meta.json") if (run / "meta.json").is_file() else None
+    if meta is not None and not ("base" in meta and "unet" in meta):
+        raise UserError(f"{run}: holds {meta.get('stage', 'something else')}, not an editor; pass a run of stage image or a round")
     base = str(meta["base"] if meta else source)
     named = {"tiny": "assets/tiny", "sd15": SD15}.get(base, base)
     ours = (meta or named != base) and (ROOT / named).is_dir()
@@ -110,6 +117,33 @@ def read_json(path):
         raise UserError(f"{path}: not readable as JSON ({e})") from None
 
 
+def read_config(path):
+    """`read_json` of what has to be an object."""
+    cfg = read_json(path)
+    if not isinstance(cfg, dict):
+        raise UserError(f"{path}: holds {type(cfg).__name__}, where settings by name are needed")
+    return cfg
+
+
+def build(network, path):
+    """network(its config at `path`); UserError where that lacks something, or says what cannot be built or is not known here."""
+    cfg = read_config(path)
+    for key, known in PLAIN_SETTINGS.items():
+        if key in cfg and cfg[key] not in (known, None):
+            raise UserError(f"{path}: {key} {cfg[key]}; known is {known}")
+    try:
+        return network(cfg)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as e:
+        raise UserError(f"{path}: lacks a setting or has an unusable one ({type(e).__name__}: {e})") from None
+
+
+# settings of published configs that change results: built in here as Stable Diffusion 1.5's files have them
+PLAIN_SETTINGS = dict(act_fn="silu", flip_sin_to_cos=True, freq_shift=0, center_input_sample=False, downsample_padding=1,
+                      mid_block_scale_factor=1, resnet_out_scale_factor=1.0, resnet_time_scale_shift="default", shift_factor=0,
+                      only_cross_attention=False, dual_cross_attention=False, class_embed_type=None, addition_embed_type=None,
+                      latents_mean=None, latents_std=None)
+
+
 def read_tensors(path):
     """All tensors of a .safetensors file (memory-mapped, so nothing is copied yet) or of a weights-only pickle."""
     path = Path(path)
@@ -117,18 +151,18 @@ def read_tensors(path):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as f:
                 return {k: f.get_tensor(k) for k in f.keys()}
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError) as e:
-        raise UserError(f"{path}: not a readable weight file ({str(e).splitlines()[0][:120]})") from None
+        raise UserError(f"{path}: not a readable weight file ({(str(e) or type(e).__name__).splitlines()[0][:120]})") from None
     except Exception as e:                      # pickle.UnpicklingError: the file asks for more than plain tensors
         raise UserError(f"{path}: refused, it holds more than plain tensors ({type(e).__name__})") from None
     for wrapper in ("state_dict", "model"):     # AnimateDiff and ViCLIP wrap their tensors once
         state = state.get(wrapper, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
-    return {k: v for k, v in state.items() if torch.is_tensor(v)}
+    return {k: v for k, v in state.items() if torch.is_tensor(v) and isinstance(k, str)}
 
 
 def find_tensors(folder):
@@ -166,7 +200,8 @@ def load_weights(module, tensors, what, rename=(), drop=(), absent=(), only="", 
     extra = [k for k in renamed if k not in ours]
     wrong = [f"{k} {tuple(renamed[k].shape)} instead of {tuple(v.shape)}" for k, v in ours.items()
              if k in renamed and renamed[k].shape != v.shape]
-    for problem, keys in (("lacks", missing), ("has unknown", extra), ("has wrong shapes for", wrong)):
+    whole = [f"{k} {renamed[k].dtype}" for k, v in ours.items() if k in renamed and v.is_floating_point() > renamed[k].is_floating_point()]
+    for problem, keys in (("lacks", missing), ("has unknown", extra), ("has wrong shapes for", wrong), ("has whole numbers in", whole)):
         if keys:
             raise UserError(f"{what}: {problem} {len(keys)} of {len(ours)} tensors, first {', '.join(keys[:3])}; "
                             "is it the file of another model, or cut short?")
@@ -174,7 +209,7 @@ def load_weights(module, tensors, what, rename=(), drop=(), absent=(), only="", 
     module.load_state_dict(cast, assign=True, strict=False)
     left = sorted({a for a in absent if any(a in k and k not in renamed for k in ours)})
     note = f"; not in the file, as expected: {', '.join(left)}" if left else ""
-    print(f"{what}: {len(renamed)}/{len(renamed)} tensors{note}", file=sys.stderr)
+    print(f"{what}: {len(renamed)} tensors{note}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -298,7 +333,7 @@ def clean_text(text):
 class Tokenizer:
     """CLIP's byte-pair tokenizer from vocab.json + merges.txt. tokenizer(texts, length=77) -> ids (N, length) int64.
 
-    `pad` fills up after the end token; by default the end token itself, as in Stable Diffusion.
+    `pad`, an id or a token, fills up after the end token; by default the end token itself, as in Stable Diffusion 1.
     """
     SPLIT = (r"<\|startoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
@@ -306,12 +341,22 @@ class Tokenizer:
         if not isinstance(vocab, dict):                            # two file names, as published
             if not Path(merges).is_file():
                 raise UserError(f"{merges}: missing; the directory is not a complete copy in hub layout")
-            vocab, lines = read_json(vocab), Path(merges).read_text(encoding="utf-8").split("\n")
-            merges = [tuple(m.split()) for m in lines if m and not m.startswith("#version")]
-        self.vocab, self.cache = vocab, {}
-        self.start, self.end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
-        self.pad = self.end if pad is None else pad
-        self.bpe = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>")
+            files, vocab = f"{vocab} and {Path(merges).name}", read_config(vocab)
+            lines = Path(merges).read_text(encoding="utf-8", errors="replace").split("\n")
+            merges = [tuple(m.split()) for m in lines if m.strip() and not m.startswith("#version")]
+            if len(vocab) > len(merges) + 514:                     # 256 letters, alone and at a word's end, and two marks
+                raise UserError(f"{files}: {len(merges)} merges make fewer than the {len(vocab)} tokens; is one cut short?")
+        else:
+            files = "vocabulary"
+        try:
+            self.vocab, self.cache = vocab, {}
+            self.start, self.end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+            self.bpe = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>")
+        except Exception as e:                                     # tokenizers raises nothing more special
+            raise UserError(f"{files}: no vocabulary and merges of CLIP's kind ({e})") from None
+        if isinstance(pad, str) and pad not in vocab:
+            raise UserError(f"{files}: hold no token {pad!r}, which should fill up a text")
+        self.pad = self.end if pad is None else vocab[pad] if isinstance(pad, str) else pad
         self.split = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(self.SPLIT), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -399,7 +444,7 @@ class TextEncoder(nn.Module):
     """The editor's text encoder: all 77 states of CLIP's text tower, padding included, as in Stable Diffusion."""
     def __init__(self, cfg):
         super().__init__()
-        self.config, self.text_model = cfg, TextModel(cfg)
+        self.text_model = TextModel(cfg)
 
     def forward(self, ids):
         return self.text_model(ids)
@@ -429,7 +474,7 @@ class ResnetBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """One 3x3 conv before (up) or while (down) the size changes by two."""
+    """One 3x3 conv after (up) or while (down) the size changes by two."""
     def __init__(self, channels, how):
         super().__init__()
         stride, pad = (1, 1) if how == "up" else (2, 1 if how == "down" else 0)
@@ -847,7 +892,7 @@ class UNet(nn.Module):
 class DDIM:
     """DDIM sampling schedule and step (Song et al. 2021, eq. 12), as the published scheduler configs parametrise it.
 
-    steps: 1 to T. spacing "leading" (published), "trailing" (starts at the last time step) or "linspace" (both ends).
+    steps: 1 to T. spacing "leading" (DDIM's default), "trailing" (starts at the last time step) or "linspace" (both ends).
     timesteps: int64, from noise to image. set_alpha_to_one: abar after the last step is 1 instead of abar[0].
     cfg: scheduler_config.json.
     """
@@ -863,18 +908,15 @@ class DDIM:
         elif spacing == "trailing":
             self.timesteps = (self.T - torch.arange(steps, dtype=torch.float64) * self.T / steps).round().long() - 1
         elif spacing == "linspace":
-            self.timesteps = torch.linspace(0, self.T - 1, steps, dtype=torch.float64).round().long().flip(0)
+            self.timesteps = torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long()
         else:
             raise UserError(f"spacing {spacing}: needs leading, trailing or linspace")
-        if spacing != "leading" and steps > 250 and self.T % steps:        # `levels` goes T // steps down, as diffusers does
-            raise UserError(f"--steps {steps}: with {spacing} steps more than 250 have to divide {self.T}")
         self.final = torch.tensor(1.0) if set_alpha_to_one else self.abar[0]
 
     def levels(self, i):
-        """abar at step i and after it."""
-        t = int(self.timesteps[i])
-        prev = t - self.T // self.steps
-        return self.abar[t], self.abar[prev] if prev >= 0 else self.final
+        """abar at step i and after it. diffusers goes T // steps down from any time step, which with steps that are not so
+        far apart ("linspace") misses the next one; where they are, that is the same."""
+        return self.abar[self.timesteps[i]], self.abar[self.timesteps[i + 1]] if i + 1 < self.steps else self.final
 
     def to_eps(self, out, i, z):
         """The U-Net's prediction as epsilon: itself, or from v = sqrt(abar) eps - sqrt(1 - abar) z0."""
@@ -936,7 +978,7 @@ def noise_levels(cfg):
 class VideoEditor:
     """Text encoder, VAE, U-Net and scheduler of one checkpoint; `edit` applies an instruction to a clip."""
     FILES = ["model_index.json"] + [f"{d}/{f}" for d in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-                                    for f in ("config.json", "*_config.json", "vocab.json", "merges.txt",
+                                    for f in ("config.json", "*_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                                               "diffusion_pytorch_model.safetensors", "model.safetensors")]
 
     @classmethod
@@ -964,19 +1006,22 @@ class VideoEditor:
         place = dict(device=self.device, dtype=self.dtype)
 
         with torch.device("meta"):
-            how = meta or {"unet": read_json(root / "unet" / "config.json")}
+            how = meta or {"unet": read_config(root / "unet" / "config.json")}
             trained = meta or how["unet"]                          # "motion", "epm": what the U-Net was trained with
             video = ("motion", "epm", "same_noise")
             if motion is not None:
                 trained = {k: v for k, v in trained.items() if k not in video}
-            self.unet = UNet({k: v for k, v in how["unet"].items() if k not in video})     # its config is the image editor's
+            if meta:
+                self.unet = UNet({k: v for k, v in how["unet"].items() if k not in video})     # its config is the image editor's
+            else:
+                self.unet = build(lambda cfg: UNet({k: v for k, v in cfg.items() if k not in video}), root / "unet" / "config.json")
             if "motion" in trained:
                 self.unet.add_motion(trained["motion"], norm_over_frames=norm_over_frames)
             if "epm" in trained:
                 self.unet.add_epm(**trained["epm"])
             self.same_noise = trained.get("same_noise", False)     # a video editor trained on one noise for all frames
-            self.vae = VAE(read_json(root / "vae" / "config.json"))
-            self.text_encoder = TextEncoder(read_json(root / "text_encoder" / "config.json"))
+            self.vae = build(VAE, root / "vae" / "config.json")
+            self.text_encoder = build(TextEncoder, root / "text_encoder" / "config.json")
         own = read_tensors(Path(source) / "model.safetensors") if meta else {}
         text = {k.removeprefix("text_encoder."): own.pop(k) for k in list(own) if k.startswith("text_encoder.")}
         self.own_text = bool(text)                                 # trained along with the U-Net, see train.py's stage image
@@ -1003,10 +1048,19 @@ class VideoEditor:
         for net in (self.unet, self.vae, self.text_encoder):
             net.eval().requires_grad_(False)
 
-        self.tokenizer = Tokenizer(root / "tokenizer" / "vocab.json", root / "tokenizer" / "merges.txt")
-        self.scheduler = read_json(root / "scheduler" / "scheduler_config.json")
+        special = root / "tokenizer" / "special_tokens_map.json"   # Stable Diffusion 2 pads with "!", 1 with the end token
+        pad = read_config(special).get("pad_token") if special.is_file() else None
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        self.tokenizer = Tokenizer(root / "tokenizer" / "vocab.json", root / "tokenizer" / "merges.txt", pad)
+        embeddings = self.text_encoder.text_model.embeddings
+        size, width = embeddings["token_embedding"].weight.shape
+        if max(self.tokenizer.vocab.values()) >= size or width != self.unet.config["cross_attention_dim"]:
+            raise UserError(f"{root}: the tokenizer has tokens up to {max(self.tokenizer.vocab.values())}, the text encoder {size} and "
+                            f"states {width} wide, the U-Net wants {self.unet.config['cross_attention_dim']}; are they of one model?")
+        self.scheduler = read_config(root / "scheduler" / "scheduler_config.json")
         for key, known in (("prediction_type", ("epsilon", "v_prediction")), ("beta_schedule", ("scaled_linear", "linear")),
-                           ("rescale_betas_zero_snr", (False,))):
+                           ("rescale_betas_zero_snr", (False, None)), ("trained_betas", (None,)), ("clip_sample", (False, None)),
+                           ("thresholding", (False, None))):
             if self.scheduler.get(key, known[0]) not in known:
                 raise UserError(f"{root / 'scheduler'}: {key} {self.scheduler[key]}; known are {' and '.join(map(str, known))}")
         c, channels = self.vae.config["latent_channels"], [how["unet"][f"{k}_channels"] for k in ("in", "out")]
@@ -1014,7 +1068,7 @@ class VideoEditor:
             raise UserError(f"{root / 'unet'}: takes {channels[0]} channels and gives {channels[1]}; an editor of latents with {c} "
                             f"channels takes {2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
         # what a checkpoint may say about itself; published ones say nothing and get Stable Diffusion's usual values
-        about = (read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {})
+        about = read_config(root / "model_index.json") if (root / "model_index.json").is_file() else {}
         about = about.get("instructvedit", {})
         self.size, self.guidance = about.get("size", 512), tuple(about.get("guidance", (7.5, 1.5)))
         self.steps, self.deadband = about.get("steps", 20), about.get("deadband", 0.0)     # of sampling; see `settle`
@@ -1123,6 +1177,8 @@ class VideoEditor:
         ctx = self.encode_text([instruction, ""])
         if mode == "ffg" and anchor is None:
             anchor = self.anchor(z_src[:, :1], instruction, z_T[:, :1], steps, s_txt, s_src, sampler)
+        if anchor is not None and len(anchor[1]) != steps + 1:
+            raise UserError(f"anchor of {len(anchor[1]) - 1} steps: needs {steps}, as many as are sampled")
         n_ref, z = 0 if z0_ref is None else z0_ref.shape[1], z_T
         for i, t in enumerate(scheduler.timesteps):
             if keep is not None:
@@ -1166,9 +1222,13 @@ class VideoEditor:
         if mode not in ("auto", "image", "ffg", "video"):
             raise UserError(f"mode {mode}: needs auto, image, ffg or video")
         mode = self.default_mode if mode == "auto" else mode
+        if video.ndim != 5 or video.shape[0] != 1 or not video.shape[1] or video.shape[2] != 3 or not video.is_floating_point():
+            raise UserError(f"video {tuple(video.shape)} {video.dtype}: needs (1, F, 3, H, W) in [-1, 1], one clip at a time")
         z_src = self.encode(video)
         if z_T is None:
             z_T = self.noise(z_src.shape[1], *z_src.shape[3:], seed, mode=mode)
+        if z_T.shape != z_src.shape:
+            raise UserError(f"z_T {tuple(z_T.shape)}: needs {tuple(z_src.shape)}, as the clip's latents")
         return self.decode(self.sample(z_src, instruction, z_T.to(self.device), steps, s_txt, s_src, mode, sampler))
 
 
@@ -1180,7 +1240,7 @@ def load_motion(unet, source, gamma, norm_over_frames, place):
         cfg = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     else:
         path = hub_dir(source, ["config.json", "diffusion_pytorch_model.safetensors"])
-        (tensors, file), cfg = find_tensors(path), read_json(path / "config.json")
+        (tensors, file), cfg = find_tensors(path), read_config(path / "config.json")
     if not any("motion_modules" in k for k in tensors):
         raise UserError(f"{source}: holds no motion modules; is it an AnimateDiff adapter?")
     # a bare .ckpt has no config: its position table and names tell the rest, the U-Net the number of heads and groups

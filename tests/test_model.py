@@ -610,10 +610,89 @@ def test_what_is_no_editor_is_refused_when_it_is_loaded(tmp_path):
         load(tmp_path / "copy")
 
 
-def test_trailing_steps_that_would_not_end_at_the_picture_are_refused():
-    DDIM(300, spacing="leading"), DDIM(500, spacing="trailing"), DDIM(30, spacing="trailing")
-    with pytest.raises(UserError, match="--steps 300: .* have to divide 1000"):
-        DDIM(300, spacing="trailing")
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 3, 7, 20, 300, 1000])
+def test_a_true_noise_prediction_leads_to_the_picture_whatever_the_steps(spacing, steps):
+    ddim, z0 = DDIM(steps, spacing), torch.zeros(1000)
+    eps = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    z = (1 - ddim.abar[ddim.timesteps[0]]).sqrt() * eps
+    for i in range(steps):
+        z = ddim.step(eps, i, z)
+    assert len(set(ddim.timesteps.tolist())) >= steps - 1 and (z - z0).std() < 0.045      # abar[0] leaves 0.029 of the noise
+
+
+@pytest.mark.parametrize("file, key, value, message", [
+    ("scheduler/scheduler_config.json", "thresholding", True, "thresholding True; known"),
+    ("scheduler/scheduler_config.json", "trained_betas", [0.1], "trained_betas"),
+    ("unet/config.json", "flip_sin_to_cos", False, "unet/config.json: flip_sin_to_cos False; known is True"),
+    ("unet/config.json", "act_fn", "gelu", "act_fn gelu; known is silu"), ("vae/config.json", "shift_factor", 0.1, "shift_factor 0.1"),
+    ("unet/config.json", "norm_num_groups", None, "unet/config.json: lacks a setting"),
+    ("vae/config.json", "block_out_channels", 5, "vae/config.json: lacks a setting or has an unusable one"),
+    ("text_encoder/config.json", "hidden_act", "gelu_new", "text_encoder/config.json: .*gelu_new"),
+    ("text_encoder/config.json", None, [], "text_encoder/config.json: holds list"),
+    ("tokenizer/special_tokens_map.json", "pad_token", "<pad>", "hold no token '<pad>'"),
+    ("tokenizer/vocab.json", "<|endoftext|>", 5000000, "the tokenizer has tokens up to 5000000")])
+def test_a_setting_that_would_change_results_or_cannot_be_built_is_named(tmp_path, file, key, value, message):
+    shutil.copytree(IP2P, tmp_path / "copy")
+    path = tmp_path / "copy" / file
+    path.write_text(json.dumps((read(path) if path.is_file() else {}) | {key: value} if key else value))
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path / "copy")
+    assert "\n" not in str(error.value)
+
+
+def test_the_padding_token_is_the_repositorys(tmp_path, image_editor):
+    shutil.copytree(IP2P, tmp_path / "copy")
+    plain = image_editor.tokenize(["snow"])
+    for pad in ("!", {"content": "!", "lstrip": False}):
+        (tmp_path / "copy" / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": pad}))
+        ids = load(tmp_path / "copy").tokenize(["snow"])
+        end = int((plain == image_editor.tokenizer.end).int().argmax())
+        assert torch.equal(ids[:, :end + 1], plain[:, :end + 1]) and (ids[:, end + 1:] == image_editor.tokenizer.vocab["!"]).all()
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda text: b"", "0 merges make fewer than"), (lambda text: text[:len(text) // 2], "is one cut short"),
+    (lambda text: b"<html>\n" + text, "no vocabulary and merges of CLIP's kind"), (lambda text: text + b"\xff\xfe q\n", "no vocabulary")])
+def test_damaged_merges_are_refused(tmp_path, damage, message):
+    shutil.copytree(IP2P / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "merges.txt"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        model.Tokenizer(tmp_path / "tokenizer" / "vocab.json", file)
+
+
+def test_pickles_of_the_old_format_load_and_odd_ones_are_one_line(tmp_path):
+    torch.save({"a": torch.ones(2), 0: torch.ones(1)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    assert model.read_tensors(tmp_path / "old.ckpt").keys() == {"a"}
+    for name, data in (("empty", b""), ("page", b"<html>not found</html>"), ("half", (tmp_path / "old.ckpt").read_bytes()[:90])):
+        (tmp_path / f"{name}.ckpt").write_bytes(data)
+        with pytest.raises(UserError, match=f"{name}.ckpt: (not a readable|refused)") as error:
+            model.read_tensors(tmp_path / f"{name}.ckpt")
+        assert "\n" not in str(error.value)
+    net = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="has whole numbers in 1 of 2 tensors, first weight torch.int8"):
+        model.load_weights(net, {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)}, "x")
+
+
+def test_a_run_that_is_no_editor_is_named(tmp_path):
+    (tmp_path / "meta.json").write_text('{"stage": "vae", "config": {}, "args": {}}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="holds vae, not an editor"):
+        load(tmp_path)
+
+
+def test_clips_and_noise_of_another_shape_and_anchors_of_other_steps_are_refused(image_editor):
+    video, text = torch.zeros(1, 2, 3, 32, 32), "make it snow"
+    for odd in (video.expand(2, -1, -1, -1, -1), video[0], video[:, :0], video.byte(), video[:, :, :1]):
+        with pytest.raises(UserError, match=r"video \(.* needs \(1, F, 3, H, W\)"):
+            image_editor.edit(odd, text, steps=1)
+    with pytest.raises(UserError, match="z_T .* as the clip's latents"):
+        image_editor.edit(video, text, steps=1, z_T=torch.zeros(2, 2, 4, 4, 4))
+    z = image_editor.encode(video)
+    anchor = image_editor.anchor(z[:, :1], text, z[:, :1], steps=2)
+    with pytest.raises(UserError, match="anchor of 2 steps: needs 3"):
+        image_editor.sample(z, text, z, steps=3, mode="ffg", anchor=anchor)
 
 
 @pytest.mark.parametrize("kw, message", [
