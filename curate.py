@@ -2478,7 +2478,7 @@ def calibrate(args):
     place = {name: k for k, name in enumerate(sources)}             # ids are hashes: any order is a random one
     fold = np.array([place[row["id"]] % 5 for row in rows])
     names = sorted({row.get("task") or "" for row in rows})
-    tasks = np.array([[row.get("task") == name for name in names] for row in rows], float)
+    tasks = np.array([[(row.get("task") or "") == name for name in names] for row in rows], float)
     none = tasks[:, :0]
     out = {name: np.zeros(len(rows)) for name in ("fitted", "fitted, by task", "equal")}
     for k in range(5):

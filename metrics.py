@@ -1724,7 +1724,7 @@ def data_url(path, fps=8):
     else:
         with tempfile.TemporaryDirectory() as folder:
             clip = probe(path, fps)
-            times, tick, lengths = plan(clip)
+            _, tick, lengths = plan(clip)
             with video_writer(Path(folder) / "clip.mp4", clip.width, clip.height, clip.rate, tick, clip.pixel) as write:
                 for (ticks, rgb), length in zip(read_frames(clip), lengths):
                     write(rgb, ticks, length)

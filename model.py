@@ -47,7 +47,7 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call a script's `main()`; a UserError, or a full disk, becomes one line on stderr and exit status 2."""
+    """Call a script's `main()`; a UserError, a full disk or a file out of reach becomes one line on stderr and exit status 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):           # a console that lacks a letter gets its number
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -125,9 +125,9 @@ def read_config(path):
     return cfg
 
 
-def build(network, path):
-    """network(its config at `path`); UserError where that lacks something, or says what cannot be built or is not known here."""
-    cfg = read_config(path)
+def build(network, path, cfg=None):
+    """network(cfg), by default the config at `path`; UserError where that lacks something, cannot be built or is not known here."""
+    cfg = cfg or read_config(path)
     for key, known in PLAIN_SETTINGS.items():
         if key in cfg and cfg[key] not in (known, None):
             raise UserError(f"{path}: {key} {cfg[key]}; known is {known}")
@@ -1011,10 +1011,8 @@ class VideoEditor:
             video = ("motion", "epm", "same_noise")
             if motion is not None:
                 trained = {k: v for k, v in trained.items() if k not in video}
-            if meta:
-                self.unet = UNet({k: v for k, v in how["unet"].items() if k not in video})     # its config is the image editor's
-            else:
-                self.unet = build(lambda cfg: UNet({k: v for k, v in cfg.items() if k not in video}), root / "unet" / "config.json")
+            file = Path(source) / "meta.json" if meta else root / "unet" / "config.json"
+            self.unet = build(UNet, file, {k: v for k, v in how["unet"].items() if k not in video})        # the image editor's config
             if "motion" in trained:
                 self.unet.add_motion(trained["motion"], norm_over_frames=norm_over_frames)
             if "epm" in trained:
