@@ -218,12 +218,28 @@ class Unwritten(Unusable):
     why = "no instruction"
 
 
-def to_do(args, items):
-    """The sources without lines in the manifest so far, at most --limit of them; without a limit unreadable ones again."""
+def done_ids(args):
+    """Ids of the sources with lines in the manifest so far; without a limit unreadable ones do not count."""
     rows = read_manifest(args.to) if any(args.to.glob("manifest*.jsonl")) else []
-    done = {row["id"] for row in rows if args.limit != -1 or not unreadable(row)}
+    return {row["id"] for row in rows if args.limit != -1 or not unreadable(row)}
+
+
+def to_do(args, items):
+    """The sources that are not done, at most --limit of them."""
+    done = done_ids(args)
     items = [item for item in items if item["id"] not in done]
     return items if args.limit == -1 else items[:args.limit]
+
+
+def check_room(args, n, of, per_source, unit):
+    """Says what n sources will take on disk, at most; UserError where there is less room."""
+    world, free = shard()[1], shutil.disk_usage(args.to).free
+    need = n * per_source * world                                   # other ranks need as much
+    print(f"{args.to}: {n} of {of} {unit}s to do, {of - n} done or left for later; at most {amount(need)} on disk "
+          f"({per_source / 1e3:.0f} KB a {unit}{', all processes' * (world > 1)}), {free / 1e9:.1f} GB free")
+    if need > free:
+        raise UserError(f"--to {args.to}: needs up to {amount(need)}, {amount(free)} are free; "
+                        "pass --limit, fewer sources, or another disk")
 
 
 def amount(size):
@@ -266,13 +282,9 @@ def run_stage(args, config, items, work, per_source, unit):
                 write_aside(path, dump(keep))
     log.touch()
     todo = to_do(args, items)
-    need, free = len(todo) * per_source * world, shutil.disk_usage(folder).free                 # other ranks need as much
-    print(f"{folder}: {len(todo)} of {len(items)} {unit}s to do, {len(items) - len(todo)} done or left for later; "
-          f"at most {amount(need)} on disk ({per_source / 1e3:.0f} KB a {unit}{', all processes' * (world > 1)}), "
-          f"{free / 1e9:.1f} GB free")
-    if need > free:
-        raise UserError(f"--to {folder}: needs up to {amount(need)}, {amount(free)} are free; "
-                        "pass --limit, fewer sources, or another disk")
+    check_room(args, len(todo), len(items), per_source, unit)
+    asked = {k for k, v in named_values("--min", args.min, "").items() if v > -math.inf and k != "total"}
+    asked |= {*config["score_weights"]["weights"]} if args.score_weights else set()
     shared = {"round": config["round"], "code": code_version()}
     kept = lost = 0
     bar = tqdm(todo, unit=unit, desc=folder.name, smoothing=0.1)
@@ -281,6 +293,10 @@ def run_stage(args, config, items, work, per_source, unit):
             if args.command != "real" and not item["instruction"].strip():          # a real clip's is not written yet
                 raise Unwritten("the pair's is empty")
             rows, files = work(item)
+            missing = asked - {name for row in rows for name in row["scores"]}
+            if missing and rows[0]["scores"] and item["source_caption"] and item["target_caption"]:
+                raise UserError(f"--min or --score-weights: {', '.join(sorted(missing))}: not among the scores of this run, which "
+                                f"are {', '.join(sorted(rows[0]['scores']))}; leave it out, or pass what it needs")
         except Unusable as error:
             rows, files = [{"kept": False, "why": f"{error.why}: {error}", "scores": {}}], {}
         except RuntimeError as error:
@@ -308,12 +324,15 @@ def run_stage(args, config, items, work, per_source, unit):
             write_aside(log, dump(whole_sources(log)[0][:-lost]))   # they count as not tried
             raise UserError(f"{folder}: {lost} {unit}s one after another could not be read, the last: {rows[0]['why']}; see "
                             "that the disk is there and run the same again, which tries them once more, or --force to do without")
+    finished = args.limit == -1 or len(todo) < args.limit
     if world > 1:
-        (folder / f"manifest.{rank}.done").touch()
-        if not all((folder / f"manifest.{k}.done").is_file() for k in range(world)):            # not the last to finish
+        (folder / f"manifest.{rank}.done").write_text("all" if finished else "some")
+        ended = [folder / f"manifest.{k}.done" for k in range(world)]
+        if not all(path.is_file() for path in ended):               # not the last to finish
             return
+        finished = all(path.read_text() == "all" for path in ended)
         merge(folder)
-    report(folder, unit, finished=args.limit == -1 or len(todo) < args.limit)
+    report(folder, unit, finished)
 
 
 def report(folder, unit, finished):
@@ -330,7 +349,7 @@ def report(folder, unit, finished):
     if finished and not rows:
         raise UserError(f"{folder}: no {unit} to work on")
     if finished and not kept:
-        advice = ("lower a threshold with --min NAME=VALUE, or see them with curate.py look"
+        advice = ("see them with curate.py look, then lower a threshold with --min NAME=VALUE and another --to"
                   if any(" below " in row["why"] for row in rows if row["scores"]) else f"the first: {rows[0]['why']}")
         raise UserError(f"{folder}: none of {len(sources)} {unit}s kept: {', '.join(lines)}; {advice}")
     print(f"{folder}: {len(kept)} of {len(sources)} {unit}s kept" + "".join(f"\n  {line}" for line in lines))
@@ -706,6 +725,7 @@ def stage_videos(args):
                              "origin": item["origin"] | {"frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}}
                      for item in items for k in range(TEACHER_CLIPS)]
             check_config(args.to, st.config, args.force)            # before hours of work
+            check_room(args, len(to_do(args, items)), len(items), clip_bytes(st, False), "clip")
             with out_of_the_way(ed):
                 animate = animate_by_cogvideox(args, items)
     elif args.animate:
@@ -733,6 +753,9 @@ def stage_videos(args):
             if fault:
                 row = {"kept": False, "why": f"animated clip: {fault}", "scores": {}}
                 return [row], {"source.mp4": to_video(source)}
+        elif np.abs(source[0].astype(int) - image).mean() > 2:
+            raise UserError(f"--images {args.images}: {item['origin']['image']} is not how its clip begins; the shapes world has "
+                            "changed since it was drawn, curate the images again")
         z_src, z_first = ed.encode(to_video(source)), ed.encode(to_video(image[None]))
         path = [z[None, None].to(z_src) for z in path]              # steps + 1 of (1, 1, c, h, w)
         _, s_txt, s_src = draw_candidates(ed, item["id"], args.candidates, f"videos {args.seed}", item["guidance"])
@@ -826,8 +849,10 @@ def stage_real(args):
     ed, mode = st.ed, st.ed.default_mode
     items = (mine(drawn_sources(args.n if args.n != -1 else 20, "real", args.seed)) if args.source == "shapes" else
              cut_videos(args, find_videos(args.source)))
-    if teacher:
-        check_config(args.to, st.config, args.force)                # before hours of work
+    per_source = clip_bytes(st, args.source == "shapes")
+    if teacher:                                                     # before hours of work
+        check_config(args.to, st.config, args.force)
+        check_room(args, len(to_do(args, items)), len(items), per_source, "clip")
         with out_of_the_way(ed):
             write = write_by_llava(args, items, mix or None)
     else:
@@ -845,7 +870,7 @@ def stage_real(args):
             truth = quantise(truth(source.astype(np.float32) / 255)), np.ones(source.shape[:3], bool)
         return finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth)
 
-    run_stage(args, st.config, items, work, clip_bytes(st, args.source == "shapes"), "clip")
+    run_stage(args, st.config, items, work, per_source, "clip")
 
 
 def write_by_clip(st):
@@ -2064,7 +2089,7 @@ def examples():
 # instruction, source_caption, target_caption, origin, and draw(n_frames, size) or load().
 # ----------------------------------------------------------------------------------------------------------
 
-VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v")
+VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
 
 
 def source_item(item_id, order, instruction, captions, origin, task="", **how):
@@ -2137,6 +2162,11 @@ def read_pairs(where):
         return read_ip2p(where)
     raise UserError(f"--from {where}: no image pairs in it; pass shapes, UltraEdit's or InstructPix2Pix's parquet "
                     "files, InstructPix2Pix's folders (<name>/prompt.json), or a folder with a .jsonl")
+
+
+def say_left_out(where, what, paths):
+    if paths:
+        print(f"{where}: {len(paths)} {what}, the first {min(paths)}; left out")
 
 
 PARQUET = (("source_image", "edited_image", "edit_prompt", "source_caption", "target_caption"),         # UltraEdit
@@ -2238,7 +2268,7 @@ def read_jsonl(path):
         if not source:
             raise UserError(f"{at}: needs text in source")
         files = [path.parent / source, path.parent / target if target else None]
-        yield source_item(ident(n, row), [n], texts[1], texts[2:], {"file": source}, texts[0],
+        yield source_item(ident("pair", row), [n], texts[1], texts[2:], {"file": source}, texts[0],
                           load=lambda f=files: [None if p is None else read_image(p, p) for p in f])
 
 
@@ -2262,6 +2292,7 @@ def read_ip2p(where):
             raise UserError(f"{where}: {len(bare)} of {len(folders)} folders lack prompt.json, the first {bare[0]}; add "
                             "them, or a seeds.json that names the others")
         listed = [[p.name, sorted(f.name[:-6] for f in p.glob("*_0.jpg"))] for p in folders]
+        say_left_out(where, "folders without a <seed>_0.jpg", [p for p, (_, seeds) in zip(folders, listed) if not seeds])
     for n, entry in enumerate(listed if isinstance(listed, list) else [listed]):
         match entry:
             case [str(name), [*seeds]] if all(str(seed).isdecimal() for seed in seeds):
@@ -2281,6 +2312,10 @@ def read_insv2v(where):
     if not found:
         raise UserError(f"--images {where}: holds neither a manifest of curate.py images nor InsV2V's clips "
                         "(<name>/prompt.json, <name>/image/<seed>_0_0000.jpg)")
+    say_left_out(where, "folders without image/<seed>_0_0000.jpg",
+                 [p.parent for p in where.glob("*/prompt.json") if p.parent not in {f.parent.parent for f in found}])
+    say_left_out(where, f"clips go on after {N_FRAMES} frames",
+                 [p for p in where.glob(f"*/image/*_0_{N_FRAMES:04d}.jpg")])
     for n, path in enumerate(found):
         folder, seed = path.parent, path.name.split("_")[0]
         texts = read_prompt(folder.parent / "prompt.json")
@@ -2300,9 +2335,12 @@ def find_videos(where):
         raise UserError(f"--from {where}: no such folder; pass shapes or a folder of videos")
     depths = ("JPEGImages", "*/JPEGImages", "*/*/JPEGImages")
     roots = [where] if where.name == "JPEGImages" else sorted(p for depth in depths for p in where.glob(depth))
-    found = [p for root in roots or [where] for p in sorted(root.iterdir()) if p.is_dir() and
-             any(f.suffix.lower() in IMAGES for f in p.iterdir())]
-    if not roots:
+    folders = [p for root in roots or [where] for p in sorted(root.iterdir()) if p.is_dir()]
+    found = [p for p in folders if any(f.suffix.lower() in IMAGES for f in p.iterdir())]
+    if roots:
+        say_left_out(where, "folders of JPEGImages without pictures", [p for p in folders if p not in set(found)])
+        say_left_out(where, "videos beside JPEGImages", [p for p in where.iterdir() if p.suffix.lower() in VIDEOS])
+    else:
         ours = {p.parent for p in where.rglob("dataset.json")}      # data sets that curate.py made
         found += sorted(p for p in where.rglob("*") if p.suffix.lower() in VIDEOS and not ours & set(p.parents))
     if not found:
@@ -2378,9 +2416,17 @@ def cut(path, start):
     return frames
 
 
+def size_of(path):
+    """Bytes of a video file, number of frames in a folder; 0 where it cannot be read. Tells a whole video from a part."""
+    with suppress(OSError, UserError):
+        return len(frame_files(path)) if path.is_dir() else path.stat().st_size
+    return 0
+
+
 def cut_videos(args, videos):
     """This rank's clips of real videos as sources, at most --per-video of each, evenly spread. cuts.jsonl remembers
-    where a video is cut, so that a rerun does not decode it again."""
+    where a video is cut, so that a rerun does not decode it again unless its size has changed. With --limit only as
+    many videos are cut as that takes."""
     rank, world = shard()
     log = args.to / ("cuts.jsonl" if world == 1 else f"cuts.{rank}.jsonl")
     known = {row["video"]: row for path in sorted(args.to.glob("cuts*.jsonl")) for row in read_lines(path)[0]
@@ -2388,27 +2434,38 @@ def cut_videos(args, videos):
     if log.is_file() and read_lines(log)[1]:
         write_aside(log, dump(read_lines(log)[0]))
     items, left_out, used = [], Counter(), mine(enumerate(videos[:None if args.n == -1 else args.n]))
+    done, seen, lost = done_ids(args), 0, 0
     for i, (name, path) in tqdm(used, desc="cutting", unit="video"):
+        if args.limit != -1 and sum(item["id"] not in done for item in items) >= args.limit:
+            break
+        seen, size = seen + 1, size_of(path)
+        if name in known and known[name].get("size") != size:
+            print(f"{path}: has changed since it was cut; it is cut anew, the clips that were made of it stay")
+            del known[name]
         if name not in known:
             try:
-                known[name] = {"video": name} | cut_video(path)
+                known[name] = {"video": name, "size": size} | cut_video(path)
             except Unusable as error:
                 print(f"left out: {error}")
-                known[name] = {"video": name, "clips": [], "dropped": {"unreadable": 1}, "error": str(error)}
+                known[name] = {"video": name, "size": size, "clips": [], "dropped": {"unreadable": 1}, "error": str(error)}
             with open(log, "a", encoding="utf-8") as f:
                 f.write(dump([known[name]]))
+        lost = lost + 1 if "error" in known[name] else 0
+        if lost == GIVE_UP and not args.force:
+            raise UserError(f"--from {args.source}: {lost} videos one after another cannot be read, the last: {known[name]['error']}; "
+                            "see that the disk is there and run the same again, or --force to do without them")
         starts = known[name]["clips"]
         left_out.update(known[name]["dropped"])
         if len(starts) > args.per_video:
             left_out["beyond --per-video"] += len(starts) - args.per_video
             starts = [starts[k] for k in np.linspace(0, len(starts) - 1, args.per_video).round().astype(int)]
-        items += [source_item(ident(name, s, N_FRAMES), [i, s], "", ("", ""),
+        items += [source_item(ident(name, size, s, N_FRAMES), [i, s], "", ("", ""),
                               {"file": name, "frames": [s, s + N_FRAMES]},
                               load=lambda p=path, s=s: cut(p, s)) for s in starts]
-    print(f"{len(used)} videos: {len(items)} clips of {N_FRAMES} frames; left out: " +
+    print(f"{seen} of {len(used)} videos: {len(items)} clips of {N_FRAMES} frames; left out: " +
           (", ".join(f"{n} {why}" for why, n in left_out.items()) or "none"))
     if not items and world == 1:                                    # another rank may have some; else `report` says it
-        raise UserError(f"--from {args.source}: no usable clip in {len(used)} videos")
+        raise UserError(f"--from {args.source}: no usable clip in {seen} videos")
     return items
 
 
@@ -2645,7 +2702,7 @@ function show() {
   const key = $("key").value, low = $("low").value, high = $("high").value;
   const found = data.items.filter(x => (!$("task").value || (x.task || "unknown") === $("task").value)
     && (!$("kept").value || x.kept === ($("kept").value === "1"))
-    && (low === "" || score(x, key) >= +low) && (high === "" || score(x, key) <= +high));
+    && (low === "" || (score(x, key) ?? NaN) >= +low) && (high === "" || (score(x, key) ?? NaN) <= +high));
   $("count").textContent = `${found.length} of ${data.total} sources`;
   $("list").replaceChildren(...found.map(card));
 }
@@ -3446,7 +3503,7 @@ def parse(argv=None):
         p.add_argument("--batch", type=int, default=batch, help="candidates at a time; lower it where memory is short")
         p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the editor; default: bfloat16 on CUDA, "
                        "else float32")
-        p.add_argument("--limit", type=int, default=-1, help="new sources in this run (-1: all); run again to go on")
+        p.add_argument("--limit", type=int, default=-1, help="new sources in this run, of every process (-1: all); run again to go on")
         p.add_argument("--seed", type=int, default=0, help="of guidance, noise, drawn scenes, instructions")
         p.add_argument("--no-filter", action="store_true", help="keep every source's first candidate")
         p.add_argument("--min", action="append", metavar="NAME=VALUE", help="another threshold; -inf: none")

@@ -959,7 +959,10 @@ def content_mark(path):
     """Eight digits of a file's bytes, or of those of all files in a folder."""
     path, crc = Path(path), 0
     for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
-        crc = zlib.crc32(file.read_bytes(), zlib.crc32(file.name.encode(), crc) if path.is_dir() else crc)
+        crc = zlib.crc32(file.name.encode(), crc) if path.is_dir() else crc
+        with open(file, "rb") as f:
+            while part := f.read(1 << 24):
+                crc = zlib.crc32(part, crc)
     return f"{crc:08x}"
 
 

@@ -269,7 +269,8 @@ def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple
     in seconds; fps resamples; frames limits their number (-1: all). Raises UserError for what cannot be read.
     """
     fps = Fraction(fps).limit_denominator(1001) if fps else None
-    clip, span = probe(path, fps or 24), (Fraction(start), Fraction(end) if end else None, fps, frames)
+    start, end = (Fraction(x).limit_denominator(10 ** 6) if x else x for x in (start, end))    # 0.2 is not quite 1/5
+    clip, span = probe(path, fps or 24), (start, end, fps, frames)
     plan(clip, *span)
     height, width = model_size(clip, size, multiple) if size else (clip.height, clip.width)
     video = [resize(to_tensor(rgb), height, width) for _, rgb in read_frames(clip, *span)]
@@ -566,6 +567,7 @@ def parse(argv=None):
     # model
     add("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
     add("--weights", help="directory in hub layout, or a trained run (directory or model.safetensors)")
+    add("--motion", help="motion modules instead of the model's own: hub id, directory in hub layout or AnimateDiff .ckpt")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, else float32")
     # clip
@@ -781,7 +783,7 @@ def main(argv=None):
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
     try:
-        ed = VideoEditor.from_pretrained(source, device=args.device, dtype=args.dtype)
+        ed = VideoEditor.from_pretrained(source, motion=args.motion, device=args.device, dtype=args.dtype)
         if args.mode == "video" and ed.default_mode != "video":
             raise UserError(f"--mode video: {source} has no trained video layers; use --mode ffg or image")
         height, width = model_size(clip, ed.size if args.size == -1 else args.size, ed.multiple)

@@ -48,8 +48,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import curate
-from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, Defaults, LlavaOneVision, ViCLIP, add_lora, guess_task, parse_answer,
-                     psnr, save_lora, stamp, succeeds, writer_loss, write_aside)
+from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, Defaults, LlavaOneVision, ViCLIP, add_lora, content_mark, guess_task,
+                     parse_answer, psnr, save_lora, stamp, succeeds, writer_loss, write_aside)
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, finished, hub_dir, noise_levels, read_json, read_tensors, repository, run,
                    warn_if_slow)
@@ -225,9 +225,19 @@ def is_inner_matrix(key, p):
 
 
 def differences(old, new):
-    """["--flag old (now new)"] of the settings that both know and that differ; "vae" is no flag but the one below."""
-    return [f"{'the vae' if k == 'vae' else '--' + k.replace('_', '-')} {old[k]} (now {v})" for k, v in new.items()
-            if k in old and old[k] != v]
+    """["--flag old (now new)"] of the settings that both know and that differ; marks of files are no flags."""
+    return [f"{'the ' if k in ('vae', 'editor', 'adapter', 'world') else '--'}{k.replace('_', '-')} {old[k]} (now {v})"
+            for k, v in new.items() if k in old and old[k] != v]
+
+
+def network_mark(source, part="unet"):
+    """Eight digits that tell an editor's weights, or with part "" a motion adapter's, from others in the same place. None
+    where they are not on this machine under that name (a hub id)."""
+    if not source:
+        return None
+    meta, root = repository(source)
+    file = Path(source) / "model.safetensors" if meta and Path(source).is_dir() else Path(source) if meta else Path(root) / part
+    return content_mark(file) if file.exists() else None
 
 
 def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, save_minutes=5, device="cpu",
@@ -643,8 +653,8 @@ def stage_image(args, shards, out, base, weights=None):
     vae.load_state_dict(load_file(base / "vae" / "diffusion_pytorch_model.safetensors"))
     vae.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     tokenizer = Tokenizer(base / "tokenizer" / "vocab.json", base / "tokenizer" / "merges.txt")
-    encoder = vae_mark(vae.quant_conv.weight)
-    shards = cache_latents(vae, shards, args.data / f"latents-{args.size}px-{encoder}", args.device)
+    encoder, world = vae_mark(vae.quant_conv.weight), content_mark(args.data / "world" / "world.json")
+    shards = cache_latents(vae, shards, args.data / f"latents-{args.size}px-{encoder}-{world}", args.device)
     torch.manual_seed(args.seed)
     if weights:                                                    # go on from another editor, with a new schedule
         ed = VideoEditor.from_pretrained(weights, motion=False, device=args.device, dtype="float32")
@@ -684,7 +694,7 @@ def stage_image(args, shards, out, base, weights=None):
     meta = dict(stage="image", base=portable(base), unet=unet.config,
                 args=dict(weights=weights and portable(weights), steps=steps, seed=args.seed, pairs=args.pairs,
                           size=args.size, lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight,
-                          optimizer=args.optimizer, vae=encoder))
+                          optimizer=args.optimizer, vae=encoder, world=world))
     fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
         optimizer=args.optimizer)
 
@@ -798,7 +808,8 @@ def stage_motion(args, out, base):
                                                    MOTION_CLIPS))
     ed = VideoEditor.from_pretrained(weights, motion=False, device=args.device, dtype="float32")
     encoder = vae_mark(ed.vae.quant_conv.weight)
-    clips = first_process_first(lambda: encode_motion_clips(ed, shards, args.data / f"{name}-{encoder}"))
+    world = content_mark(args.data / name / "world.json")
+    clips = first_process_first(lambda: encode_motion_clips(ed, shards, args.data / f"{name}-{encoder}-{world}"))
     clips = clips[:args.motion_clips]
     torch.manual_seed(args.seed)
     ours = ed.unet.config
@@ -827,7 +838,7 @@ def stage_motion(args, out, base):
     meta = dict(stage="motion", base=portable(ed.base), unet=ed.unet.config, motion=ed.unet.motion_config,
                 args=dict(weights=portable(weights), steps=steps, lr=lr, motion_clips=args.motion_clips, size=args.size,
                           clip_batch=batch * args.accumulate * processes()[1], same_noise=same_noise,
-                          t_bias=args.t_bias, seed=args.seed, vae=encoder))
+                          t_bias=args.t_bias, seed=args.seed, vae=encoder, world=world, editor=network_mark(weights)))
     keep_own_text(ed)
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
         accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips")
@@ -886,7 +897,7 @@ def read_clips(folders, channels, most=-1):
             print(f"{folder}: the manifest's last {cut} lines are cut and left out; the same curation again completes them")
         if not kept:
             raise UserError(f"{folder}: the filter kept none of {len(rows)} candidates; see why with `python curate.py look "
-                            f"{folder}`, then lower a threshold or curate more")
+                            f"{folder}`, then curate with lower thresholds, or more")
         for row in kept:
             path = folder / row["id"] / "latents.safetensors"
             shapes = {k: tuple(v.shape) for k, v in read_tensors(path).items()}            # memory-mapped: reads the header
@@ -1029,7 +1040,7 @@ def stage_video(args, out, weights, folders, curation=None):
     steps, lr, lr_new = args.steps or defaults["steps"], args.lr or defaults["lr"], args.lr_new or defaults["lr_new"]
     meta = dict(stage=out.name, base=portable(ed.base), unet=ed.unet.config, motion=ed.unet.motion_config, curation=curation or {})
     meta |= dict(same_noise=same_noise > 0.5, args=dict(
-        weights=portable(weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
+        **origin_of(args, weights), train_on=[portable(f) for f in folders], max_clips=n_clips, steps=steps, lr=lr,
         lr_new=lr_new, clip_batch=batch * args.accumulate * processes()[1], trainable=args.trainable, sma=args.sma,
         epm=args.epm, epm_sites=args.epm_sites, epm_start=args.epm_start, camera_moves=args.camera_moves,
         same_noise=same_noise, t_bias=args.t_bias, region_weight=args.region_weight, no_text=args.no_text,
@@ -1047,6 +1058,14 @@ def starting_point(args):
     if args.model == "sd15":
         return args.weights or "sd15", args.motion or SD15_MOTION
     return args.weights or args.runs / "image", args.motion or args.runs / "base" / "motion_adapter"
+
+
+def origin_of(args, weights):
+    """What a round starts from, for its meta.json: the editor and its motion modules, by name and by contents."""
+    video = "motion" in (repository(weights)[0] or {})             # brings its own modules
+    motion = None if video else starting_point(args)[1]
+    return dict(weights=portable(weights), motion=motion and portable(motion), editor=network_mark(weights),
+                adapter=network_mark(motion, ""))
 
 
 @contextmanager
@@ -1101,11 +1120,20 @@ def refine(args):
         if n == 0:
             images = args.data / "images"
             curate_stage(args, "images", image, images, "--from", args.images_from, "--n", args.images)
+            check_count(images, "--images", args.images)
             curate_stage(args, "videos", image, to, "--images", images, "--motion", motion)
         else:
             curate_stage(args, "real", args.runs / f"round{n - 1}", to, "--round", n, "--from", args.real_from,
                          "--n", args.real_clips)
+            check_count(to, "--real-clips", args.real_clips)
         stage_video(args, out, image, round_folders(args, n), curation_flags(args, n))
+
+
+def check_count(folder, flag, n):
+    """UserError where an earlier run has curated more than n sources: training would take them all."""
+    found = {row["origin"]["file"] if "frames" in row["origin"] else row["id"] for row in curate.read_manifest(folder)}
+    if len(found) > n:
+        raise UserError(f"{flag} {n}: {folder} holds {len(found)} already; pass {flag} {len(found)} or more, or another --data")
 
 
 def curation_flags(args, n):
@@ -1119,7 +1147,7 @@ def changed_flags(args, out, weights, folders):
     old = read_json(out / "meta.json")["args"]
     now = {k: getattr(args, k) for k in ("sma", "epm", "epm_sites", "epm_start", "trainable", "camera_moves", "t_bias",
                                          "region_weight", "no_text", "guided_loss", "seed")}
-    now |= dict(train_on=[portable(folder) for folder in folders], weights=portable(weights))
+    now |= dict(train_on=[portable(folder) for folder in folders], **origin_of(args, weights))
     now |= {k: getattr(args, k) for k in ("lr", "lr_new", "same_noise") if getattr(args, k) is not None}
     now |= dict(steps=args.steps or VIDEO[args.model]["steps"])
     now |= {"max_clips": args.max_clips} if args.max_clips != -1 else {}
@@ -1675,7 +1703,8 @@ def wanted(stage, args):
     new = {k: getattr(args, k) for k in ("size", *(sorted(names) if args.round is None else ()))}
     vae = args.runs / "base" / "vae" / "diffusion_pytorch_model.safetensors"
     if stage == "motion":
-        new["weights"] = portable(starting_point(args)[0])
+        editor = starting_point(args)[0]
+        new |= dict(weights=portable(editor), editor=network_mark(editor))
     if vae.is_file() and not args.weights:                         # else the editor brings its own
         new["vae"] = vae_mark(read_tensors(vae)["quant_conv.weight"])
     changed = differences(read_json(run / "meta.json")["args"], new)

@@ -3,7 +3,7 @@
     python tests/bench.py                      tiny and full-size random weights (sd15), at sizes for the device
     python tests/bench.py --model tiny --runs 5
     python tests/bench.py --long               tiny on a 2,000-frame clip: is memory flat?
-    python tests/bench.py --training           a training step of stage video, candidates of curation
+    python tests/bench.py --training           training steps of stage video, candidates of curation: seconds, how many a second
     python tests/bench.py --teachers           CogVideoX and LLaVA-OneVision: full size on a GPU, else miniatures
     python tests/bench.py --cost               operations and disk of the paper's schedule, counted, not timed
     python tests/bench.py --detail             what carrying an edit up to the source's resolution gains
@@ -12,6 +12,7 @@ Where diffusers or transformers is installed, its modules are timed on the same 
 `tiny` is assets/tiny, or random weights of the same sizes where it has not been trained: the speed is the same.
 """
 import argparse
+import ctypes
 import importlib.util
 import os
 import platform
@@ -23,7 +24,9 @@ import tempfile
 import time
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,7 +40,7 @@ import metrics
 import train
 from model import (VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEditor, attention, epm_attention, frame_positions,
                    read_json, run)
-from sample import carry_detail, edit_stream, resize, video_writer
+from sample import carry_detail, check_device, edit_stream, resize, video_writer
 
 DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 TRANSFORMERS = importlib.util.find_spec("transformers") is not None
@@ -47,20 +50,23 @@ TRAINED = (ROOT / "assets" / "tiny" / "unet").is_dir()
 
 def peak(device, reset=False):
     """GB held at most since the last reset, weights included: what torch took of the GPU, else the process."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats() if reset else None
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    if sys.platform != "linux":
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device) if reset else None
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    mark = Path("/proc/self/clear_refs")
+    if not mark.exists():                                          # not Linux
         return float("nan")
     if reset:                                                      # 5: high-water mark = present size
-        Path("/proc/self/clear_refs").write_text("5")
+        mark.write_text("5")
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
 
 
 def timed(functions, runs, device, warm=True):
     """Call the functions in turns, `runs` times each, after one call to warm up. Returns for each a list of
     (wall seconds, CPU seconds, peak GB); CPU seconds add up all threads and hardly notice other programs."""
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    sync = {"cuda": lambda: torch.cuda.synchronize(device), "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)                           # else the peak holds what earlier rows have freed
     results = [[] for _ in functions]
     for k in range(-warm, runs):
         for f, out in zip(functions, results):
@@ -74,8 +80,9 @@ def timed(functions, runs, device, warm=True):
     return results
 
 
-def row(what, ours, than="", theirs=None, per=1):
-    """A table line: median and best wall time and best CPU time, divided by `per`; peak; ratios of the best."""
+def row(what, ours, than="", theirs=None, per=1, rate=False):
+    """A table line: median and best wall time and best CPU time, divided by `per`; peak; ratios of the best. rate: before
+    them how many that is a second, at the best."""
     def cells(values):
         wall, cpu, memory = zip(*values)
         times = statistics.median(wall), min(wall), min(cpu)
@@ -84,7 +91,8 @@ def row(what, ours, than="", theirs=None, per=1):
     if theirs:
         best = [min(x[k] for x in ours) / max(min(x[k] for x in theirs), 1e-9) for k in (0, 1)]
         right = [than, *cells(theirs), *(f"{x:.2f}" for x in best)]
-    print("| " + " | ".join([what, *cells(ours), *right]) + " |", flush=True)
+    left = [what, f"{per / min(wall for wall, *_ in ours):.3g}"] if rate else [what]
+    print("| " + " | ".join([*left, *cells(ours), *right]) + " |", flush=True)
 
 # ---- weights: a temporary directory in hub layout, random where there are none --------------------------------
 
@@ -176,7 +184,7 @@ COLD_THEIRS = """
 import importlib.util, sys; root, folder, device, h = sys.argv[1:]
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
-dtype = torch.bfloat16 if device == "cuda" else torch.float32
+dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
 def load(cls, name):
     return cls.from_pretrained(folder + "/" + name, torch_dtype=dtype)
 unet = UNetMotionModel.from_unet2d(load(UNet2DConditionModel, "unet"), load(MotionAdapter, "motion")).to(device, dtype)
@@ -201,7 +209,8 @@ def finished(command):
     """Standard output of a Python program; UserError with its last words where it fails."""
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"a timed program failed: {done.stderr.strip().splitlines()[-1]}")
+        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"a timed program failed: {words[-1]}")
     return done.stdout
 
 
@@ -293,6 +302,8 @@ def bench_model(model, size, n_frames, runs, steps, device):
         ed = VideoEditor.from_pretrained(folder, motion=folder / "motion", norm_over_frames=True, device=device)
         bench_networks(ed, read_json(folder / "motion" / "config.json"), n_frames, size, runs, device)
         bench_epm(ed.unet.config, n_frames, h, runs, device, ed.dtype)
+        ed = None                                                  # edits have the default statistics and keys, no EPM
+        ed = VideoEditor.from_pretrained(folder, motion=folder / "motion", device=device)
         for n in (n_frames, 32) if model == "tiny" else (n_frames,):
             frames = torch.rand(n, 3, size, size) * 2 - 1
             edit = [lambda: list(edit_stream(ed, frames, "make it snow", steps))]
@@ -324,7 +335,7 @@ def random_scorer(role, model, device, dtype):
 def bench_scores(model, runs, device, n_frames=8):
     """Clips per second: preprocessing, both towers and the scores of one clip of 8 frames, its source and its captions,
     networks loaded already; transformers' CLIP on the same frames and weights, if it is installed."""
-    dtype, side = torch.bfloat16 if device == "cuda" else torch.float32, 480 if model == "sd15" else 96
+    dtype, side = torch.bfloat16 if device.type == "cuda" else torch.float32, 480 if model == "sd15" else 96
     source, edited = np.random.default_rng(0).integers(0, 256, (2, n_frames, side, side, 3), dtype=np.uint8)
     clip = dict(source=source, edits={"edit": edited}, source_caption="a red fox", target_caption="a red fox in the snow")
 
@@ -369,32 +380,51 @@ def transformers_clip(net, config, clip):
 def bench_training(model, size, n_frames, runs, steps, device):
     """A step of stage video on one clip as `train.fit` has it (float32 weights, bfloat16 arithmetic on CUDA; motion, gamma and
     EPM trained; optimizer and EMA counted), and curation's candidates: sampling and decoding, of one image in a batch, of
-    one clip with FFG-V2V."""
+    one clip with FFG-V2V; for tiny also with the scores, the source's among them, and the filter. Nothing is written."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_hub_folder(model, folder)
         ed = VideoEditor.from_pretrained(folder, motion=folder / "motion", device=device)
-        small_on_cpu = model == "tiny" and device == "cpu"         # without the instructions for it, bfloat16 takes very long
+        small_on_cpu = model == "tiny" and device.type == "cpu"    # without the instructions for it, bfloat16 takes very long
         if small_on_cpu:
             half = VideoEditor.from_pretrained(folder, motion=folder / "motion", device=device, dtype="bfloat16")
-    h, c = size // ed.multiple, ed.vae.config["latent_channels"]
-    print(f"\n**{model}, {n_frames} frames of {size}x{size}: training and curation**\n\n"
-          "| what | s | min | CPU s | peak GB | compared with | s | min | CPU s | peak GB | ratio | CPU ratio |\n|"
-          + "---|" * 12, flush=True)
+    h, c, affordable = size // ed.multiple, ed.vae.config["latent_channels"], model == "tiny" or device.type == "cuda"
+    line = partial(row, rate=True)
+    print(f"\n**{model}, {n_frames} frames of {size}x{size}: training and curation; a second: candidates, clips**\n\n"
+          "| what | a second | s | min | CPU s | peak GB | compared with | s | min | CPU s | peak GB | ratio | CPU ratio |\n|"
+          + "---|" * 13, flush=True)
     z_src, z_T = torch.randn(1, n_frames, c, h, h).to(device), torch.randn(4, n_frames, c, h, h).to(device)
 
     def images():
         z0 = ed.sample(z_src[:, :1], "make it snow", z_T[:, :1], steps, mode="image")
-        ed.decode(z0.transpose(0, 1))
+        return ed.decode(z0.transpose(0, 1))
 
-    def clip(ed=ed):
+    def latents(ed=ed, steps=steps):
         anchor = ed.anchor(z_src[:, :1], "make it snow", z_T[:1, :1], steps)
-        ed.decode(ed.sample(z_src, "make it snow", z_T[:1], steps, mode="ffg", anchor=anchor))
-    row(f"image candidate, {steps} steps, 4 in a batch", *timed([images], 1, device), per=4)
-    row(f"clip candidate, {steps} steps, FFG", *timed([clip], 1, device, warm=False))
+        return ed.sample(z_src, "make it snow", z_T[:1], steps, mode="ffg", anchor=anchor)
+
+    def clip(ed=ed, steps=steps):
+        ed.decode(latents(ed, steps))
+    line(f"image candidate, {steps} steps, 4 in a batch, not scored", *timed([images], 1, device), per=4)
+    line(f"clip candidate, {steps} steps, FFG, not scored", *timed([clip], 1, device, warm=affordable))
+    if model == "tiny":
+        nets = {role: random_scorer(role, model, device, ed.dtype)[0] for role in ("clip", "viclip")}
+        source = np.random.default_rng(0).integers(0, 256, (n_frames, size, size, 3), dtype=np.uint8)
+        item = dict(task="", instruction="make it snow", source_caption="a red fox", target_caption="a red fox in the snow")
+        st = SimpleNamespace(ed=ed, scorers=nets, opened=nets, square=0, limits=curate.THRESHOLDS["tiny"],
+                             fitted={"weights": curate.VIDEO_WEIGHTS["tiny"]}, args=SimpleNamespace(device=device, no_filter=False))
+
+        @torch.no_grad()
+        def scored_images():
+            edits = metrics.to_u8(images())
+            metrics.image_scores(nets["clip"], None, source[0], [*edits, source[0]], item["source_caption"], item["target_caption"])
+        line(f"image candidate, {steps} steps, 4 in a batch, scored", *timed([scored_images], 1, device), per=4)
+        line(f"clip candidate, {steps} steps, FFG, scored", *timed([lambda: curate.finish_clip(
+            st, item, source, z_src, latents(), [0], *([s] for s in ed.guidance))], 1, device))
     if small_on_cpu:
+        clip(half, 1)                                              # warms up in one step
         own, other = timed([lambda: clip(half), clip], 1, device, warm=False)
-        row(f"clip candidate, {steps} steps, FFG, bfloat16", own, "float32", other)
+        line(f"clip candidate, {steps} steps, FFG, bfloat16", own, "float32", other)
 
     unet = ed.unet
     unet.add_epm()
@@ -410,11 +440,11 @@ def bench_training(model, size, n_frames, runs, steps, device):
 
     no_text = ed.encode_text([""])[0].float()
 
-    def step(epm, bf16=device == "cuda", guidance=None):
+    def step(epm, bf16=device.type == "cuda", guidance=None):
         def call():
             for m, layer in sites:
                 m._modules.update(epm=layer) if epm else m._modules.pop("epm", None)
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 train.clip_loss(unet, [sample], ed.scheduler, device, guidance).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -422,17 +452,17 @@ def bench_training(model, size, n_frames, runs, steps, device):
                 for mean, p in zip(average, params):
                     mean.lerp_(p, 1e-3)
         return call
-    if model == "tiny" or device == "cuda":                        # full-size activations do not fit a CPU's memory
-        row("training step, a clip, EPM", *timed([step(True)], runs, device))
-        row("training step, a clip, no EPM", *timed([step(False)], runs, device))
+    if affordable:                                                 # full-size activations do not fit a CPU's memory
+        line("training step, a clip, EPM", *timed([step(True)], runs, device))
+        line("training step, a clip, no EPM", *timed([step(False)], runs, device))
         own, other = timed([step(True, guidance=(*ed.guidance, no_text)), step(True)], runs, device)
-        row("training step, a clip, EPM, guided loss", own, "plain loss", other)
+        line("training step, a clip, EPM, guided loss", own, "plain loss", other)
     if small_on_cpu:
         own, other = timed([step(True, bf16=True), step(True)], runs, device)
-        row("training step, a clip, EPM, bfloat16", own, "float32", other)
+        line("training step, a clip, EPM, bfloat16", own, "float32", other)
     train.recompute(unet)
-    row("training step, a clip, EPM, checkpointing", *timed([step(True)], runs, device, warm=model == "tiny"))
-    row("training step, a clip, no EPM, checkpointing", *timed([step(False)], runs, device, warm=model == "tiny"))
+    line("training step, a clip, EPM, checkpointing", *timed([step(True)], runs, device, warm=model == "tiny"))
+    line("training step, a clip, no EPM, checkpointing", *timed([step(False)], runs, device, warm=model == "tiny"))
 
 
 # ---- --cost: the paper's schedule, counted ---------------------------------------------------------------------------
@@ -498,7 +528,8 @@ def random_teacher(cls, config, device, dtype):
 def bench_teachers(runs, device):
     """A denoising step and a decoded frame of CogVideoX, a new token of LLaVA-OneVision, with random weights: of full
     size on a GPU, miniatures without one; diffusers and transformers on the same weights where they are installed."""
-    gpu, dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
     cog, vae, llava = (read_json(ROOT / "tests" / "goldens" / f"{file}.json")["config"] for file in (
         "cogvideox_5b_i2v_transformer", "cogvideox_vae", "llava_onevision_qwen2_7b"))
     if not gpu:
@@ -520,15 +551,17 @@ def bench_teachers(runs, device):
         rope = [x.to(device) for x in curate.rope_3d(f, h // 2, w // 2, cog["attention_head_dim"])]
         work.append(lambda: twin(z, ctx, t, image_rotary_emb=rope).sample)
     compare_teachers("CogVideoX, a denoising step, both guidance branches", work, runs, device)
+    net = twin = work = None                                       # one network in memory at a time
 
     net = random_teacher(curate.CogVAE, vae, device, dtype)
     z0 = torch.randn(1, f, vae["latent_channels"], h, w).to(device, dtype)
     work = [lambda: torch.cat(list(net.decode_chunks(z0)), dim=1)]
     if DIFFUSERS:
         from diffusers import AutoencoderKLCogVideoX
-        twin_vae = same_weights(AutoencoderKLCogVideoX, vae, net)
-        work.append(lambda: twin_vae.decode(z0.transpose(1, 2)).sample.transpose(1, 2))
+        twin = same_weights(AutoencoderKLCogVideoX, vae, net)
+        work.append(lambda: twin.decode(z0.transpose(1, 2)).sample.transpose(1, 2))
     compare_teachers("CogVideoX, a decoded frame", work, runs, device, frames)
+    net = twin = work = None
 
     net = random_teacher(metrics.LlavaOneVision, llava, device, dtype)
     net.end_ids = []                                               # never stops: all tokens count
@@ -538,9 +571,9 @@ def bench_teachers(runs, device):
     work = [lambda: net.generate_ids(rows, NEW_TOKENS)]
     if TRANSFORMERS:
         from transformers import Qwen2Config, Qwen2ForCausalLM
-        theirs = same_weights(Qwen2ForCausalLM, Qwen2Config(**llava["text_config"]), net.language_model)
-        work.append(lambda: theirs.generate(inputs_embeds=rows[0][None], max_new_tokens=NEW_TOKENS, do_sample=False,
-                                            min_new_tokens=NEW_TOKENS, pad_token_id=0)[0].tolist())
+        twin = same_weights(Qwen2ForCausalLM, Qwen2Config(**llava["text_config"]), net.language_model)
+        work.append(lambda: twin.generate(inputs_embeds=rows[0][None], max_new_tokens=NEW_TOKENS, do_sample=False,
+                                          min_new_tokens=NEW_TOKENS, pad_token_id=0)[0].tolist())
     compare_teachers("LLaVA-OneVision, a new token after 1,500, cached", work, runs, device, NEW_TOKENS)
 
 
@@ -579,7 +612,7 @@ def bench_long(device, size, steps, lengths=(200, 2000)):
         with video_writer(folder / "long.mp4", side, side, 25, Fraction(1, 25)) as write:
             for i in range(lengths[-1]):
                 write(frames[min(i % 94, 94 - i % 94)], i, 1)      # there and back
-        flags = f"--weights {folder} --steps {steps} --size {size} --out {folder / 'out.mp4'} --device {device}".split()
+        flags = ["--weights", folder, "--steps", steps, "--size", size, "--out", folder / "out.mp4", "--device", device]
         for n in lengths:
             began = time.time()
             said = finished([ROOT / "sample.py", folder / "long.mp4", "make it snow", "--frames", n, *flags])
@@ -649,29 +682,31 @@ def main():
     args = p.parse_args()
     if (args.size or 32) % 32 or not 1 <= args.frames <= 16 or min(args.runs, args.n, args.steps or 1) < 1:
         raise UserError("--size needs a multiple of 32, --frames 1 to 16, --runs, --n and --steps 1 or more")
-    gpu = args.device == "cuda"
-    print(f"{torch.cuda.get_device_name() if gpu else platform.machine()}, {torch.get_num_threads()} of "
+    check_device(args.device)
+    device = torch.device(args.device)
+    gpu = device.type == "cuda"
+    print(f"{torch.cuda.get_device_name(device) if gpu else platform.machine()}, {torch.get_num_threads()} of "
           f"{os.cpu_count()} CPU threads, load {os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}, "
           f"{'bfloat16' if gpu else 'float32'}; median and best of {args.runs} calls"
           + ("" if DIFFUSERS else "; diffusers is not installed: nothing to compare with"))
     if args.long:
-        return bench_long(args.device, args.size or 64, args.steps or 2)
+        return bench_long(device, args.size or 64, args.steps or 2)
     if args.teachers:
-        return bench_teachers(args.runs, args.device)
+        return bench_teachers(args.runs, device)
     if args.cost:
         for size in (args.size,) if args.size else (256, 512):
             bench_cost(size, args.tflops)
         return
     if args.detail:
-        return bench_detail(args.device, args.n, args.seed, args.domain, args.size or 64, args.steps or 20)
+        return bench_detail(device, args.n, args.seed, args.domain, args.size or 64, args.steps or 20)
     for model in ("tiny", "sd15") if args.model == "both" else (args.model,):
         size = args.size or (64 if model == "tiny" else 512 if gpu else 128)
         steps = args.steps or (20 if model == "tiny" or gpu else 2)
         if args.training:
-            bench_training(model, size, args.frames, args.runs, steps, args.device)
+            bench_training(model, size, args.frames, args.runs, steps, device)
             continue
-        bench_model(model, size, args.frames, args.runs, steps, args.device)
-        bench_scores(model, args.runs, args.device)
+        bench_model(model, size, args.frames, args.runs, steps, device)
+        bench_scores(model, args.runs, device)
     if args.training:
         return
     print("""

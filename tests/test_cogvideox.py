@@ -17,7 +17,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 MANIFESTS = GOLDENS
 MINI = GOLDENS / "CogVideoX-5b-I2V"
 WANT = load_file(MINI / "expected.safetensors")
-CASES = json.loads((MINI / "cases.json").read_text())
+CASES = json.loads((MINI / "cases.json").read_text(encoding="utf-8"))
 ATOL = {k: v["atol"] for k, v in json.loads((MINI / "tolerance.json").read_text()).items()}
 
 

@@ -477,6 +477,27 @@ def test_filters_that_keep_nothing_say_which_threshold_removed_how_many(hub, tmp
     assert not list((tmp_path / "x").rglob("trajectory.safetensors"))
 
 
+def test_a_threshold_on_a_score_that_the_run_does_not_compute_is_refused(hub, tmp_path):
+    with pytest.raises(UserError, match="--min .*dinov2_sim: not among the scores of this run, which are .*ssim"):
+        images(hub, tmp_path / "x", "--min", "dinov2_sim=0.4")
+    assert C.read_manifest(tmp_path / "x") == []
+
+
+def test_ranks_that_stop_at_their_limit_do_not_end_the_data_set(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):                                         # 2 and 1 of three images; the last is done with its own
+        monkeypatch.setenv("RANK", rank)
+        images(hub, tmp_path / "x", "--min", "ssim=2", "--limit", 1 + int(rank))
+    assert "0 of 2 images kept" in capsys.readouterr().out          # no error yet: rank 0 has one to do
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        if rank == "0":
+            images(hub, tmp_path / "x", "--min", "ssim=2")
+        else:
+            with pytest.raises(UserError, match="none of 3 images kept"):
+                images(hub, tmp_path / "x", "--min", "ssim=2")
+
+
 def test_an_image_that_does_not_decode_gets_a_line_and_the_run_goes_on(hub, tmp_path):
     Image.fromarray(picture()).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -587,7 +608,11 @@ def test_a_clip_continues_its_image_and_its_edit_under_the_trajectory(made, clip
     source = np.array(Image.open(made / row["id"] / "source.png"))
     want = editor.encode(C.to_video(source[None]))[0]
     torch.testing.assert_close(z["source"][:1].float(), want, atol=2e-2, rtol=2e-2)
-    assert read_video(clips / row["id"] / "source.mp4")[0].shape == (1, 16, 3, 32, 32)
+    shown = {name: read_video(clips / row["id"] / f"{name}.mp4")[0] for name in z}
+    assert shown["source"].shape == (1, 16, 3, 32, 32)
+    target = z["target"][None].float()                              # unscaled, as the source; training scales them
+    off = [(editor.decode(scale * target) - shown["target"]).abs().mean() for scale in (editor.vae.scaling_factor, 1)]
+    assert off[0] < 0.1 and off[0] < off[1] / 3, off
     assert row["scores"].keys() >= {"viclip_out", "viclip_dir", "clip_frame", "clip_text", "clip_text_gain"}
     assert row["origin"]["image"] == row["id"]
 
@@ -629,6 +654,15 @@ def test_the_anchor_of_a_later_clip_is_the_images_edit_not_its_own_first_frames(
     how = st, z[:, 1:], "make it snow", [z_T], [7.5], [1.5], 2, "ffg", path
     own, image = C.edit_clip(*how), C.edit_clip(*how, z_first=z[:, :1])
     assert torch.equal(own, C.edit_clip(*how, z_first=z[:, 1:2])) and (own - image).abs().max() > 1e-3
+
+
+def test_an_image_of_another_shapes_world_does_not_become_a_clip_of_this_one(hub, made, tmp_path):
+    shutil.copytree(made, tmp_path / "images")
+    row = next(row for row in C.read_manifest(made) if row["kept"])
+    path = tmp_path / "images" / row["id"] / "source.png"
+    Image.fromarray(255 - np.array(Image.open(path))).save(path)
+    with pytest.raises(UserError, match=f"{row['id']} is not how its clip begins; the shapes world has changed"):
+        videos(hub, tmp_path / "images", tmp_path / "x", "--candidates", "1", "--no-filter")
 
 
 def test_the_world_animates_drawn_scenes_only_and_the_camera_anything(hub, made, tmp_path):
@@ -827,14 +861,72 @@ def test_real_clips_are_cut_written_edited_and_a_broken_video_is_told(hub, tmp_p
     (tmp_path / "say.txt").write_text("make it snow\n\nmake it night\n")
     command = ["real", "--round", "1", "--weights", str(hub), "--from", str(tmp_path), "--to", str(tmp_path / "x"),
                "--candidates", "1", "--steps", "1", "--instructions", str(tmp_path / "say.txt"), *OPEN]
-    C.main([*command, "--limit", "1"])
-    out = capsys.readouterr().out
-    assert "b.mp4" in out and "left out: 1 unreadable" in out and "2 videos: 2 clips" in out
+    C.main([*command, "--limit", "1"])                              # cuts no more videos than that takes
+    assert "1 of 2 videos: 2 clips" in capsys.readouterr().out
     C.main(command)
+    out = capsys.readouterr().out
+    assert "b.mp4" in out and "left out: 1 unreadable" in out and "2 of 2 videos: 2 clips" in out
     rows = C.read_manifest(tmp_path / "x")
     assert [row["origin"]["frames"] for row in rows] == [[0, 16], [16, 32]] and all(row["kept"] for row in rows)
     assert {row["instruction"] for row in rows} <= {"make it snow", "make it night"} and rows[0]["round"] == 1
     assert load_file(tmp_path / "x" / rows[0]["id"] / "latents.safetensors")["target"].shape == (16, 4, 4, 6)
+
+
+def test_a_video_that_was_still_being_copied_is_cut_again_when_it_is_whole(hub, tmp_path, capsys):
+    folder = tmp_path / "in" / "cat"
+    folder.mkdir(parents=True)
+    def copy(frames):
+        for i in frames:
+            Image.fromarray(clip[i]).save(folder / f"{i:05d}.png")
+    clip, args = moving(36, 1), C.parse(["real", "--round", "1", "--weights", str(hub), "--from", str(tmp_path / "in"),
+                                         "--to", str(tmp_path)])
+    copy(range(20))
+    starts = [[item["order"][1] for item in C.cut_videos(args, C.find_videos(tmp_path / "in"))] for _ in range(2)]
+    assert starts == [[0], [0]] and "changed" not in capsys.readouterr().out
+    copy(range(20, 36))
+    assert [item["order"][1] for item in C.cut_videos(args, C.find_videos(tmp_path / "in"))] == [0, 16]
+    assert "has changed since it was cut" in capsys.readouterr().out
+
+
+def test_videos_of_a_disk_that_is_gone_are_not_left_out_one_by_one(hub, tmp_path):
+    for i in range(C.GIVE_UP + 2):
+        (tmp_path / f"{i}.mp4").write_bytes(b"no video")
+    args = C.parse(["real", "--round", "1", "--weights", str(hub), "--from", str(tmp_path), "--to", str(tmp_path)])
+    with pytest.raises(UserError, match="20 videos one after another cannot be read, the last: .*mp4"):
+        C.cut_videos(args, C.find_videos(tmp_path))
+    args.force = True
+    with pytest.raises(UserError, match="no usable clip in 22 videos"):
+        C.cut_videos(args, C.find_videos(tmp_path))
+
+
+def test_a_teacher_does_not_begin_where_its_clips_would_find_no_room(hub, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: C.SimpleNamespace(free=20_000))
+    for command in (["real", "--round", "1", "--n", "2", "--writer", "llava", "--llava", str(LLAVA)],
+                    ["videos", "--images", str(made), "--animate", "cogvideox", "--cogvideox", str(COG)]):
+        with pytest.raises(UserError, match="needs up to 0.. MB, 0.0 MB are free"):
+            C.main([command[0], "--weights", str(hub), "--to", str(tmp_path / command[0]), *command[1:]])
+        assert not list((tmp_path / command[0]).glob("instructions*")) + list((tmp_path / command[0]).glob("animated"))
+
+
+def test_real_clips_of_the_shapes_world_get_instructions_and_effects_a_truth(hub, tmp_path):
+    C.main(["real", "--round", "1", "--weights", str(hub), "--to", str(tmp_path / "x"), "--n", "6", "--candidates", "2",
+            "--steps", "1", *OPEN])
+    rows = C.read_manifest(tmp_path / "x")
+    assert len(rows) == 12 and sum(row["kept"] for row in rows) == 6
+    known = {row["task"] for row in rows if "truth" in row}
+    assert known and known <= {"effect", "style"}
+    assert all(row["truth"].keys() == {"gain", "outside", "success"} for row in rows if "truth" in row)
+
+
+def test_the_true_edit_is_judged_a_success_and_the_untouched_source_is_not(editor):
+    [item] = C.drawn_sources(1, "synthetic", 0)
+    scene, edit, t0 = C.drawn_scene(item["origin"])
+    edit = next(e for e in (C.propose_edit(scene, k) for k in range(99)) if e.deterministic and not e.is_global)
+    source, truth = (C.quantise(C.render(s, 4, 32, 32, C.FPS, t0)) for s in (scene, edit.target))
+    mask, rows = C.true_region(source, truth, False), [{}, {}]
+    C.judge(editor, rows, editor.encode(C.to_video(source)), source, [truth, source], (truth, mask))
+    assert rows[0]["truth"]["success"] == 1 and rows[1]["truth"] == {"gain": 0, "outside": 100, "success": 0}
+    assert rows[0]["truth"]["gain"] > 10
 
 
 def test_the_writer_says_what_the_shapes_world_could_say(hub, tmp_path):
@@ -885,6 +977,30 @@ def test_a_picture_is_read_upright_and_with_its_own_range(tmp_path):
                 C.read_image(io.BytesIO(broken), "a")
             said.append(str(error.value))
         assert said[0] == said[1] == "a: not a readable image (cannot identify image file)"
+
+
+def test_what_a_reader_leaves_out_it_names(tmp_path, capsys):
+    for path in ("a/JPEGImages/full/1.jpg", "b/0000000/11_0.jpg", "b/0000000/11_1.jpg", "c/x/image/5_0_0000.jpg",
+                 "c/x/image/5_0_0016.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture()).save(tmp_path / path)
+    for folder in ("a/JPEGImages/empty", "b/0000001", "b/0000000", "c/x", "c/y"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "prompt.json").write_text(json.dumps({"input": "a", "edit": "b", "output": "c"}))
+    (tmp_path / "a" / "loose.mp4").write_bytes(b"")
+    assert len(C.find_videos(tmp_path / "a")) == len(list(C.read_pairs(tmp_path / "b"))) == len(list(C.read_insv2v(tmp_path / "c"))) == 1
+    said = capsys.readouterr().out
+    for name in ("JPEGImages/empty", "loose.mp4", "b/0000001", "c/y", "5_0_0016.jpg"):
+        assert f"{name}; left out" in said, name
+
+
+def test_a_pairs_id_does_not_depend_on_its_place_in_the_list(tmp_path):
+    rows = [{"source": f"{k}.png", "instruction": "make it snow", "source_caption": "a", "target_caption": "b"} for k in range(3)]
+    ids = []
+    for kept in (rows, rows[1:]):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        ids.append([pair["id"] for pair in C.read_pairs(tmp_path)])
+    assert ids[1] == ids[0][1:] and len(set(ids[0])) == 3
 
 
 def test_a_list_of_pairs_that_people_write_needs_no_last_newline(tmp_path):

@@ -19,7 +19,7 @@ from sample import write_video
 
 GOLDENS = MANIFESTS = Path(__file__).parent / "goldens"
 HUB = GOLDENS / "llava-onevision-qwen2-0.5b-ov-hf"
-GOLD, CASES = load_file(HUB / "expected.safetensors"), json.loads((HUB / "cases.json").read_text())
+GOLD, CASES = load_file(HUB / "expected.safetensors"), json.loads((HUB / "cases.json").read_text(encoding="utf-8"))
 ATOL = {k: v["atol"] for k, v in json.loads((HUB / "tolerance.json").read_text()).items()}
 KINDS = ["single", "multi", "odd", "big", "video"]
 

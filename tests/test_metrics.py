@@ -31,7 +31,8 @@ from sample import write_video
 GOLDENS = Path(__file__).parent / "goldens"
 CLIP_DIR, PICK_DIR = GOLDENS / "clip-vit-large-patch14", GOLDENS / "PickScore_v1"
 DINO_DIR, VICLIP_DIR = GOLDENS / "dinov2-base", GOLDENS / "ViCLIP"
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error:::(metrics|model|sample|curate)$",   # not another library's deprecations
+                                        "error::RuntimeWarning:numpy")              # but means of nothing, 0 / 0
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def no_grad():
 
 def golden(folder):
     """(expected tensors, absolute tolerances, cases) of one golden folder."""
-    tolerance, cases = (json.loads((folder / f).read_text()) if (folder / f).exists() else {}
+    tolerance, cases = (json.loads((folder / f).read_text(encoding="utf-8")) if (folder / f).exists() else {}
                         for f in ("tolerance.json", "cases.json"))
     return load_file(folder / "expected.safetensors"), {k: v["atol"] for k, v in tolerance.items()}, cases
 
@@ -230,15 +231,12 @@ def test_clip_text_and_pick_score_are_mean_logits():
         assert metrics.clip_text(images, text) == pytest.approx(100 * cosines.mean().item(), abs=1e-3)
 
 
-def test_viclip_dir_is_zero_for_an_untouched_clip_and_one_for_a_change_along_the_text():
+def test_viclip_dir_is_zero_for_an_untouched_clip_one_for_a_change_along_the_text_and_minus_one_against_it():
     torch.manual_seed(0)
     source, edited, before = torch.randn(3, 16)
     assert metrics.viclip_dir(source, source, edited, before) == 0
-    after = F.normalize(before, dim=0) + F.normalize(edited, dim=0) - F.normalize(source, dim=0)
-    before = F.normalize(before, dim=0)  # the direction is exact only where the sum has unit length, so make the step small and compare with a random one
-    step = 1e-3 * (after - before)
-    moved = metrics.viclip_dir(F.normalize(source, dim=0) + step, source, before + step, before)
-    assert moved > metrics.viclip_dir(torch.randn(16), source, before + step, before)
+    assert metrics.viclip_dir(edited, source, edited, source) == pytest.approx(1, abs=1e-6)
+    assert metrics.viclip_dir(edited, source, source, edited) == pytest.approx(-1, abs=1e-6)
 
 
 def test_directions_are_taken_between_normalised_features():
@@ -359,10 +357,12 @@ def test_clips_and_edits_scored_together_score_as_they_do_alone():
             assert rows[name] == pytest.approx(alone[name], abs=1e-5, nan_ok=True)
 
 
-def test_networks_kept_for_the_next_call_give_the_same_scores():
+def test_networks_kept_for_the_next_call_are_not_loaded_again_and_give_the_same_scores():
     clip, kept = dict(edits={"a": noisy_clip()}, target_caption="two cats"), {}
-    first, second = (metrics.score_clips([clip], SCORERS, kept=kept) for _ in range(2))
-    assert first == second and set(kept) == set(SCORERS)
+    first = metrics.score_clips([clip], SCORERS, kept=kept)
+    networks = dict(kept)
+    assert metrics.score_clips([clip], SCORERS, kept=kept) == first
+    assert set(kept) == set(SCORERS) and all(kept[role] is networks[role] for role in SCORERS)
 
 
 def test_frames_are_stretched_to_480_before_the_crop_as_in_tgves_script():
@@ -814,8 +814,8 @@ def test_new_weights_get_a_new_name_and_so_new_edits():
     assert metrics.stamp(ed) != changed
 
 
-@pytest.mark.parametrize("argv", [["--n", "0"], ["--frames", "0"], ["--size", "12"], ["--steps", "0"]])
-def test_a_shapes_flag_out_of_range_is_named(argv, tmp_path):
+@pytest.mark.parametrize("argv", [["--size", "12"], ["--steps", "0"]])
+def test_a_shapes_flag_that_the_editor_cannot_follow_is_named(argv, tmp_path):
     with pytest.raises(UserError, match=" ".join(argv)):
         metrics.main_shapes(shapes_argv(tmp_path, *argv))
 
@@ -921,7 +921,7 @@ def test_votes_are_win_rates_with_exact_binomial_intervals(tmp_path, capsys):
 class Browser:
     """A headless chromium, driven through its debugging pipe."""
 
-    def __init__(self, profile, page):
+    def __init__(self, profile):
         theirs_in, self.write = os.pipe()
         self.read, theirs_out = os.pipe()
         command = (f"exec chromium --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage "
@@ -930,8 +930,13 @@ class Browser:
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(theirs_in), os.close(theirs_out)
         self.session, self.buffer, self.count, self.loads = None, b"", 0, 0
+
+    def open(self, page):
+        """Shows a page of films; skips the test where this build cannot play them."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        if not self.js("""document.createElement("video").canPlayType('video/mp4; codecs="avc1.42E01E"')"""):
+            pytest.skip("this chromium was built without H.264: it plays none of the films")
         self.send("Page.enable")
         self.load("Page.navigate", url=page.as_uri())
 
@@ -961,8 +966,11 @@ class Browser:
                 break
             while self.loads == loads:
                 self.message()
-        self.js("Promise.all([...document.querySelectorAll('video')].map(v => v.readyState > 1 ? 0 :"
-                "new Promise(done => v.onloadeddata = done)))")
+        self.js("""Promise.all([...document.querySelectorAll("video")].map(v => new Promise((done, fail) => {
+            const look = () => v.error ? fail(Error("film: " + v.error.message)) : v.readyState > 1 && done();
+            v.onloadeddata = v.onerror = look;
+            look();
+        })))""")
 
     def js(self, expression):
         reply = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
@@ -978,8 +986,9 @@ class Browser:
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed (apt install chromium)")
 def test_in_a_browser_the_study_is_answered_by_keyboard_kept_over_a_reload_and_exported(study, tmp_path):
-    browser = Browser(tmp_path / "profile", study)
+    browser = Browser(tmp_path / "profile")
     try:
+        browser.open(study)
         assert browser.js("$('caption').textContent") == EVIL and browser.js("document.title") != "broken"
         assert browser.js("[...document.querySelectorAll('video')].map(v => v.videoWidth)") == [32, 32, 32]
         name, left = browser.js("current().name"), browser.js("state.flip[state.order[0]] ? 'b' : 'a'")
@@ -991,10 +1000,10 @@ def test_in_a_browser_the_study_is_answered_by_keyboard_kept_over_a_reload_and_e
         want = {name: {"text": left, "structure": right, "quality": left}}
         assert browser.js("state.answers") == want and browser.js("state.at") == 1
         order = browser.js("state.order")
-        for _ in range(20):                             # chromium stores what a page keeps a moment later
-            browser.load("Page.reload")
-            if browser.js("state.at"):
-                break
+        stored = json.dumps(browser.js("[key, localStorage.getItem(key)]"))
+        browser.send("Page.addScriptToEvaluateOnNewDocument",       # chromium may hand it on only a moment later
+                     source=f"localStorage.setItem(...{stored})")
+        browser.load("Page.reload")
         assert browser.js("state.answers") == want and browser.js("state.at") == 1 and browser.js("state.order") == order
         assert browser.js("$('left').textContent") == "2 of 3, 1 answered"
         browser.press("Backspace")
