@@ -750,7 +750,7 @@ def draw_noise(number, seed, shape, t_bias, same_noise, train_steps=1000):
     same_noise: the share of clips whose frames all have one noise; in the rest each frame has its own, as in InsV2V and
     AnimateDiff. A video editor samples from what most of its clips had.
     PAPER: silent on noise over frames. `tiny`'s short rounds did not learn to bring frames of different noise together
-    (README, State), so its clips have one.
+    (README, Results), so its clips have one.
     """
     g = torch.Generator().manual_seed((seed + 1) * 1_000_003_000 + number)
     u, v, same = torch.rand(3, generator=g).tolist()
@@ -874,7 +874,7 @@ VIDEO = {"tiny": dict(steps=60, lr=2e-4, lr_new=3e-4, same_noise=1.0, clip_batch
                       no_text="source", epm_start=-2.0, guided_loss=True),
          "sd15": dict(steps=2000, lr=1e-5, lr_new=1e-4, same_noise=0.0, clip_batch=1, accumulate=16, t_bias=1.0, region_weight=0.0,
                       no_text="edit", epm_start=-10.0, guided_loss=False)}
-# Flags for curate.py in the rounds. tiny: five sampling steps edit as well as twenty (README), and of clips that differ in
+# Flags for curate.py in the rounds. tiny: five sampling steps edit as well as twenty (README, Results), and of clips that differ in
 # guidance alone there is nothing to choose.
 CURATE = {"tiny": dict(images="--candidates 6 --steps 5", videos="--candidates 1", real="--candidates 2 --steps 5"),
           "sd15": dict(images="", videos="", real="")}
