@@ -56,10 +56,11 @@ from tokenizers import models
 from tqdm import tqdm
 
 import metrics
-from metrics import read_lines, to_video, write_aside
-from model import (ROOT, UserError, VideoEditor, attention, hub_dir, load_weights, read_json, read_tensors,
+from metrics import read_lines, read_log, to_video, write_aside
+from model import (ROOT, UserError, VideoEditor, aside, attention, hub_dir, load_weights, out_of_memory, read_json, read_tensors,
                    repository, run, timestep_embedding)
-from sample import EXIF_TURNS, IMAGES, frame_files, probe, read_frames, resize, to_rgb, to_tensor, upright, write_video
+from sample import (EXIF_TURNS, IMAGES, Defaults, Parser, check_device, frame_files, probe, read_frames, resize, to_rgb, to_tensor,
+                    upright, write_video)
 
 # ----------------------------------------------------------------------------------------------------------
 # The pipeline (paper, section 3.2): one function per stage. A data set is a folder with
@@ -91,7 +92,7 @@ THRESHOLDS = {
         # ours, clips: of the true edits of 40 drawn clips, once through the autoencoder, 95 % lie above each
         "clip_text": 43, "viclip_out": 0.45, "clip_frame": 0.9}}
 # The total's scores: the paper's six of an image and five of a clip but the held-out one, and ours: <score>_gain over
-# the untouched source's, and `agreement`'s two. Their weights, until `calibrate` has fitted others:
+# the untouched source's, and `consensus_scores`' two. Their weights, until `calibrate` has fitted others:
 #   published  the paper's scores, of clips the gains as well, all equal
 #   tiny       images: what a fit to the truth of those 98 scenes left above zero, rounded
 #              clips: the same with their own gains in the place of the images'; not fitted
@@ -181,8 +182,6 @@ def check_config(folder, config, force):
     """dataset.json tells what made a data set; other settings are refused, by name, unless --force."""
     path = folder / "dataset.json"
     old = read_json(path) if path.is_file() else config
-    if not isinstance(old, dict):
-        raise UserError(f"{path}: holds no settings of curate.py; restore it, or pass another --to")
     changed = [k for k in sorted(config.keys() | old.keys()) if old.get(k) != config.get(k)]
     if changed and not force:
         names = ", ".join(f"{k} {old.get(k)} (now {config.get(k)})" for k in changed)
@@ -206,6 +205,14 @@ def write_files(folder, files):
             save_file({k: v.half().contiguous().cpu() for k, v in data.items()}, part / name)
     shutil.rmtree(folder, ignore_errors=True)       # left by a kill before its lines were written
     os.replace(part, folder)
+
+
+def rank_log(folder, name):
+    """(this rank's file of JSON lines, mended where a crash cut it; the lines of all ranks)."""
+    rank, world = shard()
+    log = folder / (f"{name}.jsonl" if world == 1 else f"{name}.{rank}.jsonl")
+    read_log(log)
+    return log, [row for path in sorted(folder.glob(f"{name}*.jsonl")) for row in read_lines(path)[0]]
 
 
 class Unusable(UserError):
@@ -244,10 +251,6 @@ def check_room(args, n, of, per_source, unit):
 
 def amount(size):
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def out_of_memory(error):
-    return "out of memory" in str(error) or "allocate memory" in str(error)         # as CUDA and the CPU say it
 
 
 GIVE_UP = 20            # sources one after another that cannot be read: it is not they that are broken
@@ -397,7 +400,7 @@ def choose(rows, limits, fitted, keep_all=False, task=""):
     return best
 
 
-def agreement(z0, z_src):
+def consensus_scores(z0, z_src):
     """How far each of K candidates of a source does what the others do: {"consensus", "certainty": (K,)}; {} for one.
 
     z0: scaled latents (K, ...); z_src (1, ...): the source's, scaled. consensus: cosine between a candidate's change
@@ -413,35 +416,35 @@ def agreement(z0, z_src):
             "certainty": (-10 * torch.log10(apart + 1e-4)).tolist()}
 
 
-def judge(ed, rows, z_src, source, edits, truth):
+def against_truth(ed, z_src, source, edits, truth, mask):
+    """{name: metrics.truth_scores, psnr_outside, success} of edits {name: frames}, and of metrics.CODED, source and truth
+    through the autoencoder. All frames (F, H, W, 3) uint8; z_src: the source's latents; mask (F, H, W): the true region."""
+    coded = [ed.decode(z * ed.vae.scaling_factor) for z in (z_src, ed.encode(to_video(truth)))]
+    clips = edits | {name: np.stack(metrics.to_u8(x)) for name, x in zip(metrics.CODED, coded)}
+    result = {name: {"psnr_outside": metrics.preservation(source, x, mask)[1]} |
+              metrics.truth_scores(source, x, truth, mask) for name, x in clips.items()}
+    metrics.add_success(result)
+    return result
+
+
+def compare_with_truth(ed, rows, z_src, source, edits, truth):
     """Adds to each candidate's row how its edit compares with the true one, as metrics.SUCCESS says; the filter never
     sees it. source, edits' items: frames (F, H, W, 3) uint8; truth: (frames, mask (F, H, W) bool), or None."""
     if truth is None:
         return
     at = np.unique(np.linspace(0, len(source) - 1, 4).astype(int))  # four frames of a clip say it
-    (true, mask), source = (x[at] for x in truth), source[at]
-    coded = [ed.decode(z * ed.vae.scaling_factor) for z in (z_src[:, at], ed.encode(to_video(true)))]
-    clips = {name: np.stack(metrics.to_u8(x)) for name, x in zip(metrics.CODED, coded)}
-    clips |= {k: x[at] for k, x in enumerate(edits)}
-    result = {name: {"psnr_outside": metrics.preservation(source, x, mask)[1]} |
-              metrics.truth_scores(source, x, true, mask) for name, x in clips.items()}
-    metrics.add_success(result)
+    result = against_truth(ed, z_src[:, at], source[at], {k: x[at] for k, x in enumerate(edits)}, *(x[at] for x in truth))
     for k, row in enumerate(rows):
         row["truth"] = {"gain": round(result[k]["truth_gain"], 3), "outside": round(result[k]["psnr_outside"], 3),
                         "success": result[k]["success"]}            # dB inside the true region, dB outside, 0 or 1
 
 
 def open_scorers(args):
-    """({role: hub id or directory}, their family, square as score_clips takes it). `auto`: an editor whose repository
+    """({role: hub id or directory}, square as score_clips takes it, their family). `auto`: an editor whose repository
     holds its own scorers, as the embedded one's does, is judged by those; others by the published ones."""
     root = Path(repository(args.weights)[1])
-    if args.scorers != "auto" or not (root / "clip").is_dir():
-        scorers, square = metrics.choose_scorers(args)
-        return scorers, square, "published" if square else "tiny"
-    scorers = {role: getattr(args, role) or root / role for role in ("clip", "viclip")}
-    for role in [r for r, where in scorers.items() if where == "none" or not Path(where).is_dir()]:
-        print(f"{role}: none at {scorers.pop(role)}; its scores are left out")
-    return scorers, 0, "tiny"
+    own = {role: root / role for role in ("clip", "viclip")} if (root / "clip").is_dir() else None
+    return metrics.choose_scorers(args, own)
 
 
 def open_filter(args, family, weights):
@@ -450,7 +453,7 @@ def open_filter(args, family, weights):
     known = {*metrics.SCORES, *VIDEO_SCORES, "pick_score_gain"} if args.command != "images" else {*IMAGE_SCORES}
     if args.score_weights:
         fitted = read_named(args.score_weights, "--score-weights ")
-        parts = [fitted.get(k) for k in ("weights", "centre", "spread")] if isinstance(fitted, dict) else [None]
+        parts = [fitted.get(k) for k in ("weights", "centre", "spread")]
         if not all(isinstance(x, dict) and x and x.keys() == parts[0].keys() and all(map(is_number, x.values()))
                    for x in parts) or not is_number(fitted.get("min_total")):
             raise UserError(f"--score-weights {args.score_weights}: needs weights, centre and spread, a number for each of "
@@ -512,7 +515,6 @@ def open_stage(args, weights, source, **more):
         args.to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--to {args.to}: cannot be made a folder ({error.strerror})") from None
-    scorers |= {"judge": args.judge} if args.judge else {}
     names = {role: str(path).removeprefix(f"{ROOT}/") for role, path in scorers.items()}
     if args.judge:                                  # metrics.py then does not take it for a held-out judge
         more["filtered_by"] = {"judge": str(args.judge), "mark": metrics.judge_mark(args.judge)}
@@ -586,11 +588,11 @@ def stage_images(args):
         captions = item["source_caption"], item["target_caption"]
         scores = metrics.image_scores(clip, dino, source[0], [*edits, source[0]], *captions)        # the last is untouched
         scores["clip_sim_target_gain"] = scores["clip_sim_target"] - scores["clip_sim_target"][-1]
-        scores |= agreement(torch.stack([path[-1] for path in latents]), z_src[0] * ed.vae.scaling_factor)
+        scores |= consensus_scores(torch.stack([path[-1] for path in latents]), z_src[0] * ed.vae.scaling_factor)
         rows = [dict(seed=seeds[k], guidance=[s_txt[k], s_src[k]],
                      scores={name: round(float(x[k]), 5) for name, x in scores.items()}) for k in range(n)]
         if drawn:
-            judge(ed, rows, z_src, source, [x[None] for x in edits], true_clip(item["origin"], source))
+            compare_with_truth(ed, rows, z_src, source, [x[None] for x in edits], true_clip(item["origin"], source))
         best = choose(rows, st.limits, st.fitted, args.no_filter, item["task"])
         files = {"source.png": source[0], "target.png": edits[best]}
         return rows, files | ({"trajectory.safetensors": {"trajectory": latents[best]}} if rows[best]["kept"] else {})
@@ -671,9 +673,8 @@ def animate_by_cogvideox(args, items):
             jobs.append((row, (fit_image(image, height, width, pad=True), row["source_caption"],
                                Random(f"cogvideox {args.seed} {row['origin']['image']}").getrandbits(31))))
         for (row, _), z in zip(jobs, cog.latents([job for _, job in jobs], steps=args.cogvideox_steps)):
-            part = file_of(row).with_suffix(f".{os.getpid()}.part")
-            save_file({"z": z.half().cpu()}, part)
-            os.replace(part, file_of(row))
+            with aside(file_of(row)) as part:
+                save_file({"z": z.half().cpu()}, part)
             bar.update()
     bar.close()
     cog.loaded = (None, None)                                       # the editor needs the room now
@@ -697,81 +698,88 @@ def stage_videos(args):
     """Round 0's clips: every kept image is animated, and edited under its trajectory with several guidance settings.
 
     Paper, section 3.2, steps 3 and 4 (FFG-V2V). --mode image edits frame by frame without the trajectory, for Table
-    2's comparison. A folder in InsV2V's layout is taken as it is: its pairs are scored and filtered, not made.
-    --animate: CogVideoX makes three clips of an image. Only the first starts with it; the edit of the image guides the
-    attention of all three, and each is a source of its own, filtered by itself.
+    2's comparison. --animate: CogVideoX makes three clips of an image. Only the first starts with it; the edit of the
+    image guides the attention of all three, and each is a source of its own, filtered by itself.
     """
     if not args.images.is_dir():
         raise UserError(f"--images {args.images}: no such directory; run curate.py images first")
-    made = bool(list(args.images.glob("manifest*.jsonl")))
-    motion = False if args.motion in ("none", "None") else args.motion
+    if not list(args.images.glob("manifest*.jsonl")):
+        return stage_pairs(args)
     teacher = (dict(cogvideox=args.cogvideox, cogvideox_steps=args.cogvideox_steps)
                if args.animate == "cogvideox" else {})
-    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode=args.mode if made else "pairs", motion=motion,
+    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode=args.mode, motion=False if args.motion == "none" else args.motion,
                     animate=args.animate, **teacher)
-    ed, animate = st.ed, {"world": animate_by_world, "camera": animate_by_camera}.get(args.animate)
-    undrawn = []
-    if made:
-        rows = [row for row in read_manifest(args.images) if row["kept"]]
-        if not rows:
-            raise UserError(f"--images {args.images}: its filters kept no image; see curate.py look {args.images}")
-        undrawn = [row["id"] for row in rows if "scene" not in row["origin"]]
-        if args.animate == "world" and undrawn:
-            raise UserError(f"--animate world: {len(undrawn)} of {len(rows)} images are no drawn scenes, the first "
-                            f"{undrawn[0]}; pass camera or cogvideox")
-        items = mine([row | {"origin": row["origin"] | {"image": row["id"]}} for row in rows])
-        if teacher:                                                 # sharded by image, then cut
-            items = [item | {"id": ident(item["id"], k) if k else item["id"], "order": item["order"] + [k] * (k > 0),
-                             "origin": item["origin"] | {"frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}}
-                     for item in items for k in range(TEACHER_CLIPS)]
-            check_config(args.to, st.config, args.force)            # before hours of work
-            check_room(args, len(to_do(args, items)), len(items), clip_bytes(st, False), "clip")
-            with out_of_the_way(ed):
-                animate = animate_by_cogvideox(args, items)
-    elif args.animate:
-        raise UserError(f"--animate {args.animate}: {args.images} holds no images of curate.py; pass such a data set, "
-                        "or leave --animate out")
-    else:
-        items = mine(first_of(read_insv2v(args.images), -1, f"--images {args.images}"))
+    ed, rows = st.ed, [row for row in read_manifest(args.images) if row["kept"]]
+    if not rows:
+        raise UserError(f"--images {args.images}: its filters kept no image; see curate.py look {args.images}")
+    undrawn = [row["id"] for row in rows if "scene" not in row["origin"]]
+    if args.animate == "world" and undrawn:
+        raise UserError(f"--animate world: {len(undrawn)} of {len(rows)} images are no drawn scenes, the first "
+                        f"{undrawn[0]}; pass camera or cogvideox")
+    items, per_source = mine([row | {"origin": row["origin"] | {"image": row["id"]}} for row in rows]), clip_disk_bytes(st, not undrawn)
+    if teacher:                                                     # sharded by image, then cut
+        items = [item | {"id": ident(item["id"], k) if k else item["id"], "order": item["order"] + [k] * (k > 0),
+                         "origin": item["origin"] | {"frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}}
+                 for item in items for k in range(TEACHER_CLIPS)]
+        check_config(args.to, st.config, args.force)                # before hours of work
+        check_room(args, len(to_do(args, items)), len(items), per_source, "clip")
+        with out_of_the_way(ed):
+            animate_by_teacher = animate_by_cogvideox(args, items)
 
-    def edit(item):
+    def animated(item, image):
+        """(clip (F, H, W, 3), why it cannot be used or "")."""
+        if teacher:
+            start, whole = item["origin"]["frames"][0], animate_by_teacher(item, image)
+            clip = whole[start:start + N_FRAMES]
+            return clip, clip_fault(to_video(whole), to_tensor(image)) or clip_fault(to_video(clip), to_tensor(clip[0]))
+        clip = (animate_by_world if drawn(item) else animate_by_camera)(item, image)
+        if np.abs(clip[0].astype(int) - image).mean() > 2:
+            raise UserError(f"--images {args.images}: {item['origin']['image']} is not how its clip begins; the shapes world has "
+                            "changed since it was drawn, curate the images again")
+        return clip, ""
+
+    def drawn(item):
+        return "scene" in item["origin"] and args.animate in (None, "world")
+
+    def work(item):
         folder = args.images / item["origin"]["image"]
         try:
             image = np.array(Image.open(folder / "source.png").convert("RGB"))
             path = load_file(folder / "trajectory.safetensors")["trajectory"].float()
         except (OSError, SafetensorError, KeyError) as error:
             raise Unusable(f"{folder}: {error}") from None
-        drawn = "scene" in item["origin"] and args.animate in (None, "world")
-        whole = (animate or (animate_by_world if drawn else animate_by_camera))(item, image)
-        start = item["origin"]["frames"][0] if teacher else 0
-        source = whole[start:start + N_FRAMES]
-        if len(source) < N_FRAMES:
-            raise UserError(f"{item['id']}: animated to {len(whole)} frames; a clip needs {start + N_FRAMES}")
-        if teacher:                                                 # the others cannot fail in these ways
-            fault = (clip_fault(to_video(whole), to_tensor(image)) or
-                     clip_fault(to_video(source), to_tensor(source[0])))
-            if fault:
-                row = {"kept": False, "why": f"animated clip: {fault}", "scores": {}}
-                return [row], {"source.mp4": to_video(source)}
-        elif np.abs(source[0].astype(int) - image).mean() > 2:
-            raise UserError(f"--images {args.images}: {item['origin']['image']} is not how its clip begins; the shapes world has "
-                            "changed since it was drawn, curate the images again")
+        source, fault = animated(item, image)
+        if fault:
+            row = {"kept": False, "why": f"animated clip: {fault}", "scores": {}}
+            return [row], {"source.mp4": to_video(source)}
         z_src, z_first = ed.encode(to_video(source)), ed.encode(to_video(image[None]))
         path = [z[None, None].to(z_src) for z in path]              # steps + 1 of (1, 1, c, h, w)
         _, s_txt, s_src = draw_candidates(ed, item["id"], args.candidates, f"videos {args.seed}", item["guidance"])
         z_T = [path[0].expand_as(z_src)] * args.candidates          # every frame starts where the first one's edit did
-        z0 = edit_clip(st, z_src, item["instruction"], z_T, s_txt, s_src, len(path) - 1, args.mode, path, z_first)
-        truth = true_clip(item["origin"], source) if drawn else None
+        z0 = edit_clip(st, z_src, item["instruction"], z_T, s_txt, s_src, len(path) - 1, args.mode, (z_first, path))
+        truth = true_clip(item["origin"], source) if drawn(item) else None
         return finish_clip(st, item, source, z_src, z0, [item["seed"]] * args.candidates, s_txt, s_src, truth)
 
-    def take(item):                                                 # a pair that others made
-        source, target = (prepare(frames, ed) for frames in item["load"]())
+    run_stage(args, st.config, items, work, per_source, "clip")
+
+
+def stage_pairs(args):
+    """Round 0's clips from a folder in InsV2V's layout: pairs that others made are scored and filtered as they are."""
+    if args.animate:
+        raise UserError(f"--animate {args.animate}: {args.images} holds no images of curate.py; pass such a data set, "
+                        "or leave --animate out")
+    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode="pairs", motion=False if args.motion == "none" else args.motion,
+                    animate=None)
+
+    def work(item):
+        source, target = (prepare(frames, st.ed) for frames in item["load"]())
         if source.shape != target.shape:
             raise Unusable("clips of {2}x{1} and {6}x{5} in one pair".format(*source.shape, *target.shape))
-        z_src, z0 = ed.encode(to_video(source)), ed.encode(to_video(target)) * ed.vae.scaling_factor
+        z_src, z0 = st.ed.encode(to_video(source)), st.ed.encode(to_video(target)) * st.ed.vae.scaling_factor
         return finish_clip(st, item, source, z_src, z0, [None], [None], [None])
 
-    run_stage(args, st.config, items, edit if made else take, clip_bytes(st, made and not undrawn), "clip")
+    items = mine(first_of(read_insv2v(args.images), -1, f"--images {args.images}"))
+    run_stage(args, st.config, items, work, clip_disk_bytes(st, False), "clip")
 
 
 def true_clip(origin, source):
@@ -783,10 +791,9 @@ def true_clip(origin, source):
     return truth, true_region(source, truth, edit.is_global)
 
 
-def edit_clip(st, z_src, instruction, z_T, s_txt, s_src, steps, mode, trajectory=None, z_first=None):
-    """`VideoEditor.sample` in parts of --batch candidates: z0 (K, F, c, h, w). "ffg" without a trajectory makes one each;
-    z_first (1, 1, c, h, w): the source frame whose edit the trajectory is, by default the clip's first."""
-    anchor = None if trajectory is None else (z_src[:, :1] if z_first is None else z_first, trajectory)
+def edit_clip(st, z_src, instruction, z_T, s_txt, s_src, steps, mode, anchor=None):
+    """`VideoEditor.sample` in parts of --batch candidates: z0 (K, F, c, h, w). anchor: (latents (1, 1, c, h, w) of a source
+    frame, trajectory of its edit); "ffg" without one makes one each."""
     return torch.cat([st.ed.sample(z_src, instruction, torch.cat(z_T[part]), steps, s_txt[part], s_src[part], mode, anchor=anchor)
                       for part in (slice(k, k + st.args.batch) for k in range(0, len(z_T), st.args.batch))])
 
@@ -807,10 +814,10 @@ def finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth=None):
     videos = [st.ed.decode(z[None]).cpu() for z in z0]
     edits = [np.stack(metrics.to_u8(video)) for video in videos]
     scores = score_clip(st, source, edits, item)
-    for name, values in agreement(z0, z_src * st.ed.vae.scaling_factor).items():
+    for name, values in consensus_scores(z0, z_src * st.ed.vae.scaling_factor).items():
         scores = [row | {name: round(value, 5)} for row, value in zip(scores, values)]
     rows = [dict(seed=seeds[k], guidance=[s_txt[k], s_src[k]], scores=scores[k]) for k in range(len(z0))]
-    judge(st.ed, rows, z_src, source, edits, truth)
+    compare_with_truth(st.ed, rows, z_src, source, edits, truth)
     best = choose(rows, st.limits, st.fitted, st.args.no_filter, item["task"])
     files = {"source.mp4": to_video(source), "target.mp4": videos[best]}
     if rows[best]["kept"]:
@@ -821,7 +828,7 @@ def finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth=None):
 LONGEST = 3             # ours: long side of a frame in short ones, at most (films: 2.4); bounds what a data set takes
 
 
-def clip_bytes(st, drawn):
+def clip_disk_bytes(st, drawn):
     """Of one clip on disk, at most: two mp4, two sets of latents, its lines. drawn: all are square."""
     size, h = st.ed.size, st.ed.size // st.ed.multiple
     frame = size ** 2 // 4 + 4 * st.ed.vae.config["latent_channels"] * h * h
@@ -849,7 +856,7 @@ def stage_real(args):
     ed, mode = st.ed, st.ed.default_mode
     items = (mine(drawn_sources(args.n if args.n != -1 else 20, "real", args.seed)) if args.source == "shapes" else
              cut_videos(args, find_videos(args.source)))
-    per_source = clip_bytes(st, args.source == "shapes")
+    per_source = clip_disk_bytes(st, args.source == "shapes")
     if teacher:                                                     # before hours of work
         check_config(args.to, st.config, args.force)
         check_room(args, len(to_do(args, items)), len(items), per_source, "clip")
@@ -923,10 +930,8 @@ def write_by_llava(args, items, mix):
     its own. Whole groups are asked, so --limit and a kill change no answer.
     """
     rank, world = shard()
-    log = args.to / ("instructions.jsonl" if world == 1 else f"instructions.{rank}.jsonl")
-    if log.is_file() and read_lines(log)[1]:                        # cut by a crash
-        write_aside(log, dump(read_lines(log)[0]))
-    said = {r["id"]: r for path in sorted(args.to.glob("instructions*.jsonl")) for r in read_lines(path)[0]}
+    log, rows = rank_log(args.to, "instructions")
+    said = {row["id"]: row for row in rows}
     gone = {}                                                       # {id: why} of clips that cannot be read now
     wanted = {item["id"] for item in to_do(args, items)}
     last = max((i for i, item in enumerate(items) if item["id"] in wanted), default=-1)
@@ -2275,7 +2280,7 @@ def read_jsonl(path):
 def read_prompt(path):
     """[instruction, source caption, target caption] of a prompt.json."""
     prompt = read_named(path)
-    if not isinstance(prompt, dict) or not prompt.keys() >= {"input", "edit", "output"}:
+    if not prompt.keys() >= {"input", "edit", "output"}:
         raise UserError(f"{path}: needs input, edit and output, as in InstructPix2Pix's and InsV2V's data")
     return texts_of(prompt, ("edit", "input", "output"), path)
 
@@ -2284,7 +2289,7 @@ def read_ip2p(where):
     """InstructPix2Pix's layout: seeds.json names what passed its filter; without it, every pair counts."""
     table = where / "seeds.json"
     if table.is_file():
-        listed = read_json(table)
+        listed = read_json(table, list)
     else:
         folders = sorted({p.parent for name in ("prompt.json", "*_0.jpg") for p in where.glob(f"*/{name}")})
         bare = [p for p in folders if not (p / "prompt.json").is_file()]
@@ -2293,7 +2298,7 @@ def read_ip2p(where):
                             "them, or a seeds.json that names the others")
         listed = [[p.name, sorted(f.name[:-6] for f in p.glob("*_0.jpg"))] for p in folders]
         say_left_out(where, "folders without a <seed>_0.jpg", [p for p, (_, seeds) in zip(folders, listed) if not seeds])
-    for n, entry in enumerate(listed if isinstance(listed, list) else [listed]):
+    for n, entry in enumerate(listed):
         match entry:
             case [str(name), [*seeds]] if all(str(seed).isdecimal() for seed in seeds):
                 texts = read_prompt(where / name / "prompt.json")
@@ -2427,12 +2432,8 @@ def cut_videos(args, videos):
     """This rank's clips of real videos as sources, at most --per-video of each, evenly spread. cuts.jsonl remembers
     where a video is cut, so that a rerun does not decode it again unless its size has changed. With --limit only as
     many videos are cut as that takes."""
-    rank, world = shard()
-    log = args.to / ("cuts.jsonl" if world == 1 else f"cuts.{rank}.jsonl")
-    known = {row["video"]: row for path in sorted(args.to.glob("cuts*.jsonl")) for row in read_lines(path)[0]
-             if "error" not in row}                                 # unreadable ones are tried again
-    if log.is_file() and read_lines(log)[1]:
-        write_aside(log, dump(read_lines(log)[0]))
+    log, rows = rank_log(args.to, "cuts")
+    known = {row["video"]: row for row in rows if "error" not in row}                      # unreadable ones are tried again
     items, left_out, used = [], Counter(), mine(enumerate(videos[:None if args.n == -1 else args.n]))
     done, seen, lost = done_ids(args), 0, 0
     for i, (name, path) in tqdm(used, desc="cutting", unit="video"):
@@ -2464,7 +2465,7 @@ def cut_videos(args, videos):
                               load=lambda p=path, s=s: cut(p, s)) for s in starts]
     print(f"{seen} of {len(used)} videos: {len(items)} clips of {N_FRAMES} frames; left out: " +
           (", ".join(f"{n} {why}" for why, n in left_out.items()) or "none"))
-    if not items and world == 1:                                    # another rank may have some; else `report` says it
+    if not items and shard()[1] == 1:                                 # another rank may have some; else `report` says it
         raise UserError(f"--from {args.source}: no usable clip in {seen} videos")
     return items
 
@@ -2508,7 +2509,7 @@ def calibrate(args):
     rows, ratings = read_manifest(args.manifest), {}
     for path in args.ratings or ():
         data = read_named(path, "--ratings ")
-        if not isinstance(data, dict) or not data.get("rating") or not isinstance(data.get("answers"), dict):
+        if not data.get("rating") or not isinstance(data.get("answers"), dict):
             raise UserError(f"--ratings {path}: holds no ratings; pass what the page of metrics.py study --rate saved")
         odd = [name for name, x in data["answers"].items()
                if not (isinstance(x, dict) and x and all(map(is_number, x.values())))]
@@ -2618,7 +2619,7 @@ def yields(folder):
         except (UserError, OSError) as error:
             print(f"left out of the table of yields: {error}")
             continue
-        if not isinstance(config, dict) or not {"stage", "round"} <= config.keys() or not all(
+        if not {"stage", "round"} <= config.keys() or not all(
                 {"kept", "why", "scores"} <= row.keys() for row in rows):                           # somebody else's
             continue
         stage = config["stage"] + (f" {config['round']}" if config["round"] else "")
@@ -3195,8 +3196,7 @@ def read_headers(folder):
     index = next(folder.glob("*.safetensors.index.json"), None)
     files, found, where = sorted(p.name for p in folder.glob("*.safetensors")), {}, {}
     if index:
-        where = read_json(index)
-        where = where.get("weight_map") if isinstance(where, dict) else None
+        where = read_json(index).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise UserError(f"{index}: wrong index, no weight_map from tensors to files; download it again")
         files = sorted(set(where.values()))
@@ -3357,9 +3357,8 @@ class CogVideoX:
                 if not states.isfinite().all():
                     raise UserError(f"{self.folder}/text_encoder: NaN or Inf in {self.dtype}; pass float32")
                 self.cache.mkdir(parents=True, exist_ok=True)
-                aside = file.with_suffix(f".{os.getpid()}.tmp")
-                save_file({"states": states}, str(aside))
-                os.replace(aside, file)
+                with aside(file) as part:
+                    save_file({"states": states}, part)
             rows.append(read_tensors(file)["states"])
         return torch.stack(rows)
 
@@ -3477,12 +3476,8 @@ def command_scene(args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Make and look at training data.")
+    parser = Parser(description="Make and look at training data.")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def fail(message):
-        raise UserError(f"{message} (see --help)")
-    parser.error = fail
 
     def named(text):                                # Path("") would be the current folder
         if not text:
@@ -3490,10 +3485,7 @@ def parse(argv=None):
         return Path(text)
 
     def command(name, text):
-        p = commands.add_parser(name, help=text, description=text,
-                                formatter_class=metrics.Defaults)
-        p.error = fail
-        return p
+        return commands.add_parser(name, help=text, description=text, formatter_class=Defaults)
 
     def stage(name, text, candidates, batch):
         p = command(name, text)
@@ -3574,9 +3566,7 @@ def parse(argv=None):
     p.add_argument("--fps", type=float, default=12, help="frames per second")
     p.add_argument("--sound", action="store_true", help="give the source a tune")
     args = parser.parse_args(argv)
-    usable = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    if getattr(args, "device", "cpu").split(":")[0] not in usable:
-        raise UserError(f"--device {args.device}: not on this machine; pass {' or '.join(usable)}")
+    check_device(getattr(args, "device", "cpu"))
     for name, low, unset in (("candidates", 1, None), ("batch", 1, None), ("steps", 1, None), ("limit", 1, -1),
                              ("n", 1, -1), ("per_video", 1, None), ("cogvideox_steps", 1, None)):
         value = getattr(args, name, low)

@@ -8,20 +8,19 @@
     python metrics.py votes *.json                           its answers as win rates
 
 Contents
-    images in    to_u8, resize_crop, Preprocess
+    images in    to_u8, stretch, resize_crop, Preprocess
     networks     CLIP (PickScore is one, too), DINOv2, ViCLIP
     scores       clip_frame, clip_text, pick_score, viclip_out, viclip_dir, image_scores;
                  on pixels ssim, psnr, flicker, preservation
     one clip     SCORES, JUDGED (--judge), HELD_OUT, align, score_clips, main_clip
     benchmarks   read_tgve, read_tgve_plus, edit_benchmark, score_benchmark, table, main_tgve
-    shapes world world_items, agreement, sweep, main_shapes
+    shapes world world_items, agreement_table, sweep, main_shapes
     user study   main_study, main_votes
     teacher      LlavaOneVision: writes instructions for clips, judges edits; its LoRA fine-tuning
 
 Networks return un-normalised projected features, so that a clip is encoded once for all its scores.
 Between files and networks a clip is "frames", (F, H, W, 3) uint8.
 """
-import argparse
 import base64
 import csv
 import hashlib
@@ -38,7 +37,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import scipy.stats
@@ -52,10 +50,10 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as BPETokenizer
 from tqdm import tqdm
 
-from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
+from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, aside, attention,
                    find_tensors, hub_dir, load_weights, read_json, read_tensors, run)
-from sample import (check_device, check_ranges, choose_model, edit_pictures, model_size, open_video, plan, probe, read_frames, seam_score,
-                    to_rgb, to_tensor, video_writer, window_starts)
+from sample import (Parser, check_device, check_ranges, choose_model, edit_pictures, editor_flags, model_size, open_video, plan,
+                    probe, read_frames, seam_score, settings, to_rgb, to_tensor, video_writer, window_starts)
 
 # ------------------------------------------------------------------------------------------------------------
 # Images in
@@ -64,11 +62,16 @@ from sample import (check_device, check_ranges, choose_model, edit_pictures, mod
 def to_u8(images):
     """A tensor (..., 3, H, W) in [-1, 1], a PIL image or array, or a list -> list of (H, W, 3) uint8."""
     if torch.is_tensor(images):
-        x = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-        return list(x.reshape(-1, *x.shape[-3:]).permute(0, 2, 3, 1).contiguous().numpy())
+        return [to_rgb(frame) for frame in images.reshape(-1, *images.shape[-3:])]
     if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
         images = [images]
     return [np.asarray(im.convert("RGB") if isinstance(im, Image.Image) else im) for im in images]
+
+
+def stretch(frame, width, height):
+    """(H, W, 3) uint8 -> (height, width, 3), PIL bicubic."""
+    same = frame.shape[:2] == (height, width)
+    return frame if same else np.asarray(Image.fromarray(frame).resize((width, height), Image.BICUBIC))
 
 
 def resize_crop(image, resize, crop):
@@ -78,9 +81,8 @@ def resize_crop(image, resize, crop):
     right, as in the published image processors.
     """
     height, width = image.shape[:2]
-    if min(height, width) != resize:
-        size = (resize, resize * height // width) if width <= height else (resize * width // height, resize)
-        image = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))  # size is (width, height)
+    size = (resize, resize * height // width) if width <= height else (resize * width // height, resize)
+    image = stretch(image, *size)
     top, left = (image.shape[0] - crop) // 2, (image.shape[1] - crop) // 2
     return image[top:top + crop, left:left + crop]
 
@@ -208,22 +210,18 @@ class CLIP(nn.Module):
 # DINOv2 (Oquab et al. 2023), with and without registers (Darcet et al. 2023), transformers' names
 # ------------------------------------------------------------------------------------------------------------
 
-def resize_positions(table, grid, rule):
-    """The square position table (1, 1 + n*n, D) for another grid (h, w), bicubic in float32, by one of
+def resize_positions(table, grid, antialias):
+    """The square position table (1, 1 + n*n, D) for another grid (h, w), bicubic in float32.
 
-    "size"       to the size, no antialias: transformers' Dinov2Model
-    "antialias"  to the size with antialias: the register models, in both code bases
-    "scale"      by the factors (h + 0.1)/n, (w + 0.1)/n: facebookresearch/dinov2 without registers
-    They agree on the table's own grid and differ by up to 0.3 in the features elsewhere.
+    antialias: in models with registers, as in both code bases; in others not, as in transformers' Dinov2Model. (There
+    facebookresearch/dinov2 resizes by the factors (h + 0.1)/n, (w + 0.1)/n.) All agree on the table's own grid and
+    differ by up to 0.3 in the features elsewhere.
     """
     n = round((table.shape[1] - 1) ** 0.5)
     if tuple(grid) == (n, n):
         return table
     pos = table[:, 1:].float().unflatten(1, (n, n)).permute(0, 3, 1, 2)  # (1, D, n, n)
-    if rule == "scale":
-        pos = F.interpolate(pos, scale_factor=tuple((side + 0.1) / n for side in grid), mode="bicubic")
-    else:
-        pos = F.interpolate(pos, size=tuple(grid), mode="bicubic", antialias=rule == "antialias")
+    pos = F.interpolate(pos, size=tuple(grid), mode="bicubic", antialias=antialias)
     return torch.cat([table[:, :1], pos.flatten(2).transpose(1, 2).to(table)], 1)
 
 
@@ -236,9 +234,9 @@ class DINOEmbeddings(nn.Module):
         self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, width, patch_size, patch_size)})
         self.position_embeddings = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, width))
 
-    def forward(self, pixel_values, rule):
+    def forward(self, pixel_values):
         x = self.patch_embeddings["projection"](pixel_values)           # (N, D, h, w)
-        pos = resize_positions(self.position_embeddings, x.shape[-2:], rule)
+        pos = resize_positions(self.position_embeddings, x.shape[-2:], self.register_tokens is not None)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + pos
         if self.register_tokens is not None:                            # they have no position
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
@@ -266,17 +264,14 @@ class DINOLayer(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """encode_image: pixel_values (N, 3, H, W), sides divisible by the patch size -> class feature (N, D).
+    """encode_image: pixel_values (N, 3, H, W), sides divisible by the patch size -> class feature (N, D)."""
 
-    rule: how positions are interpolated, see `resize_positions`; None takes transformers' for the model.
-    """
-
-    def __init__(self, cfg, rule=None):
+    def __init__(self, cfg):
         super().__init__()
         if cfg.get("use_swiglu_ffn"):
             raise UserError("DINOv2: use_swiglu_ffn (the giant model) is not known; use small, base or large")
         width, registers, eps = cfg["hidden_size"], cfg.get("num_register_tokens", 0), cfg["layer_norm_eps"]
-        self.image_size, self.rule = cfg["image_size"], rule or ("antialias" if registers else "size")
+        self.image_size = cfg["image_size"]
         self.embeddings = DINOEmbeddings(width, self.image_size, cfg["patch_size"], registers)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(
             DINOLayer(width, cfg["num_attention_heads"], width * cfg["mlp_ratio"], eps)
@@ -284,11 +279,11 @@ class DINOv2(nn.Module):
         self.layernorm = nn.LayerNorm(width, eps)
 
     @classmethod
-    def from_pretrained(cls, source, rule=None, device=None, dtype=torch.float32):
+    def from_pretrained(cls, source, device=None, dtype=torch.float32):
         """source: facebook/dinov2-base, facebook/dinov2-with-registers-large, or a directory like that."""
         folder = hub_dir(source, ["*.json", "model.safetensors"])
         with torch.device("meta"):
-            net = cls(read_json(folder / "config.json"), rule)
+            net = cls(read_json(folder / "config.json"))
         tensors, file = find_tensors(folder)
         load_weights(net, tensors, f"{folder.name}/{file}", device=device, dtype=dtype)
         net.preprocess = Preprocess(read_json(folder / "preprocessor_config.json"))
@@ -296,7 +291,7 @@ class DINOv2(nn.Module):
 
     def forward(self, pixel_values):
         """All tokens after the last norm: (N, 1 + registers + patches, D)."""
-        x = self.embeddings(pixel_values.to(self.layernorm.weight), self.rule)
+        x = self.embeddings(pixel_values.to(self.layernorm.weight))
         for layer in self.encoder["layer"]:
             x = layer(x)
         return self.layernorm(x).float()
@@ -575,8 +570,9 @@ def unit(x):
     return x / 255.0 if x.dtype == np.uint8 else x.astype(np.float64)
 
 
-def ssim_map(first, second):
-    """Structural similarity of every full 7x7 window: (..., H, W, 3) twice -> (..., H-6, W-6, 3).
+def ssim(first, second, mask=None):
+    """Structural similarity of (..., H, W, 3) twice, the mean over R, G, B and all full 7x7 windows, or those whose centre is
+    in mask (..., H, W): -1 to 1, up, 1 for equal images; NaN for no windows.
 
     Wang et al. 2004, as scikit-image has it by default: flat window, sample covariance (48ths, not 49ths),
     constants 0.01^2 and 0.03^2.
@@ -591,12 +587,9 @@ def ssim_map(first, second):
     ma, mb = mean(a), mean(b)
     va, vb, cov = (49 / 48 * (mean(xy) - mx * my)
                    for xy, mx, my in ((a * a, ma, ma), (b * b, mb, mb), (a * b, ma, mb)))
-    return (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))
-
-
-def ssim(first, second):
-    """Mean structural similarity over R, G, B and all windows; -1 to 1, up, 1 for equal images."""
-    return float(ssim_map(first, second).mean())
+    windows = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))  # (..., H-6, W-6, 3)
+    windows = windows if mask is None else windows[mask[..., 3:-3, 3:-3]]
+    return float(windows.mean()) if windows.size else math.nan
 
 
 def psnr(first, second, mask=None):
@@ -644,20 +637,14 @@ def preservation(source, edited, mask=None):
     limit, mask = (0.95, changed_region(source, edited)) if mask is None else (0.99, mask)
     if mask.mean() > limit:
         return float(mask.mean()), math.nan, math.nan
-    return float(mask.mean()), psnr(source, edited, ~mask), ssim_inside(source, edited, ~mask)
-
-
-def ssim_inside(first, second, mask):
-    """SSIM over the windows whose centre is in mask (F, H, W); NaN without any."""
-    windows = ssim_map(first, second)[mask[:, 3:-3, 3:-3]]              # centres of whole windows
-    return float(windows.mean()) if windows.size else math.nan
+    return float(mask.mean()), psnr(source, edited, ~mask), ssim(source, edited, ~mask)
 
 
 def truth_scores(source, edited, truth, mask):
     """Distance from the true edit, which only drawn clips have: PSNR and SSIM inside the true region, and how
     many dB the edit is closer to the truth than the untouched source is: there, and over the whole clip."""
     inside = psnr(edited, truth, mask)
-    return {"psnr_truth": inside, "ssim_truth": ssim_inside(edited, truth, mask),
+    return {"psnr_truth": inside, "ssim_truth": ssim(edited, truth, mask),
             "truth_gain": inside - psnr(source, truth, mask),
             "whole_gain": psnr(edited, truth) - psnr(source, truth)}
 
@@ -689,7 +676,7 @@ JUDGED = {                                              # as SCORES; only with -
 # The judge that curation never filters by. Both models have it, and doing nothing does not win it; but its
 # network also gives ViCLIP_out, so it is not fully independent of the filter.
 HELD_OUT = "viclip_dir"
-# of the total that `agreement` prints: the paper's four but ViCLIP_dir, equal. The filter's are in curate.py, VIDEO_WEIGHTS
+# of the total in `agreement_table`: the paper's four but ViCLIP_dir, equal. The filter's are in curate.py, VIDEO_WEIGHTS
 WEIGHTS = {"viclip_out": 1, "pick_score": 1, "clip_frame": 1, "clip_text": 1}
 TRUTH = {                                               # as SCORES; only where the true edit is known
     "psnr_truth": ("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
@@ -718,12 +705,6 @@ def load_frames(path, start=0):
     ticks, frames = zip(*read_frames(clip, start))
     times = None if clip.path.is_dir() else np.array([float((t - ticks[0]) * clip.tick) for t in ticks])
     return np.stack(frames), times
-
-
-def stretch(frame, width, height):
-    """(H, W, 3) uint8 -> (height, width, 3), PIL bicubic."""
-    same = frame.shape[:2] == (height, width)
-    return frame if same else np.asarray(Image.fromarray(frame).resize((width, height), Image.BICUBIC))
 
 
 def align(source, edited, source_times=None, edited_times=None):
@@ -767,7 +748,7 @@ def pixel_scores(source, edited, mask=None, n_kept=8):
 
 
 @torch.no_grad()
-def score_clips(clips, scorers, device="cpu", square=480, kept=None):
+def score_clips(clips, scorers, device="cpu", square=480, opened=None):
     """Scores of many clips, several edits of each: a list of {edit's name: {key of SCORES: float}}, with the
     keys that the inputs allow.
 
@@ -775,7 +756,7 @@ def score_clips(clips, scorers, device="cpu", square=480, kept=None):
     `source_caption`, `target_caption`, `instruction`, `mask` (F, H, W) of the true edit, and `truth`, that
     edit. scorers: {"clip", "pick", "viclip", "judge"} -> hub id or directory. square: TGVE's script stretches
     every frame to 480x480 before the networks' own preprocessing; 0 leaves frames as they are. One network is
-    in memory at a time; `kept`, a dict, keeps them for the next call (a large GPU).
+    in memory at a time; `opened`, a dict, keeps them for the next call (a large GPU).
     """
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     crops = [{} for _ in clips]                                         # CLIP and PickScore share them
@@ -790,10 +771,10 @@ def score_clips(clips, scorers, device="cpu", square=480, kept=None):
     with ThreadPoolExecutor() as pool:                                  # the next clips are resized meanwhile
         rows = list(pool.map(pixels, clips))
         for role, path in scorers.items():
-            net = kept[role] if kept and role in kept else open_scorer(role, path, device, dtype)
-            if kept is not None:
-                kept[role] = net
-            ready = pool.map(lambda clip, seen: clip_bytes(net, clip, seen, square), clips, crops)
+            net = opened[role] if opened and role in opened else open_scorer(role, path, device, dtype)
+            if opened is not None:
+                opened[role] = net
+            ready = pool.map(lambda clip, seen: as_seen(net, clip, seen, square), clips, crops)
             for clip, row, videos in zip(clips, rows, ready):
                 for name, scores in network_scores(net, role, clip, videos).items():
                     row[name].update(scores)
@@ -810,7 +791,7 @@ def open_scorer(role, path, device, dtype):
                         f"; or leave its scores out with --{role} none" * (role != "judge")) from None
 
 
-def clip_bytes(net, clip, crops, square):
+def as_seen(net, clip, crops, square):
     """{edit's name, None for the source: uint8 as `net` sees it}, computed once for networks of one size."""
     if isinstance(net, LlavaOneVision):                                 # chooses frames and scales itself
         return clip["edits"]
@@ -826,7 +807,7 @@ def clip_bytes(net, clip, crops, square):
 
 
 def network_scores(net, role, clip, videos):
-    """{edit's name: scores} that one network gives to one clip; videos as from `clip_bytes`."""
+    """{edit's name: scores} that one network gives to one clip; videos as from `as_seen`."""
     target, before = clip.get("target_caption"), clip.get("source_caption")
     if role == "judge":
         if clip.get("source") is None or not clip.get("instruction"):
@@ -886,40 +867,30 @@ def print_scores(row, clip, scorers):
         print(f"{name:<15}{shown:>8}   better: {better:<5}{note}")
 
 
-def choose_scorers(args):
-    """({role: hub id or directory}, square of `score_clips`) as the flags ask for; prints which and why."""
+def choose_scorers(args, own=None):
+    """({role: hub id or directory}, square of `score_clips`, "published" or "tiny") as the flags ask for; prints which and why.
+
+    own: {role: directory} of the scorers that lie with an editor, which --scorers auto then takes.
+    """
     check_device(args.device)
-    kind, why = args.scorers, "as --scorers says"
-    if kind == "auto":
+    kind, why, ready = args.scorers, "as --scorers says", SCORERS
+    if kind == "auto" and own:
+        kind, why, ready = "tiny", "the editor's own", {"tiny": own}
+    elif kind == "auto":
         kind = "published" if torch.cuda.is_available() else "tiny"
         why = "there is a GPU; --scorers tiny for the embedded ones" if kind == "published" else \
               "no GPU here; --scorers published for the paper's"
     scorers = {}
     for role in ("clip", "pick", "viclip"):
-        path = getattr(args, role) or SCORERS[kind].get(role, "none")
+        path = getattr(args, role) or ready[kind].get(role, "none")
         if isinstance(path, Path) and not path.is_dir():
-            print(f"{role}: no embedded one yet at {path.relative_to(ROOT)}")
+            print(f"{role}: none at {path}; its scores are left out")
         elif path != "none":
             scorers[role] = path
+    if getattr(args, "judge", None):
+        scorers["judge"] = args.judge
     print(f"scorers: {kind} ({why})")
-    return scorers, 480 if kind == "published" else 0
-
-
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults that say something."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
-
-
-def command(name, description):
-    """An argument parser whose errors are UserErrors."""
-    parser = argparse.ArgumentParser(prog=f"metrics.py {name}".strip(), description=description)
-
-    def fail(message):
-        raise UserError(f"{message} (see --help)")
-    parser.error = fail
-    return parser
+    return scorers, 480 if kind == "published" else 0, kind
 
 
 def scorer_flags(parser):
@@ -997,7 +968,7 @@ def check_judge(judge, weights, told):
 
 
 def main_clip(argv):
-    parser = command("", "Scores of one edited clip; `tgve|shapes|study|votes --help` for the rest.")
+    parser = Parser(prog="metrics.py", description="Scores of one edited clip; `tgve|shapes|study|votes --help` for the rest.")
     parser.add_argument("edited", help="video file or folder of frames")
     parser.add_argument("--source", help="the clip it was made from")
     parser.add_argument("--start", type=float, default=0, help="seconds of the source at which the edit begins")
@@ -1017,8 +988,7 @@ def main_clip(argv):
         source, source_times = load_frames(args.source, args.start)
         clip["source"], edited, notes = align(source, edited, source_times, times)
     clip["edits"] = {"edit": edited}
-    scorers, square = choose_scorers(args)
-    scorers |= {"judge": args.judge} if args.judge else {}
+    scorers, square, _ = choose_scorers(args)
     [row] = score_clips([clip], scorers, args.device, square)
     what = f", {args.instruction!r}" if args.instruction else ""
     print(*notes, f"{args.edited}: {len(edited)} frames{what}", sep="\n")
@@ -1029,8 +999,8 @@ def main_clip(argv):
 # Benchmarks: TGVE (Wu et al. 2023) and TGVE+ (Singer et al. 2024)
 # ------------------------------------------------------------------------------------------------------------
 
-TASKS = {"Style Change Caption": "style", "Object Change Caption": "object",
-         "Background Change Caption": "background", "Multiple Changes Caption": "multiple"}
+TGVE_COLUMNS = {"Style Change Caption": "style", "Object Change Caption": "object",
+                "Background Change Caption": "background", "Multiple Changes Caption": "multiple"}
 SETS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}
 COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker",
            "psnr_outside", HELD_OUT)
@@ -1067,15 +1037,14 @@ def read_tgve(folder, prompts=None):
         raise UserError(f"{folder}: holds no CSV; expected LOVEU-TGVE-2023_Dataset.csv and its video folders")
     prompts = prompts or next(iter(sorted(folder.glob("*prompt*.json"))), None)
     prompts = read_json(prompts) if prompts else {}
-    if not isinstance(prompts, dict) or not all(isinstance(x, dict) and all(isinstance(s, str) for s in x.values())
-                                                for x in prompts.values()):
+    if not all(isinstance(x, dict) and all(isinstance(s, str) for s in x.values()) for x in prompts.values()):
         raise UserError(f"{folder}: its prompts need to be a JSON object, {{video: {{\"edit_style\": instruction, …}}}}")
     try:
         with open(file, encoding="utf-8-sig", newline="") as f:
             header, *rows = [[cell.strip() for cell in row] for row in csv.reader(f)] or [[]]
     except UnicodeDecodeError:
         raise UserError(f"{file}: is not UTF-8; save it as \"CSV UTF-8\"") from None
-    wanted = ["Video name", "Our GT caption", *TASKS]
+    wanted = ["Video name", "Our GT caption", *TGVE_COLUMNS]
     lacks = [c for c in wanted if c not in header]
     if lacks:
         raise UserError(f"{file}: lacks the columns {', '.join(lacks)}; it has {', '.join(header)}")
@@ -1089,7 +1058,7 @@ def read_tgve(folder, prompts=None):
             raise UserError(f"{file}: {name} comes before any section row such as 'DAVIS Videos:'")
         elif name:
             seen.add(name)
-            for column, task in TASKS.items():
+            for column, task in TGVE_COLUMNS.items():
                 instruction = prompts.get(name, {}).get(f"edit_{task}", "")
                 items.append(benchmark_item(folder, subset, name, task, row.get("Our GT caption", ""),
                                             row.get(column, ""), instruction))
@@ -1111,11 +1080,11 @@ def read_tgve_plus(folder):
     import pyarrow.parquet
     rows = pyarrow.parquet.read_table(file).to_pylist()
     names, column = list(rows[0]) if rows else [], {}
-    words_of = {"instruction": ("instruction", "edit_prompt"), "task": ("task", "type"),
-                "video": ("video", "path", "file"),
-                "source": ("input_caption", "source_caption", "original_caption", "original_prompt", "input"),
-                "target": ("output_caption", "target_caption", "edited_caption", "edited_prompt", "output")}
-    for key, words in words_of.items():
+    spellings = {"instruction": ("instruction", "edit_prompt"), "task": ("task", "type"),
+                 "video": ("video", "path", "file"),
+                 "source": ("input_caption", "source_caption", "original_caption", "original_prompt", "input"),
+                 "target": ("output_caption", "target_caption", "edited_caption", "edited_prompt", "output")}
+    for key, words in spellings.items():
         column[key] = next((n for w in words for n in names if w in n.lower().replace(" ", "_")), None)
         if column[key] is None:
             raise UserError(f"{file}: no column for the {key}; it has {', '.join(names)}")
@@ -1136,14 +1105,14 @@ def thin(frames, n=32):
     return frames[::max(1, len(frames) // n)][:n]
 
 
-def edit_benchmark(items, folder, edit, settings, ending=".jpg"):
+def edit_benchmark(items, folder, edit, how, ending=".jpg"):
     """Write edit(item), rgb frames, of every item as <folder>/<id>/00000.jpg, …, the submission layout.
 
     Folders appear whole, and those that are there already are kept: a run continues where it stopped. <folder>/made.jsonl
-    says what made each: an edit by other settings, of another source or by another instruction is refused, not passed off."""
+    says what made each: an edit made in another way (`how`), of another source or by another instruction is refused."""
     log = folder / "made.jsonl"
     made = {row["id"]: row for row in read_log(log)}
-    wanted = {i["id"]: {"id": i["id"], "instruction": i["instruction"], "source": i["mark"], "settings": settings} for i in items
+    wanted = {i["id"]: {"id": i["id"], "instruction": i["instruction"], "source": i["mark"], "settings": how} for i in items
               if not i["problem"]}
     there = {name for name in wanted if (folder / name).is_dir()}
     other = [name for name in there if made.get(name) != wanted[name]]
@@ -1156,34 +1125,34 @@ def edit_benchmark(items, folder, edit, settings, ending=".jpg"):
             item["problem"] = "no instruction for it in the prompts"
             continue
         target = folder / item["id"]
-        aside = target.with_name(f".{target.name}.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        part = target.with_name(f".{target.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
         try:
             for i, rgb in enumerate(edit(item)):
-                Image.fromarray(rgb).save(aside / f"{i:05d}{ending}", quality=95)
+                Image.fromarray(rgb).save(part / f"{i:05d}{ending}", quality=95)
         except BaseException as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
             if not isinstance(error, UserError):
                 raise
             item["problem"] = str(error)                                # a source that cannot be read
             continue
         append_line(log, wanted[item["id"]])
-        os.replace(aside, target)
+        os.replace(part, target)
 
 
 def run_editor(ed, item, source, size, options):
     """The edit of source (F, H, W, 3) uint8 as rgb frames of its size, as `sample.py` delivers it; short side `size`
     inside the model."""
-    height, width = source.shape[1:3]
-    small = model_size(SimpleNamespace(height=height, width=width, pixel=1), size, ed.multiple)
+    small = model_size(*source.shape[1:3], size, ed.multiple)
     options = options | {"seed": options["seed"] + item.get("number", 0)}
     for rgb, *_ in edit_pictures(ed, source, small, item["instruction"], **options):
         yield rgb
 
 
-def stamp(ed, crc=0):
+def stamp(ed):
     """Eight digits that change with weights, schedule, guidance, deadband and kind of noise: old edits are not taken for a new model's."""
+    crc = 0
     for net in (ed.unet, ed.vae, ed.text_encoder):
         for x in net.state_dict().values():
             crc = zlib.crc32(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
@@ -1216,6 +1185,26 @@ def append_line(path, row):
         f.write(json.dumps(row) + "\n")
 
 
+def read_item(item, folders, read):
+    """(What `score_clips` takes of an item and its edits in `folders`: as many frames of each, and of the controls; notes on how
+    they were aligned). UserError for what is not there or cannot be read. read: see `score_benchmark`."""
+    clip, edits, notes = read(item), {}, []
+    length = clip.pop("length", None)
+    for name, folder in folders.items():
+        place = folder / item["id"]
+        if not place.is_dir():
+            raise UserError(f"no edit at {place}")
+        edited = load_frames(place)[0]
+        edited = thin(edited) if len(edited) == length else edited          # of all of the source's frames
+        _, edits[name], found = align(clip["source"], edited)
+        notes += found
+    n = min(len(clip["source"]), *map(len, edits.values()))
+    clip, edits = ({k: x[:n] for k, x in frames.items()} for frames in (clip, edits))
+    source, first = clip["source"], next(iter(edits.values()))[:1]
+    edits |= {"untouched source": source, "frozen first edit": np.broadcast_to(first, source.shape)}
+    return item | clip | {"edits": edits}, list(dict.fromkeys(notes))
+
+
 def score_benchmark(items, folders, scorers, square, device, log, read, chunk=16):
     """Scores of every item's edits, of its untouched source and of its first edited frame, frozen.
 
@@ -1224,8 +1213,8 @@ def score_benchmark(items, folders, scorers, square, device, log, read, chunk=16
     Every finished chunk of clips is appended to `log` at once, with a mark of all that the scores depend on: scorers, texts,
     source and edits. Returns {id: {row: scores}}; what cannot be read gets a "problem".
     """
-    kept = {} if torch.device(device).type == "cuda" else None
-    main, rows = next(iter(folders)), [*folders, "untouched source", "frozen first edit"]
+    opened = {} if torch.device(device).type == "cuda" else None
+    rows = [*folders, "untouched source", "frozen first edit"]
     names = {role: (str(where), weights_mark(where) if Path(where).is_dir() else "") for role, where in scorers.items()}
 
     def mark(item):
@@ -1241,29 +1230,16 @@ def score_benchmark(items, folders, scorers, square, device, log, read, chunk=16
         else:
             todo.append(item)
     for at in tqdm(range(0, len(todo), chunk), unit="chunk", disable=not todo):
-        clips = []
+        there, clips = [], []
         for item in todo[at:at + chunk]:
             try:
-                clip, edits, notes = read(item), {}, []
-                length = clip.pop("length", None)
-                for name, folder in folders.items():
-                    if not (folder / item["id"]).is_dir():
-                        raise UserError(f"no edit at {folder / item['id']}")
-                    edited = load_frames(folder / item["id"])[0]
-                    edited = thin(edited) if len(edited) == length else edited          # of all of the source's frames
-                    _, edits[name], found = align(clip["source"], edited)
-                    notes += found
-                item["notes"] = list(dict.fromkeys(notes))
+                clip, item["notes"] = read_item(item, folders, read)
             except UserError as error:
                 item["problem"] = str(error)
                 continue
-            n = min(len(clip["source"]), *map(len, edits.values()))
-            clip, edits = ({k: x[:n] for k, x in frames.items()} for frames in (clip, edits))
-            edits |= {"untouched source": clip["source"],
-                      "frozen first edit": np.broadcast_to(edits[main][:1], clip["source"].shape)}
-            clips.append((item, item | clip | {"edits": edits}))
-        scored = score_clips([clip for _, clip in clips], scorers, device, square, kept)
-        for (item, _), result in zip(clips, scored):
+            there.append(item)
+            clips.append(clip)
+        for item, result in zip(there, score_clips(clips, scorers, device, square, opened)):
             add_success(result)
             done[item["id"]] = {row: {k: v for k, v in scores.items() if math.isfinite(v)} for row, scores in result.items()}
             append_line(log, {"id": item["id"], "mark": marks[item["id"]], "notes": item["notes"], "scores": done[item["id"]]})
@@ -1363,41 +1339,34 @@ def table(items, done, folders, title, columns, paper=()):
     return lines
 
 
-def editor_flags(parser):
-    parser.add_argument("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
-    parser.add_argument("--weights", help="directory in hub layout or trained run, instead of --model")
-    parser.add_argument("--size", type=int, default=-1, help="short side of the model's frame (-1: own)")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
-    parser.add_argument("--text-cfg", type=float, help="guidance on the instruction (default: the model's)")
-    parser.add_argument("--source-cfg", type=float, help="guidance on the source clip (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--no-detail", action="store_true", help="score the model's own frames, plainly resized")
+def benchmark_flags(parser):
+    editor_flags(parser)
     parser.add_argument("--no-image-control", action="store_true", help="leave out the frame-by-frame editor and, of drawn "
                         "clips, the edit without detail")
     parser.add_argument("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
     judge_flags(parser)
     parser.add_argument("--same-judge", action="store_true",
                         help="report --judge although it chose what the model was trained on")
+    scorer_flags(parser)
 
 
 def open_editor(args):
-    """(editor, guidance (text, source), its frame's short side, one line about it, a name for its folder, and that name
+    """(editor, its frame's short side, options of `edit_pictures`, one line about it, a name for its folder, and that name
     without the place from which the editor was loaded: what an edit depends on)."""
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
     if args.judge:
         check_judge(args.judge, source, args.same_judge)
     ed = VideoEditor.from_pretrained(source, device=args.device)
-    cfg = [d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance)]
-    args.steps, mark = args.steps or ed.steps, stamp(ed)
-    title = f"{source} {mark}, text {cfg[0]:g}, source {cfg[1]:g}, {args.steps} steps, seed {args.seed}"
-    size = ed.size if args.size == -1 else args.size
-    title += f", {size} px" + ", without detail" * args.no_detail
-    how = f"{mark}_t{cfg[0]:g}_s{cfg[1]:g}_n{args.steps}_seed{args.seed}_{size}px" + "_detail" * (not args.no_detail)
-    return ed, cfg, size, title, f"{Path(source).name}-{how}", how
+    (size, options), mark = settings(args, ed), stamp(ed)
+    steps, s_txt, s_src = (options[k] for k in ("steps", "s_txt", "s_src"))
+    title = f"{source} {mark}, text {s_txt:g}, source {s_src:g}, {steps} steps, seed {args.seed}, {size} px"
+    title += ", without detail" * args.no_detail
+    how = f"{mark}_t{s_txt:g}_s{s_src:g}_n{steps}_seed{args.seed}_{size}px" + "_detail" * (not args.no_detail)
+    return ed, size, options | {"detail": not args.no_detail}, title, f"{Path(source).name}-{how}", how
 
 
-def finish(items, folders, scorers, square, device, out, title, read, report):
+def score_and_report(items, folders, scorers, square, device, out, title, read, report):
     """Score, print the lines that report(done) gives, and write them beside every clip's scores."""
     head = {"title": title, "scorers": {k: str(v) for k, v in scorers.items()}, "square": square}
     done = score_benchmark(items, folders, scorers, square, device, out / "scores.jsonl", read)
@@ -1411,7 +1380,7 @@ def finish(items, folders, scorers, square, device, out, title, read, report):
 
 
 def main_tgve(argv):
-    parser = command("tgve", "Run and score TGVE or TGVE+; prints one Markdown table.")
+    parser = Parser(prog="metrics.py tgve", description="Run and score TGVE or TGVE+; prints one Markdown table.")
     parser.add_argument("dir", type=Path,
                         help="LOVEU-TGVE-2023 as published: CSV, video folders, InsV2V's prompt JSON")
     parser.add_argument("--plus", action="store_true", help="TGVE+: DIR also holds facebook/tgve_plus")
@@ -1419,8 +1388,7 @@ def main_tgve(argv):
     parser.add_argument("--outputs", type=Path,
                         help="score these edits, <set>/<video>/<task>/00000.jpg, and edit nothing")
     parser.add_argument("--limit", type=int, default=-1, help="only the first N clips (-1: all)")
-    editor_flags(parser)
-    scorer_flags(parser)
+    benchmark_flags(parser)
     args = parser.parse_args(argv)
     check_ranges(parser, args, size=(8, 2048))
     if args.limit == 0 or args.limit < -1:
@@ -1431,8 +1399,7 @@ def main_tgve(argv):
     items = items if args.limit == -1 else items[:args.limit]
     marks = {path: content_mark(path) for path in {item["path"] for item in items} if path}
     items = [item | {"mark": marks.get(item["path"], "")} for item in items]
-    scorers, square = choose_scorers(args)
-    scorers |= {"judge": args.judge} if args.judge else {}
+    scorers, square, _ = choose_scorers(args)
     columns = (*COLUMNS[:-1], *JUDGED, HELD_OUT) if args.judge else COLUMNS
     if args.outputs:
         if not args.outputs.is_dir():
@@ -1442,18 +1409,17 @@ def main_tgve(argv):
         out, title = args.out or ROOT / "results" / name / label, str(args.outputs)
         folders = {"edit": args.outputs}
     else:
-        ed, (s_txt, s_src), size, title, label, how = open_editor(args)
+        ed, size, options, title, label, how = open_editor(args)
         out = args.out or ROOT / "results" / name / label
         folders = {"edit": out / "edit"}
         if not args.no_image_control:
             folders["image editor, frame by frame"] = out / "image"
-        options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed, detail=not args.no_detail)
         for folder, mode in zip(folders.values(), ("auto", "image")):
             edit_benchmark(items, folder, lambda item: run_editor(ed, item, read_source(item)["source"], size,
                                                                   options | {"mode": mode}), f"{how}, {mode}")
         del ed                                      # its memory is the scorers' now
-    finish(items, folders, scorers, square, args.device, out, title, read_source,
-           lambda done: table(items, done, folders, title, columns, PAPER[name]))
+    score_and_report(items, folders, scorers, square, args.device, out, title, read_source,
+                     lambda done: table(items, done, folders, title, columns, PAPER[name]))
 
 
 def read_source(item):
@@ -1464,12 +1430,8 @@ def read_source(item):
 def write_aside(path, text):
     """A text file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")           # two processes may write the same
-    try:
+    with aside(path) as part:
         part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)                                    # of a full disk
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1517,7 +1479,7 @@ def to_video(frames):
 
 
 def through_autoencoder(ed, frames):
-    return [to_rgb(frame) for frame in ed.decode(ed.encode(to_video(frames)) * ed.vae.scaling_factor)[0].float()]
+    return to_u8(ed.decode(ed.encode(to_video(frames)) * ed.vae.scaling_factor))
 
 
 def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
@@ -1530,7 +1492,7 @@ def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
     return ((x - centre) / np.maximum(spread, 1e-6)) @ w / max(w.sum(), 1e-9)
 
 
-def agreement(items, done, candidates):
+def agreement_table(items, done, candidates):
     """Markdown lines: Spearman's correlation of every score and of the total with the PSNR gain to the truth.
 
     Within a clip: over its candidates, then the mean over clips (which candidate is best?); pooled: over all
@@ -1587,8 +1549,8 @@ def sweep(items, done, grid, columns, path):
             series.setdefault(s_src, []).append((s_txt, *means))
     sheet = np.concatenate([np.asarray(scatter(series, column_name("psnr_outside"), column_name(key)))
                             for key, series in panels.items()], 1)
-    Image.fromarray(sheet).save(path.with_suffix(".part"), "PNG")
-    os.replace(path.with_suffix(".part"), path)
+    with aside(path) as part:
+        Image.fromarray(sheet).save(part, "PNG")
     return lines
 
 
@@ -1626,7 +1588,8 @@ def scatter(series, x_name, y_name, width=640, height=480, margin=64):
 
 
 def main_shapes(argv):
-    parser = command("shapes", "Regression test for quality: held-out drawn clips whose true edit is known.")
+    parser = Parser(prog="metrics.py shapes",
+                    description="Regression test for quality: held-out drawn clips whose true edit is known.")
     parser.add_argument("--n", type=int, help="clips (default: 200; with --sweep or --agreement 24)")
     parser.add_argument("--frames", type=int, default=8, help="frames of a clip")
     parser.add_argument("--domain", default="both", choices=["both", "synthetic", "real"], help="of scenes")
@@ -1636,18 +1599,16 @@ def main_shapes(argv):
                         help="the grid with two seeds: which scores agree with the truth?")
     parser.add_argument("--grid-text", type=float, nargs="+", help="text guidance of the grid")
     parser.add_argument("--grid-source", type=float, nargs="+", help="source guidance of the grid")
-    editor_flags(parser)
-    scorer_flags(parser)
+    benchmark_flags(parser)
     args = parser.parse_args(argv)
     check_ranges(parser, args, size=(8, 2048), clips=(0, 1e6), n=(1, 1e5))
     for flag, high, values in (("--grid-text", 30, args.grid_text), ("--grid-source", 10, args.grid_source)):
         if not all(0 <= x <= high for x in values or ()):
             raise UserError(f"{flag} {' '.join(f'{x:g}' for x in values)}: all must lie between 0 and {high}")
-    in_grid, detail = args.sweep or args.agreement, not args.no_detail
+    in_grid = args.sweep or args.agreement
     n = args.n if args.n is not None else 24 if in_grid else 200
-    scorers, square = choose_scorers(args)
-    scorers |= {"judge": args.judge} if args.judge else {}
-    ed, cfg, size, title, label, how = open_editor(args)
+    scorers, square, _ = choose_scorers(args)
+    ed, size, options, title, label, how = open_editor(args)
     if size % ed.multiple:
         raise UserError(f"--size {size}: drawn clips need a multiple of {ed.multiple}")
     items = world_items(n, args.clips, ["synthetic", "real"] if args.domain == "both" else [args.domain])
@@ -1658,6 +1619,7 @@ def main_shapes(argv):
         return world_clip(item, args.frames, size)
     items = [item | {"mark": f"{zlib.crc32(b''.join(x.tobytes() for x in clip(item)[:2])):08x}"} for item in items]
 
+    cfg, detail = (options["s_txt"], options["s_src"]), options["detail"]
     if in_grid:
         texts = args.grid_text or [round(cfg[0] * f, 2) for f in (2 / 3, 1, 1.5, 2.5)]
         sources = args.grid_source or [round(cfg[1] * f, 2) for f in (0.8, 1, 1.3)]
@@ -1671,9 +1633,9 @@ def main_shapes(argv):
     for row, s_txt, s_src, seed, mode, detailed in runs:
         folders[row] = out / row.replace(",", "").replace(" ", "_")
         grid.setdefault((s_txt, s_src), []).append(row)
-        options = dict(steps=args.steps, s_txt=s_txt, s_src=s_src, seed=1_000_003 * seed, mode=mode, detail=detailed)
+        changed = options | dict(s_txt=s_txt, s_src=s_src, seed=1_000_003 * seed, mode=mode, detail=detailed)
         edit_benchmark(items, folders[row],
-                       lambda item: run_editor(ed, item, clip(item)[0], size, options), f"{how}, {row}, {mode}", ".png")
+                       lambda item: run_editor(ed, item, clip(item)[0], size, changed), f"{how}, {row}, {mode}", ".png")
     for k, row in enumerate(CODED):                 # source, truth
         folders[row] = out / row.replace(" ", "_")
         edit_benchmark(items, folders[row], lambda item: through_autoencoder(ed, clip(item)[k]), f"{how}, {row}", ".png")
@@ -1692,9 +1654,9 @@ def main_shapes(argv):
             lines += [*sweep(items, done, grid, columns, picture), f"scatter: {picture}", ""]
         if args.agreement:
             lines += ["Spearman's correlation with the gain in PSNR to the truth", "",
-                      *agreement(items, done, sum(grid.values(), []))]
+                      *agreement_table(items, done, sum(grid.values(), []))]
         return lines + ["", SUCCESS, "truth: of edits whose result follows from source and instruction alone"]
-    finish(items, folders, scorers, square, args.device, out, title, read, report)
+    score_and_report(items, folders, scorers, square, args.device, out, title, read, report)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1736,7 +1698,7 @@ def data_url(path, fps=8):
 
 
 def main_study(argv):
-    parser = command("study", "One HTML page that asks which of two edits is better, or how good one is.")
+    parser = Parser(prog="metrics.py study", description="One HTML page that asks which of two edits is better, or how good one is.")
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR",
                         help="edits A, edits B [sources]; with --rate: edits [sources]; paired by name")
     parser.add_argument("--captions", type=Path,
@@ -1766,8 +1728,6 @@ def main_study(argv):
         print(f"left out, in one folder only: {', '.join(alone)}")
     file = args.captions or args.dirs[0] / "captions.json"
     captions = read_json(file) if args.captions or file.is_file() else said
-    if not isinstance(captions, dict):
-        raise UserError(f"{file}: needs a JSON object, {{clip's name: caption}}")
     items = []
     for name in names:
         paths = {key: found.get(name) or found.get(str(Path(name).parent))      # one source for several tasks
@@ -1790,36 +1750,33 @@ def main_study(argv):
 
 
 def main_votes(argv):
-    parser = command("votes", "Win rates from the JSON files that the study's page saves.")
+    parser = Parser(prog="metrics.py votes", description="Win rates from the JSON files that the study's page saves.")
     parser.add_argument("files", nargs="+", type=Path)
-    files = [(path, read_json(path)) for path in parser.parse_args(argv).files]
-    for path, file in files:
-        if not isinstance(file, dict) or not {"study", "rating", "names", "answers"} <= set(file):
+    files = {path: read_json(path) for path in parser.parse_args(argv).files}
+    for path, file in files.items():
+        if not {"study", "rating", "names", "answers"} <= set(file):
             raise UserError(f"{path}: holds no answers of a study; pass what the page's button saved")
-        if not file["rating"]:
-            answers = file["answers"].values() if isinstance(file["answers"], dict) else [None]
-            whole = isinstance(file["study"], str) and isinstance(file["names"], list) and len(file["names"]) == 2
-            if not whole or not all(isinstance(x, dict) and all(v in ("a", "b") for v in x.values()) for x in answers):
-                raise UserError(f"{path}: needs a study, two names and answers a or b, as the page's button saves them")
-    studies = {file["study"] for _, file in files}
+        if file["rating"]:
+            raise UserError(f"{path}: holds ratings, not votes; curate.py calibrate reads them")
+        answers = file["answers"].values() if isinstance(file["answers"], dict) else [None]
+        whole = isinstance(file["study"], str) and isinstance(file["names"], list) and len(file["names"]) == 2
+        if not whole or not all(isinstance(x, dict) and all(v in ("a", "b") for v in x.values()) for x in answers):
+            raise UserError(f"{path}: needs a study, two names and answers a or b, as the page's button saves them")
+    studies = {file["study"] for file in files.values()}
     if len(studies) > 1:
         raise UserError(f"votes: files of several studies, {', '.join(sorted(studies))}; pass those of one")
-    if files[0][1]["rating"]:
-        raise UserError(f"{files[0][0]}: holds ratings, not votes; curate.py calibrate reads them")
-    files = list({file.get("person", str(path)): (path, file) for path, file in files}.items())         # the last of each
-    files = [found for _, found in files]
-    a, b = files[0][1]["names"]
-    print(f"{a} against {b}: {len(files)} {'person' if len(files) == 1 else 'people'}")
+    people = {file.get("person", str(path)): file for path, file in files.items()}      # the last file of each
+    a, b = next(iter(people.values()))["names"]
+    print(f"{a} against {b}: {len(people)} {'person' if len(people) == 1 else 'people'}")
     print("| question | n | wins, % | 95 % |", "|---|---|---|---|", sep="\n")
     rates = []
     for question in QUESTIONS:
-        votes = [vote[question] for _, file in files for vote in file["answers"].values() if question in vote]
+        votes = [vote[question] for file in people.values() for vote in file["answers"].values() if question in vote]
         if votes:
             test = scipy.stats.binomtest(votes.count("a"), len(votes))
             low, high = test.proportion_ci(method="exact")
             rates.append(test.statistic)
-            interval = f"{100 * low:.1f} to {100 * high:.1f}"
-            print(f"| {question} | {len(votes)} | {100 * test.statistic:.1f} | {interval} |")
+            print(f"| {question} | {len(votes)} | {100 * test.statistic:.1f} | {100 * low:.1f} to {100 * high:.1f} |")
     if not rates:
         raise UserError("votes: no answers in these files")
     print(f"| average | | {100 * np.mean(rates):.1f} | |")
@@ -1836,9 +1793,9 @@ LLAVA_FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
 # ------------------------------------------------------------------------------------------------------------
 # pictures in
 
-def paste(image, height, width, colour=0):
-    """uint8 (H, W, 3) in the middle of a plain canvas; an odd margin is wider below and on the right."""
-    canvas = np.full((height, width, 3), colour, np.uint8)
+def paste(image, height, width):
+    """uint8 (H, W, 3) in the middle of a black canvas; an odd margin is wider below and on the right."""
+    canvas = np.zeros((height, width, 3), np.uint8)
     top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
     canvas[top:top + image.shape[0], left:left + image.shape[1]] = image
     return canvas
@@ -1878,8 +1835,7 @@ def unpad(x, height, width):
 
 
 def even_frames(clip, n):
-    """n evenly spaced frames of a clip (F, ...) or (1, F, ...), ends included. UserError if it has fewer."""
-    clip = clip[0] if clip.ndim == 5 else clip
+    """n evenly spaced frames of a clip (F, ...), ends included. UserError if it has fewer."""
     if len(clip) < n:
         raise UserError(f"the clip has {len(clip)} frames, not the {n} asked for: take a longer one or fewer")
     return clip[np.linspace(0, len(clip) - 1, n).round().astype(int)]
@@ -2071,7 +2027,7 @@ class LlavaOneVision(nn.Module):
     """LLaVA-OneVision from a config in the published form; `from_pretrained` also brings the tokenizer.
 
     A visual is an image (PIL, uint8 (H, W, 3), or a tensor (3, H, W) in [-1, 1]) or a clip (uint8
-    (F, H, W, 3), or a tensor (F, 3, H, W) or (1, F, 3, H, W) in [-1, 1]); 8 to 32 frames are usual.
+    (F, H, W, 3), or a tensor (F, 3, H, W) in [-1, 1]); 8 to 32 frames are usual.
     """
 
     def __init__(self, cfg):
@@ -2099,12 +2055,10 @@ class LlavaOneVision(nn.Module):
         Raises UserError for another model, a missing shard, a wrong index.
         """
         folder = Path(hub_dir(source, LLAVA_FILES))
-        cfg, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
+        cfg = read_json(folder / "config.json")
         kind = cfg.get("model_type", "llava_onevision")
         if kind != "llava_onevision" or not {"text_config", "vision_config"} <= cfg.keys():
             raise UserError(f"{folder}/config.json: not LLaVA-OneVision's ({kind}); give {LLAVA} or a copy of it")
-        if index.is_file() and not isinstance(read_json(index).get("weight_map"), dict):
-            raise UserError(f"{index}: wrong index, no weight_map from tensors to files; download it again")
         tensors, file = find_tensors(folder)
         words, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
         if words in tensors:                                       # the file knows its padded vocabulary best
@@ -2140,24 +2094,19 @@ class LlavaOneVision(nn.Module):
         return mlp.linear_2(F.gelu(mlp.linear_1(tower))), tower         # exact GELU here, tanh in the tower
 
     @torch.no_grad()
-    def look(self, visual, tiled=True):
+    def look(self, visual):
         """One visual (see the class) -> its features in reading order (n, D).
 
         A clip: each frame a square, pooled 27 -> 14, one newline at the very end. An image: the whole, then
-        the map of all its tiles with a newline after each row, shrunk to 9 tiles' worth; not tiled: the whole
-        and a newline.
+        the map of all its tiles with a newline after each row, shrunk to 9 tiles' worth.
         """
-        frames, size, newline = to_u8(visual), self.size, self.image_newline[None]
+        frames, size = to_u8(visual), self.size
         if is_clip(visual):
             x, _ = self.see(np.stack([stretch(f, size, size) for f in frames]))
             x = x.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)                  # (F, D, 27, 27)
             x = F.interpolate(x, size=[-(-self.grid // 2)] * 2, mode="bilinear")
-            return torch.cat([x.flatten(2).transpose(1, 2).flatten(0, 1), newline])
+            return torch.cat([x.flatten(2).transpose(1, 2).flatten(0, 1), self.image_newline[None]])
         height, width = frames[0].shape[:2]
-        if not tiled:
-            side = max(height, width)
-            square = paste(frames[0], side, side, [int(255 * m) for m in self.mean])
-            return torch.cat([self.see(stretch(square, size, size)[None])[0][0], newline])
         high, wide = best_resolution(height, width, self.cfg["image_grid_pinpoints"])
         x, _ = self.see(cut_tiles(frames[0], size, self.cfg["image_grid_pinpoints"]))
         whole, x = x[0], x[1:].view(high // size, wide // size, self.grid, self.grid, -1)
@@ -2194,18 +2143,14 @@ class LlavaOneVision(nn.Module):
         """Prompt and the features of what it shows [(n, D), ...] -> embeddings (L, D)."""
         ids = self.input_ids(prompt, [len(s) for s in seen])
         x = self.language_model.model.embed_tokens(ids)
-        if seen:
-            marks = (ids == self.cfg["image_token_index"]) | (ids == self.cfg["video_token_index"])
-            x[marks] = torch.cat(seen)
+        marks = (ids == self.cfg["image_token_index"]) | (ids == self.cfg["video_token_index"])
+        x[marks] = torch.cat(seen)
         return x
 
-    def row(self, visuals, text):
-        """What is shown (None, a visual, a list of them: images first) and the text -> embeddings (L, D)."""
-        visuals = [] if visuals is None else visuals if isinstance(visuals, (list, tuple)) else [visuals]
-        images, clips = [v for v in visuals if not is_clip(v)], [v for v in visuals if is_clip(v)]
-        # several images in one prompt are not tiled, as in the original
-        seen = [self.look(v, tiled=len(images) == 1) for v in images] + [self.look(v) for v in clips]
-        return self.embed(self.chat(text, len(images), len(clips)), seen)
+    def row(self, visual, text):
+        """A visual and the text that comes with it -> embeddings (L, D)."""
+        clip = is_clip(visual)
+        return self.embed(self.chat(text, images=not clip, videos=clip), [self.look(visual)])
 
     # what it says
 
@@ -2250,32 +2195,23 @@ class LlavaOneVision(nn.Module):
         return answers
 
     @torch.no_grad()
-    def generate(self, visuals, prompt, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0):
-        """The answer to `prompt` about one visual, a list of them, or None.
-
-        A list of prompts, with a list of what each shows, gives a list of answers: one batch, which says the
-        same as one by one. `seed` may then be a list; a number counts up.
-        """
-        if isinstance(prompt, str):
-            return self.generate([visuals], [prompt], max_new_tokens, temperature, top_p, [seed])[0]
-        seeds = [seed + i for i in range(len(prompt))] if isinstance(seed, int) else seed
-        rows = [self.row(v, p) for v, p in zip(visuals, prompt, strict=True)]
+    def generate(self, visuals, prompts, max_new_tokens=128, temperature=0.0, top_p=1.0, seeds=None):
+        """The answers to a list of prompts, each about its own visual: one batch, which says the same as one by one."""
+        rows = [self.row(v, p) for v, p in zip(visuals, prompts, strict=True)]
         ids = self.generate_ids(rows, max_new_tokens, temperature, top_p, seeds)
         return [self.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
 
     @torch.no_grad()
-    def probability_of_yes(self, pair, question, frames=8):
-        """P(yes) / (P(yes) + P(no)) of the answer's first token, in [0, 1]; a list of questions gives a list.
+    def probability_of_yes(self, pair, questions, frames=8):
+        """P(yes) / (P(yes) + P(no)) of each answer's first token, in [0, 1].
 
         pair: (source, edited) clips of at least `frames` frames, shown in one prompt in this order.
         """
-        questions = [question] if isinstance(question, str) else question
         seen = [self.look(even_frames(clip, frames)) for clip in pair]                # once for all questions
         logits, _, _ = self.prefill([self.embed(self.chat(q, videos=2), seen) for q in questions])
         first = lambda words: sorted({self.tokenizer.encode(w).ids[0] for w in words})
         yes, no = (logits[:, first(w)].logsumexp(-1) for w in (("Yes", "yes", "YES"), ("No", "no", "NO")))
-        share = (yes - no).sigmoid().tolist()
-        return share[0] if isinstance(question, str) else share
+        return (yes - no).sigmoid().tolist()
 
 
 def nucleus(logits, top_p, u):
@@ -2300,6 +2236,7 @@ WRITER_TASKS = {                                                            # th
     "addition": "add one new object at a place that the instruction names",
     "texture": "change the material, the colour or the surface pattern of one visible object",
 }
+TEMPERATURE, TOP_P, SIMILAR = 0.7, 0.9, 0.8             # ours: of the writer's sampling; share of words that is too much alike
 FIELDS = ("task", "instruction", "source_caption", "target_caption")
 WRITER_PROMPT = """You write instructions for a video editor. Look at what is shown and invent one edit of \
 the kind "{task}": {what}. Name things that can really be seen. Write the instruction as a short command, \
@@ -2343,13 +2280,13 @@ def words_of(text):
     return frozenset(re.findall(r"\w+", text.lower())) - set("a an the it to of in into with and".split())
 
 
-def near_duplicate(instruction, accepted, similar=0.8):
-    """The first of `accepted` {words_of(text): text} that shares more than `similar` of its words with the
+def near_duplicate(instruction, accepted):
+    """The first of `accepted` {words_of(text): text} that shares more than SIMILAR of its words with the
     instruction (intersection over union), or None. 16 K instructions among themselves take a minute."""
     words = words_of(instruction)
     if words in accepted:
         return accepted[words]
-    return next((text for w, text in accepted.items() if len(words & w) > similar * len(words | w)), None)
+    return next((text for w, text in accepted.items() if len(words & w) > SIMILAR * len(words | w)), None)
 
 
 def check_mix(mix):
@@ -2358,8 +2295,7 @@ def check_mix(mix):
         raise UserError(f"--task-mix {mix}: give weights of 0 or more, not all 0, to {', '.join(WRITER_TASKS)}")
 
 
-def write_instructions(say, clips, mix=None, done=(), batch=4, tries=3, frames=8, temperature=0.7,
-                       similar=0.8):
+def write_instructions(say, clips, mix=None, done=(), batch=4, tries=3, frames=8):
     """Clips, an iterable of (id, clip), -> one record per clip, in order: {id, kept, why, tries, task} and,
     if kept, {instruction, source_caption, target_caption}. Dropped: `tries` invalid or repeated answers.
 
@@ -2392,12 +2328,12 @@ def write_instructions(say, clips, mix=None, done=(), batch=4, tries=3, frames=8
             # a refused answer to the same prompt tends to come again, so the next prompt says what was wrong
             prompts = [writer_prompt(r["task"], r["why"]) for r, _ in todo]
             digests = [hashlib.sha256(f"{r['id']}/{n}".encode()).digest() for r, _ in todo]
-            texts = say([clip for _, clip in todo], prompts, 256, temperature, 0.9,
+            texts = say([clip for _, clip in todo], prompts, 256, TEMPERATURE, TOP_P,
                         [int.from_bytes(d[:7], "big") for d in digests])
             for (r, _), text in zip(todo, texts, strict=True):
                 answer, r["why"] = parse_answer(text, r["task"])
                 r["tries"] = n + 1
-                twin = answer and near_duplicate(answer["instruction"], accepted, similar)
+                twin = answer and near_duplicate(answer["instruction"], accepted)
                 if twin:
                     r["why"] = f"too close to {twin!r}"
                 elif answer:
@@ -2444,10 +2380,9 @@ def merge_lora(model):
 
 
 def save_lora(model, path):
-    """Writes the trained matrices alone, aside and then renamed."""
-    part = Path(path).with_suffix(".part")
-    save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if ".lora_" in n}, part)
-    part.replace(path)
+    """Writes the trained matrices alone."""
+    with aside(path) as part:
+        save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if ".lora_" in n}, part)
 
 
 def load_lora(model, path):

@@ -1,7 +1,7 @@
 """InstructVEdit's video editor in plain PyTorch (arXiv 2503.17641), loading the published weights' own keys.
 
 Contents, in reading order
-    loading      UserError, hub_dir, read_tensors, load_weights
+    loading      UserError, aside, hub_dir, read_json, read_tensors, load_weights
     small pieces attention, embedding, timestep_embedding, frame_positions
     text         Tokenizer, CLIPEncoder, TextModel, TextEncoder          (CLIP ViT-L/14's text tower)
     pixels       VAE                                                     (AutoencoderKL)
@@ -24,6 +24,7 @@ import sys
 import time
 import unicodedata
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,6 +69,22 @@ def run(main):
         sys.exit(print("interrupted; nothing half-written", file=sys.stderr) or 130)
 
 
+def out_of_memory(error):
+    return "out of memory" in str(error) or "allocate memory" in str(error)         # as CUDA and the CPU say it
+
+
+@contextmanager
+def aside(path):
+    """For a file that is there whole or not at all: yields a hidden path beside `path`, which takes its place if nothing fails."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")       # two processes may write the same
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)                                # of a full disk
+
+
 def hub_dir(source, patterns=None):
     """Local directory of `source`: a directory as it is, or a hub id, downloaded on first use (files in `patterns`)."""
     source = str(source)
@@ -92,7 +109,7 @@ def repository(source):
     names the repository that it was trained from; anything else is a repository itself. Our own are found from anywhere.
     """
     run = Path(source).parent if str(source).endswith("model.safetensors") else Path(source)
-    meta = read_config(run / "meta.json") if (run / "meta.json").is_file() else None
+    meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else None
     if meta is not None and not ("base" in meta and "unet" in meta):
         raise UserError(f"{run}: holds {meta.get('stage', 'something else')}, not an editor; pass a run of stage image or a round")
     base = str(meta["base"] if meta else source)
@@ -107,27 +124,22 @@ def finished(run):
     return meta is not None and meta.get("step", -1) >= meta.get("args", {}).get("steps", 0)
 
 
-def read_json(path):
-    """A config file as a dict; UserError where it is missing or not JSON."""
+def read_json(path, kind=dict):
+    """A JSON file that holds a `kind`, dict or list; UserError where it is missing, not JSON, or holds something else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the directory is not a complete copy in hub layout") from None
     except (ValueError, OSError) as e:
         raise UserError(f"{path}: not readable as JSON ({e})") from None
-
-
-def read_config(path):
-    """`read_json` of what has to be an object."""
-    cfg = read_json(path)
-    if not isinstance(cfg, dict):
-        raise UserError(f"{path}: holds {type(cfg).__name__}, where settings by name are needed")
-    return cfg
+    if not isinstance(data, kind):
+        raise UserError(f"{path}: holds {type(data).__name__}, where a JSON {'object' if kind is dict else 'list'} is needed")
+    return data
 
 
 def build(network, path, cfg=None):
     """network(cfg), by default the config at `path`; UserError where that lacks something, cannot be built or is not known here."""
-    cfg = cfg or read_config(path)
+    cfg = cfg or read_json(path)
     for key, known in PLAIN_SETTINGS.items():
         if key in cfg and cfg[key] not in (known, None):
             raise UserError(f"{path}: {key} {cfg[key]}; known is {known}")
@@ -249,10 +261,8 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def warn_if_slow(dtype, device, flag):
-    """One line where bfloat16 was asked for on a CPU without instructions for it, where it is many times slower than float32."""
-    if dtype != torch.bfloat16 or torch.device(device).type != "cpu":
-        return
+def slower_in_bfloat16():
+    """How many times longer this CPU takes for a matrix product in bfloat16 than in float32: many without instructions for it."""
     seconds = {}
     for kind in (torch.float32, torch.bfloat16):
         x = torch.ones(256, 256, dtype=kind)
@@ -260,7 +270,14 @@ def warn_if_slow(dtype, device, flag):
             start = time.perf_counter()
             x @ x
             seconds[kind] = time.perf_counter() - start
-    ratio = seconds[torch.bfloat16] / seconds[torch.float32]
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+def warn_if_slow(dtype, device, flag):
+    """One line where bfloat16 was asked for on a CPU that is many times slower in it."""
+    if dtype != torch.bfloat16 or torch.device(device).type != "cpu":
+        return
+    ratio = slower_in_bfloat16()
     if ratio > 5:
         print(f"warning: {flag}: this CPU multiplies {ratio:.0f} times slower in bfloat16 than in float32; leave it out",
               file=sys.stderr)
@@ -281,9 +298,8 @@ def timestep_embedding(t, dim):
 
 def frame_positions(n_frames, dim, device, dtype):
     """AnimateDiff's sinusoidal frame positions (1, F, dim): sine on even channels, cosine on odd, base 10000."""
-    freqs = torch.exp(-math.log(10000) * torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    angle = torch.arange(n_frames, dtype=torch.float32, device=device)[:, None] * freqs
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[None].to(dtype)
+    cos, sin = timestep_embedding(torch.arange(n_frames, device=device), dim).chunk(2, dim=-1)
+    return torch.stack([sin, cos], dim=-1).flatten(1)[None].to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -341,7 +357,7 @@ class Tokenizer:
         if not isinstance(vocab, dict):                            # two file names, as published
             if not Path(merges).is_file():
                 raise UserError(f"{merges}: missing; the directory is not a complete copy in hub layout")
-            files, vocab = f"{vocab} and {Path(merges).name}", read_config(vocab)
+            files, vocab = f"{vocab} and {Path(merges).name}", read_json(vocab)
             lines = Path(merges).read_text(encoding="utf-8", errors="replace").split("\n")
             merges = [tuple(m.split()) for m in lines if m.strip() and not m.startswith("#version")]
             if len(vocab) > len(merges) + 514:                     # 256 letters, alone and at a word's end, and two marks
@@ -508,28 +524,24 @@ def vae_mid(channels, groups):
 
 
 class VAEHalf(nn.Module):
-    """Encoder (how="down") or decoder (how="up"): conv, levels of resnets, an attention in the middle, conv."""
-    def __init__(self, cfg, how):
+    """Encoder, or with `up` the decoder: conv, levels of resnets, an attention in the middle, conv."""
+    def __init__(self, cfg, up):
         super().__init__()
-        widths, groups, n = cfg["block_out_channels"], cfg["norm_num_groups"], cfg["layers_per_block"]
-        levels = nn.ModuleList()
-        self.how = how
-        if how == "up":
-            widths, n = widths[::-1], n + 1
+        self.up, widths, groups, n = up, cfg["block_out_channels"], cfg["norm_num_groups"], cfg["layers_per_block"]
+        c_in, c_out, levels = cfg["in_channels"], 2 * cfg["latent_channels"], nn.ModuleList()
+        if up:
+            widths, n, c_in, c_out = widths[::-1], n + 1, cfg["latent_channels"], cfg["out_channels"]
         c = widths[0]
         for i, width in enumerate(widths):
             block = nn.ModuleDict({"resnets": nn.ModuleList(
                 ResnetBlock(c if j == 0 else width, width, groups, 1e-6) for j in range(n))})
             if i < len(widths) - 1:
-                block["upsamplers" if how == "up" else "downsamplers"] = nn.ModuleList(
-                    [Resample(width, "up" if how == "up" else "down_vae")])
+                block["upsamplers" if up else "downsamplers"] = nn.ModuleList([Resample(width, "up" if up else "down_vae")])
             c = width
             levels.append(block)
-        c_in, c_out = ((cfg["latent_channels"], cfg["out_channels"]) if how == "up" else
-                       (cfg["in_channels"], 2 * cfg["latent_channels"]))
         self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
-        self.add_module("up_blocks" if how == "up" else "down_blocks", levels)
-        self.mid_block = vae_mid(widths[0] if how == "up" else widths[-1], groups)
+        self.add_module("up_blocks" if up else "down_blocks", levels)
+        self.mid_block = vae_mid(widths[0] if up else widths[-1], groups)
         self.conv_norm_out = GroupNorm(groups, widths[-1], 1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
 
@@ -539,11 +551,11 @@ class VAEHalf(nn.Module):
 
     def forward(self, x):
         x = self.conv_in(x)
-        x = self.mid(x) if self.how == "up" else x
-        for block in self.up_blocks if self.how == "up" else self.down_blocks:
+        x = self.mid(x) if self.up else x
+        for block in self.up_blocks if self.up else self.down_blocks:
             for layer in [y for part in block.values() for y in part]:          # resnets, then the resampler
                 x = layer(x)
-        x = x if self.how == "up" else self.mid(x)
+        x = x if self.up else self.mid(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -556,7 +568,7 @@ class VAE(nn.Module):
         self.config, c = cfg, cfg["latent_channels"]
         self.scaling_factor = cfg.get("scaling_factor", 0.18215)   # brings SD's latents to unit variance
         self.factor = 2 ** (len(cfg["block_out_channels"]) - 1)
-        self.encoder, self.decoder = VAEHalf(cfg, "down"), VAEHalf(cfg, "up")
+        self.encoder, self.decoder = VAEHalf(cfg, up=False), VAEHalf(cfg, up=True)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * c, 2 * c, 1), nn.Conv2d(c, c, 1)
 
     def encode(self, x):
@@ -980,6 +992,8 @@ class VideoEditor:
     FILES = ["model_index.json"] + [f"{d}/{f}" for d in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
                                     for f in ("config.json", "*_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                                               "diffusion_pytorch_model.safetensors", "model.safetensors")]
+    VIDEO = "motion", "epm", "same_noise"           # what a video editor's config, or its run's meta.json, says besides
+    SLICE = 4                                       # frames that the VAE takes at a time: bounds memory
 
     @classmethod
     def from_pretrained(cls, source, motion=None, gamma=1.0, epm=False, norm_over_frames=False, device=None, dtype=None):
@@ -1005,19 +1019,17 @@ class VideoEditor:
             motion = SD15_MOTION
         place = dict(device=self.device, dtype=self.dtype)
 
+        file = Path(source) / "meta.json" if meta else root / "unet" / "config.json"
+        config = meta["unet"] if meta else read_json(file)
+        video = {k: v for k, v in (meta or config).items() if k in cls.VIDEO and motion is None}
+        config = {k: v for k, v in config.items() if k not in cls.VIDEO}       # the image editor's
         with torch.device("meta"):
-            how = meta or {"unet": read_config(root / "unet" / "config.json")}
-            trained = meta or how["unet"]                          # "motion", "epm": what the U-Net was trained with
-            video = ("motion", "epm", "same_noise")
-            if motion is not None:
-                trained = {k: v for k, v in trained.items() if k not in video}
-            file = Path(source) / "meta.json" if meta else root / "unet" / "config.json"
-            self.unet = build(UNet, file, {k: v for k, v in how["unet"].items() if k not in video})        # the image editor's config
-            if "motion" in trained:
-                self.unet.add_motion(trained["motion"], norm_over_frames=norm_over_frames)
-            if "epm" in trained:
-                self.unet.add_epm(**trained["epm"])
-            self.same_noise = trained.get("same_noise", False)     # a video editor trained on one noise for all frames
+            self.unet = build(UNet, file, config)
+            if "motion" in video:
+                self.unet.add_motion(video["motion"], norm_over_frames=norm_over_frames)
+            if "epm" in video:
+                self.unet.add_epm(**video["epm"])
+            self.same_noise = video.get("same_noise", False)       # a video editor trained on one noise for all frames
             self.vae = build(VAE, root / "vae" / "config.json")
             self.text_encoder = build(TextEncoder, root / "text_encoder" / "config.json")
         own = read_tensors(Path(source) / "model.safetensors") if meta else {}
@@ -1037,7 +1049,7 @@ class VideoEditor:
             del tensors                                            # unmaps the file before the next one is read
         if motion:
             load_motion(self.unet, motion, gamma, norm_over_frames, place)
-        if "epm" not in trained and epm:
+        if "epm" not in video and epm:
             self.unet.add_epm()
         self.unet.to(**place)
         self.vae.to(memory_format=torch.channels_last)             # 5 to 25 % faster on a CPU as well; the U-Net is not
@@ -1047,7 +1059,7 @@ class VideoEditor:
             net.eval().requires_grad_(False)
 
         special = root / "tokenizer" / "special_tokens_map.json"   # Stable Diffusion 2 pads with "!", 1 with the end token
-        pad = read_config(special).get("pad_token") if special.is_file() else None
+        pad = read_json(special).get("pad_token") if special.is_file() else None
         pad = pad.get("content") if isinstance(pad, dict) else pad
         self.tokenizer = Tokenizer(root / "tokenizer" / "vocab.json", root / "tokenizer" / "merges.txt", pad)
         embeddings = self.text_encoder.text_model.embeddings
@@ -1055,24 +1067,19 @@ class VideoEditor:
         if max(self.tokenizer.vocab.values()) >= size or width != self.unet.config["cross_attention_dim"]:
             raise UserError(f"{root}: the tokenizer has tokens up to {max(self.tokenizer.vocab.values())}, the text encoder {size} and "
                             f"states {width} wide, the U-Net wants {self.unet.config['cross_attention_dim']}; are they of one model?")
-        self.scheduler = read_config(root / "scheduler" / "scheduler_config.json")
-        for key, known in (("prediction_type", ("epsilon", "v_prediction")), ("beta_schedule", ("scaled_linear", "linear")),
-                           ("rescale_betas_zero_snr", (False, None)), ("trained_betas", (None,)), ("clip_sample", (False, None)),
-                           ("thresholding", (False, None))):
-            if self.scheduler.get(key, known[0]) not in known:
-                raise UserError(f"{root / 'scheduler'}: {key} {self.scheduler[key]}; known are {' and '.join(map(str, known))}")
-        c, channels = self.vae.config["latent_channels"], [how["unet"][f"{k}_channels"] for k in ("in", "out")]
+        self.scheduler = read_scheduler(root / "scheduler" / "scheduler_config.json")
+        c, channels = self.vae.config["latent_channels"], [config[f"{k}_channels"] for k in ("in", "out")]
         if channels != [2 * c, c]:
             raise UserError(f"{root / 'unet'}: takes {channels[0]} channels and gives {channels[1]}; an editor of latents with {c} "
                             f"channels takes {2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
         # what a checkpoint may say about itself; published ones say nothing and get Stable Diffusion's usual values
-        about = read_config(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+        about = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
         about = about.get("instructvedit", {})
         self.size, self.guidance = about.get("size", 512), tuple(about.get("guidance", (7.5, 1.5)))
         self.steps, self.deadband = about.get("steps", 20), about.get("deadband", 0.0)     # of sampling; see `settle`
         self.words, self.examples = set(about.get("words", ())) or None, about.get("examples")
         self.multiple = self.vae.factor
-        self.default_mode = "video" if "motion" in trained else "ffg"
+        self.default_mode = "video" if "motion" in video else "ffg"
         return self
 
     # ---- pieces -----------------------------------------------------------------------------------------------
@@ -1086,20 +1093,20 @@ class VideoEditor:
         return self.text_encoder(self.tokenize(texts).to(self.device))
 
     @torch.no_grad()
-    def encode(self, video, slice_size=4):
+    def encode(self, video):
         """video (1, F, 3, H, W) in [-1, 1] -> source latents (1, F, c, h, w): the posterior's mode, unscaled."""
         if video.shape[-2] % self.multiple or video.shape[-1] % self.multiple:
             raise UserError(f"frames of {video.shape[-1]}x{video.shape[-2]}: width and height must be multiples of "
                             f"{self.multiple}")
         dtype = next(self.vae.parameters()).dtype
-        z = [self.vae.encode(x.to(self.device, dtype))[0].float() for x in video[0].split(slice_size)]
+        z = [self.vae.encode(x.to(self.device, dtype))[0].float() for x in video[0].split(self.SLICE)]
         return torch.cat(z)[None]
 
     @torch.no_grad()
-    def decode(self, z, slice_size=4):
-        """z (1, F, c, h, w), scaled -> video (1, F, 3, H, W) float32 in [-1, 1], in slices to bound memory."""
+    def decode(self, z):
+        """z (1, F, c, h, w), scaled -> video (1, F, 3, H, W) float32 in [-1, 1]."""
         dtype = next(self.vae.parameters()).dtype
-        x = [self.vae.decode((y / self.vae.scaling_factor).to(self.device, dtype)).float() for y in z[0].split(slice_size)]
+        x = [self.vae.decode((y / self.vae.scaling_factor).to(self.device, dtype)).float() for y in z[0].split(self.SLICE)]
         return torch.cat(x)[None].clamp(-1, 1)
 
     def noise(self, n_frames, h, w, seed, first=0, mode="ffg"):
@@ -1230,6 +1237,17 @@ class VideoEditor:
         return self.decode(self.sample(z_src, instruction, z_T.to(self.device), steps, s_txt, s_src, mode, sampler))
 
 
+def read_scheduler(path):
+    """scheduler_config.json as a dict; UserError for a setting that changes results and is not known here."""
+    cfg = read_json(path)
+    for key, known in (("prediction_type", ("epsilon", "v_prediction")), ("beta_schedule", ("scaled_linear", "linear")),
+                       ("rescale_betas_zero_snr", (False, None)), ("trained_betas", (None,)), ("clip_sample", (False, None)),
+                       ("thresholding", (False, None))):
+        if cfg.get(key, known[0]) not in known:
+            raise UserError(f"{path}: {key} {cfg[key]}; known are {' and '.join(map(str, known))}")
+    return cfg
+
+
 def load_motion(unet, source, gamma, norm_over_frames, place):
     """Published motion modules into `unet`: a MotionAdapter repository, directory or file, or AnimateDiff's .ckpt."""
     path = Path(source)
@@ -1238,7 +1256,7 @@ def load_motion(unet, source, gamma, norm_over_frames, place):
         cfg = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     else:
         path = hub_dir(source, ["config.json", "diffusion_pytorch_model.safetensors"])
-        (tensors, file), cfg = find_tensors(path), read_config(path / "config.json")
+        (tensors, file), cfg = find_tensors(path), read_json(path / "config.json")
     if not any("motion_modules" in k for k in tensors):
         raise UserError(f"{source}: holds no motion modules; is it an AnimateDiff adapter?")
     # a bare .ckpt has no config: its position table and names tell the rest, the U-Net the number of heads and groups

@@ -5,7 +5,7 @@ Contents:
   writing    audio_packets, video_writer, write_video                       H.264 in mp4, the source's sound copied
   editing    edit_stream, window_starts, seam_score                         any length in windows, constant memory
   detail     carry_detail, edit_pictures                                    the edit at the source's resolution
-  command    parse, choose_model, output_paths, grid_sheet, edit_file, main
+  command    Parser, editor_flags, settings, parse, choose_model, output_paths, grid_sheet, edit_file, main
 
 Videos are (1, F, 3, H, W) in [-1, 1], single frames (3, H, W) in [-1, 1], and rgb is (H, W, 3) uint8. Times inside a
 clip are whole ticks of its time base, counted from its first frame.
@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -30,7 +30,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import UserError, VideoEditor, finished, run
+from model import UserError, VideoEditor, aside, finished, out_of_memory, run
 
 WINDOW, REFERENCES = 16, 4          # frames per pass, and how many of them the previous pass has finished
 NAME_BYTES = 220                    # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
@@ -272,7 +272,7 @@ def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple
     start, end = (Fraction(x).limit_denominator(10 ** 6) if x else x for x in (start, end))    # 0.2 is not quite 1/5
     clip, span = probe(path, fps or 24), (start, end, fps, frames)
     plan(clip, *span)
-    height, width = model_size(clip, size, multiple) if size else (clip.height, clip.width)
+    height, width = model_size(clip.height, clip.width * clip.pixel, size, multiple) if size else (clip.height, clip.width)
     video = [resize(to_tensor(rgb), height, width) for _, rgb in read_frames(clip, *span)]
     return torch.stack(video)[None], float(fps or clip.rate)
 
@@ -284,7 +284,7 @@ def to_tensor(rgb):
 
 def to_rgb(frame):
     """frame (3, H, W) in [-1, 1] -> rgb (H, W, 3) uint8."""
-    return ((frame.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    return ((frame.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def resize(frame, height, width):
@@ -294,12 +294,13 @@ def resize(frame, height, width):
     return F.interpolate(frame[None], (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
-def model_size(clip, size, multiple):
-    """(height, width) of the model's frame: short side near `size`, the picture's shape, multiples of `multiple`."""
-    shape = clip.height, clip.width * clip.pixel                    # in square pixels
-    height, width = (max(1, round(side * size / min(shape) / multiple)) * multiple for side in shape)
+def model_size(height, width, size, multiple):
+    """(height, width) of the model's frame: short side near `size`, multiples of `multiple`, the shape of a picture of
+    `height` x `width` square pixels."""
+    short, long = sorted((height, width))
+    height, width = (max(1, round(side * size / short / multiple)) * multiple for side in (height, width))
     if max(height, width) > 4096:
-        narrow = max(shape) > 128 * min(shape)
+        narrow = long > 128 * short
         raise UserError(f"--size {size}: frames of {width}x{height} are too large; " +
                         ("no side of a clip may be over 128 times the other" if narrow else "pass a lower --size"))
     return height, width
@@ -359,10 +360,9 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
     rate: average frames per second; tick: seconds per tick; audio: (clip, begin, end) whose sound is added. 4:2:0
     needs even sizes, so an odd last row or column is shown twice. Raises UserError where nothing can be written.
     """
-    path, lengths = Path(path), {}
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part")
+    lengths = {}
     try:
-        with av.open(f"file:{part}", "w", format="mp4", options={"movflags": "+faststart"}) as out:
+        with aside(path) as part, av.open(f"file:{part}", "w", format="mp4", options={"movflags": "+faststart"}) as out:
             stream = out.add_stream("libx264", rate=Fraction(rate).limit_denominator(60000),
                                     options={"crf": "16", "bf": "0"})   # no B-frames: mp4 then holds each duration
             stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
@@ -396,12 +396,8 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
             while waiting:
                 out.mux(waiting[1])
                 waiting = next(sound, None)
-        os.replace(part, path)
     except (OSError, av.FFmpegError) as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def write_video(path, video, fps, audio=None):
@@ -543,8 +539,18 @@ def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
 
 # ---- command ---------------------------------------------------------------------------------------------------
 
-def fail(message):
-    raise UserError(f"{message} (see --help)")
+class Parser(argparse.ArgumentParser):
+    """Its errors are UserErrors: one line, like every other mistake."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
 
 
 def number(text):
@@ -558,34 +564,45 @@ def number(text):
     return value.limit_denominator(60000)                           # more digits of 30000/1001 than a container's clock takes
 
 
+def editor_flags(parser):
+    """Which editor, and how it edits: the same here and in metrics.py. See `settings`."""
+    add = parser.add_argument
+    add("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
+    add("--weights", help="directory in hub layout, or a trained run (directory or model.safetensors)")
+    add("--size", type=int, default=-1, help="short side of the model's frame, pixels (-1: the model's own)")
+    add("--steps", type=int, help="sampling steps; default the checkpoint's own: 20, tiny 5")
+    add("--text-cfg", type=float, help="how strongly to follow the instruction, 0 to 30 (default: the model's)")
+    add("--source-cfg", type=float, help="how closely to keep to the source, 0 to 10 (default: the model's)")
+    add("--seed", type=int, default=0, help="of the noise: same seed, same file")
+    add("--no-detail", action="store_true", help="resize the edit plainly, without the source's detail")
+
+
+def settings(args, ed):
+    """(short side of the model's frame, {steps, s_txt, s_src, seed} of `edit_stream`): as the flags say, else the editor's own."""
+    asked, own = (args.steps, args.text_cfg, args.source_cfg), (ed.steps, *ed.guidance)
+    steps, s_txt, s_src = (b if a is None else a for a, b in zip(asked, own))
+    return ed.size if args.size == -1 else args.size, dict(steps=steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
+
+
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Edit a video by instruction.")
-    parser.error = fail                                             # one line, like every other mistake
+    parser = Parser(description="Edit a video by instruction.")
     add = parser.add_argument
     add("video", help="mp4, mov, webm, mkv, gif, ... or a folder of numbered frames")
     add("instruction", nargs="+", help='what to change, e.g. "make it snow"; several make several videos')
-    # model
-    add("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
-    add("--weights", help="directory in hub layout, or a trained run (directory or model.safetensors)")
+    # model and edit
+    editor_flags(parser)
     add("--motion", help="motion modules instead of the model's own: hub id, directory in hub layout or AnimateDiff .ckpt")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, else float32")
+    add("--deadband", type=float, help="latent cells that change by less, 0 to 2, stay the source's; 0: off (default: the model's)")
+    add("--sampler", default="ddim", choices=["ddim", "dpm"], help="dpm is good with 10 to 12 steps")
+    add("--mode", default="auto", choices=["auto", "image", "ffg", "video"],
+        help="image: frame by frame; ffg: guided by the first frame, needs no training; video: trained video layers")
     # clip
     add("--start", type=number, default=0, metavar="S", help="seconds into the clip")
     add("--end", type=number, default=-1, metavar="S", help="seconds into the clip (-1: to its end)")
     add("--fps", type=number, default=-1, help="resample to this rate, e.g. 8 or 30000/1001 (-1: as it is)")
     add("--frames", type=int, default=-1, help="edit this many frames at most (-1: all)")
-    add("--size", type=int, default=-1, help="short side of the model's frame, pixels (-1: the model's own)")
-    # edit
-    add("--steps", type=int, help="sampling steps; default the checkpoint's own: 20, tiny 5")
-    add("--text-cfg", type=float, help="how strongly to follow the instruction, 0 to 30 (default: the model's)")
-    add("--source-cfg", type=float, help="how closely to keep to the source, 0 to 10 (default: the model's)")
-    add("--deadband", type=float, help="latent cells that change by less, 0 to 2, stay the source's; 0: off (default: the model's)")
-    add("--seed", type=int, default=0, help="same seed, same file")
-    add("--sampler", default="ddim", choices=["ddim", "dpm"], help="dpm is good with 10 to 12 steps")
-    add("--mode", default="auto", choices=["auto", "image", "ffg", "video"],
-        help="image: frame by frame; ffg: guided by the first frame, needs no training; video: trained video layers")
-    add("--no-detail", action="store_true", help="resize the edit plainly, without the source's detail")
     # output
     add("--out", help="file to write, or an existing folder (default: beside the source)")
     add("--compare", action="store_true", help="also write source and edit side by side")
@@ -701,10 +718,9 @@ def grid_sheet(ed, frame, instruction, path, s_txt, s_src, steps, seed, sampler)
             draw.text((x, top - 20), f"--source-cfg {source:g}", fill="black", font=font)
             edit = ed.edit(frame[None, None], instruction, steps, text, source, seed, mode="image", sampler=sampler)
             sheet.paste(Image.fromarray(to_rgb(edit[0, 0])).resize((width, height), Image.Resampling.BICUBIC), (x, y))
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part")
     try:
-        sheet.save(part, format="PNG")
-        os.replace(part, path)
+        with aside(path) as part:
+            sheet.save(part, format="PNG")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -786,30 +802,29 @@ def main(argv=None):
         ed = VideoEditor.from_pretrained(source, motion=args.motion, device=args.device, dtype=args.dtype)
         if args.mode == "video" and ed.default_mode != "video":
             raise UserError(f"--mode video: {source} has no trained video layers; use --mode ffg or image")
-        height, width = model_size(clip, ed.size if args.size == -1 else args.size, ed.multiple)
+        size, options = settings(args, ed)
+        height, width = model_size(clip.height, clip.width * clip.pixel, size, ed.multiple)
         print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} "
               f"on {ed.device}")
-        s_txt, s_src = (d if s is None else s for s, d in zip((args.text_cfg, args.source_cfg), ed.guidance))
         if args.deadband is not None:
             ed.deadband = args.deadband
-        options = dict(steps=ed.steps if args.steps is None else args.steps, s_txt=s_txt, s_src=s_src, seed=args.seed, sampler=args.sampler)
         for instruction, path in zip(args.instruction, paths):
             check_words(ed, instruction)
             if args.grid:
                 frame = resize(to_tensor(next(read_frames(clip, *span))[1]), height, width)
-                grid_sheet(ed, frame, instruction, path, **options)
+                grid_sheet(ed, frame, instruction, path, **options, sampler=args.sampler)
                 print(f"{path}: choose a cell and pass its --text-cfg and --source-cfg")
                 continue
             compare = comparison(path) if args.compare else None
             n, seam = edit_file(ed, clip, span, (height, width), instruction, path, compare, not args.no_detail,
-                                options | {"mode": args.mode})
+                                options | {"mode": args.mode, "sampler": args.sampler})
             print(f"{path}: {n} frames in {time.time() - began:.1f} s, peak memory {peak_memory(ed.device)}"
                   + (f"; side by side in {compare}" if compare else ""))
             if args.verbose:
                 print("seams: none, a single window" if seam is None else f"seam score: {seam:.2f} (1 is no seam)")
             began = time.time()
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         raise UserError("out of memory: lower --size (the model's frame), or pass --device cpu") from None
 

@@ -48,11 +48,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import curate
-from metrics import (FIELDS, LLAVA, WRITER_TASKS, CLIP, Defaults, LlavaOneVision, ViCLIP, add_lora, content_mark, guess_task,
-                     parse_answer, psnr, save_lora, stamp, succeeds, writer_loss, write_aside)
+from metrics import (CODED, FIELDS, LLAVA, WRITER_TASKS, CLIP, LlavaOneVision, ViCLIP, add_lora, content_mark, guess_task,
+                     parse_answer, psnr, read_lines, save_lora, stamp, to_u8, to_video, writer_loss, write_aside)
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
-                   UserError, VideoEditor, finished, hub_dir, noise_levels, read_json, read_tensors, repository, run,
-                   warn_if_slow)
+                   UserError, VideoEditor, aside, finished, hub_dir, noise_levels, out_of_memory, read_json, read_tensors,
+                   repository, run, warn_if_slow)
+from sample import Defaults, Parser, check_device
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -73,11 +74,13 @@ def draw_shard(path, index, size):
     rng = Random(f"world shard {index}")
     wide = size * 7 // 32 * 8                                      # 16:9 in multiples of 8
     height, width = rng.choices([(size, size), (size, wide), (wide, size)], [80, 12, 8])[0]
-    frames, lines = np.empty((SHARD, 2, height, width, 3), np.uint8), []
-    for i in range(SHARD):
-        frames[i], record = draw_pair(index * SHARD + i, "real" if i % 5 == 4 else "synthetic", rng, height, width)
-        lines.append(record)
-    save_shard(path, frames, lines)
+    save_pairs(path, index * SHARD, SHARD, rng, height, width)
+
+
+def save_pairs(path, first, n, rng, *size):
+    """n pairs, from seed `first` on, every fifth of the real domain; size: what `draw_pair` takes."""
+    frames, lines = zip(*(draw_pair(first + i, "real" if i % 5 == 4 else "synthetic", rng, *size) for i in range(n)))
+    save_shard(path, np.stack(frames), lines)
 
 
 def draw_pair(seed, domain, rng, height, width, n_frames=1):
@@ -102,11 +105,15 @@ def world_probe(n=16):
     return out
 
 
+def save_array(path, x):
+    with open(path.with_suffix(".tmp"), "wb") as f:
+        np.save(f, x)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def save_shard(path, frames, lines):
     path.with_suffix(".jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    with open(path.with_suffix(".tmp"), "wb") as f:                # renamed last: a shard is there whole or not at all
-        np.save(f, frames)
-    os.replace(path.with_suffix(".tmp"), path.with_suffix(".npy"))
+    save_array(path.with_suffix(".npy"), frames)                   # last: a shard is there whole or not at all
 
 
 def world_set(folder, n_pairs, size, draw=draw_shard, per_file=SHARD):
@@ -117,7 +124,7 @@ def world_set(folder, n_pairs, size, draw=draw_shard, per_file=SHARD):
     folder.mkdir(parents=True, exist_ok=True)
     probe, mark = world_probe(), folder / "world.json"
     if mark.is_file():
-        changed = [now[0]["instruction"] for old, now in zip(read_json(mark), probe, strict=True)
+        changed = [now[0]["instruction"] for old, now in zip(read_json(mark, list), probe, strict=True)
                    if old[0] != now[0] or np.abs(np.subtract(old[1], now[1])).max() > 1]
         if changed:
             raise UserError(f"{folder}: drawn by another version of the shapes world ({len(changed)} of {len(probe)} probes differ, "
@@ -139,13 +146,21 @@ def world_set(folder, n_pairs, size, draw=draw_shard, per_file=SHARD):
 # The loop
 # ---------------------------------------------------------------------------------------------------------------
 
+def read_training_log(path):
+    """[dict] of a log.jsonl; a last line that is not whole yet, or was cut, is left out."""
+    rows = read_lines(path)[0] if path.is_file() else []
+    if not all(isinstance(row, dict) and "step" in row for row in rows):
+        raise UserError(f"{path}: has lines without a step; mend or remove it")
+    return rows
+
+
 def write_json(path, data):
     write_aside(Path(path), json.dumps(data, indent=1))
 
 
 def save_tensors(path, tensors, dtype=None):
     tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in tensors.items()}
-    save_file(tensors, f"{path}.tmp")
+    save_file(tensors, f"{path}.tmp")                              # one name, so that kills do not pile up large files
     os.replace(f"{path}.tmp", path)
 
 
@@ -240,8 +255,43 @@ def network_mark(source, part="unet"):
     return content_mark(file) if file.exists() else None
 
 
+def parameter_groups(trained, lr, lr_new, optimizer):
+    """{name: parameter} -> groups for Muon: rates, weight decay and who is Muon's; the group whose rate the log shows is first."""
+    def how(name, p):
+        if lr_new and is_new(name):                                # gamma is one number a module: it needs more than the rate
+            return (10 if name.endswith(".gamma") else 1) * lr_new, 0.0, False             # at which EPM's matrices stay calm
+        return lr, 0.01, optimizer == "muon" and is_inner_matrix(name, p)
+    hows = {name: how(name, p) for name, p in trained.items()}
+    return [dict(params=[p for name, p in trained.items() if hows[name] == h], lr=h[0], weight_decay=h[1], muon=h[2])
+            for h in sorted(set(hows.values()), key=lambda h: (h[1], h[0], not h[2]), reverse=True)]
+
+
+def resume(out, net, opt, average, meta, force):
+    """Load the checkpoint in `out`, if there is one, into network, optimizer and {trained name: EMA} -> its step, or 0.
+    UserError for a damaged one, and where it was begun with other settings than meta's, unless `force`."""
+    if not (out / "state.pt").is_file():
+        return 0
+    try:                                                           # on the CPU: a resumed run needs no more memory
+        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{out / 'state.pt'}: damaged ({str(error).splitlines()[0][:100] if str(error) else 'it ends too early'}); "
+                        "put a whole copy there, or delete it to begin anew") from None
+    changed = differences(state["args"], meta["args"])
+    if changed and not force:
+        raise UserError(f"{out}: begun with {', '.join(changed)}; "
+                        "pass the same, --force to go on with the new ones, or another --runs folder")
+    net.load_state_dict(state["net"])
+    if [len(g["params"]) for g in state["opt"]["param_groups"]] == [len(g["params"]) for g in opt.param_groups]:
+        opt.load_state_dict(state["opt"])
+    else:                                                          # --force with another --trainable or --optimizer
+        print(f"{out}: other parameters or another optimizer now, which starts anew")
+    for name in average:
+        average[name].copy_(state["ema"][name])
+    return state["step"]
+
+
 def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, save_minutes=5, device="cpu",
-        resume_any=False, lr_new=None, accumulate=1, shared=False, probe=None, unit="images", bf16=None,
+        force=False, lr_new=None, accumulate=1, shared=False, probe=None, unit="images", bf16=None,
         optimizer="adamw"):
     """Train what requires gradients in `net` with loss_fn(number, generator) -> loss, until `steps`.
 
@@ -263,49 +313,13 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     meta = meta | dict(args=meta["args"] | dict(bf16=bf16))
     net.to(device).train()
     trained = {k: p for k, p in net.named_parameters() if p.requires_grad}
-    # gamma is one number a module: it needs more than the rate at which EPM's matrices stay calm
-    rates = {k: (lr, 0.01) if not lr_new or not is_new(k) else (10 * lr_new if k.endswith(".gamma") else lr_new, 0.0)
-             for k in trained}
-    groups = [dict(params=[p for k, p in trained.items() if rates[k] == pair], lr=pair[0], weight_decay=pair[1])
-              for pair in sorted(set(rates.values()), key=lambda pair: pair[::-1], reverse=True)]     # the log's rate first
-    if optimizer == "muon":
-        inner = {p for k, p in trained.items() if is_inner_matrix(k, p)}
-        groups = [group | dict(params=[p for p in group["params"] if (p in inner) == inside], muon=inside)
-                  for group in groups for inside in (False, True)]
-        groups = [group for group in groups if group["params"]]
-    peaks = [group["lr"] for group in groups]
-    opt = (Muon if optimizer == "muon" else torch.optim.AdamW)(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    params = list(trained.values())
+    # without matrices of its own Muon is AdamW
+    opt = Muon(parameter_groups(trained, lr, lr_new, optimizer), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    peaks, params = [group["lr"] for group in opt.param_groups], list(trained.values())
     average = {k: v.detach().clone() if k in trained else v for k, v in net.state_dict().items()}
-    start = 0
-    if (out / "state.pt").is_file():
-        try:                                                       # on the CPU: a resumed run needs no more memory
-            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"{out / 'state.pt'}: damaged ({str(error).splitlines()[0][:100] if str(error) else 'it ends too early'}); "
-                            "put a whole copy there, or delete it to begin anew") from None
-        changed = differences(state["args"], meta["args"])
-        if changed and not resume_any:
-            raise UserError(f"{out}: begun with {', '.join(changed)}; "
-                            "pass the same, --force to go on with the new ones, or another --runs folder")
-        net.load_state_dict(state["net"])
-        if [len(group["params"]) for group in state["opt"]["param_groups"]] == [len(group["params"]) for group in groups]:
-            opt.load_state_dict(state["opt"])
-        else:                                                      # --force with another --trainable or --optimizer
-            print(f"{out}: other parameters or another optimizer now, which starts anew")
-        for k in trained:
-            average[k].copy_(state["ema"][k])
-        start = state["step"]
-        del state
-    log = out / "log.jsonl"
+    start, log = resume(out, net, opt, {k: average[k] for k in trained}, meta, force), out / "log.jsonl"
     if rank == 0 and log.is_file():                                # lines after the checkpoint will come again
-        try:
-            lines = [x for x in log.read_text().splitlines(keepends=True)
-                     if x.endswith("\n") and json.loads(x)["step"] <= start]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{log}: has lines that are no JSON with a step; mend or remove it") from None
-        log.with_suffix(".tmp").write_text("".join(lines))
-        os.replace(log.with_suffix(".tmp"), log)
+        write_aside(log, "".join(json.dumps(row) + "\n" for row in read_training_log(log) if row["step"] <= start))
 
     def save(step):
         if rank > 0:
@@ -337,7 +351,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
                     loss = loss_fn(number, generator) / accumulate
                 loss.backward()
             except RuntimeError as error:
-                if not curate.out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 raise UserError(f"{out.name}: out of memory at step {step}; lower --clip-batch (image, writer: --batch), or pass "
                                 "--checkpointing (motion, video)") from None
@@ -374,7 +388,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     return net.eval()
 
 
-def pick(shards, n, generator, axis=2, odds=None):
+def random_batch(shards, n, generator, axis=2, odds=None):
     """A random batch: a shard (so one frame size; height and width at `axis`), and pairs of it, n at 1:1 aspect and
     fewer of a wider or taller frame, so that every batch holds about the same number of pixels. odds: {task: how much
     more often than drawn}."""
@@ -421,7 +435,8 @@ def stage_vae(args, shards, out):
 
     steps, lr = args.steps or STEPS["vae"], args.lr or LR["vae"]
     meta = dict(stage="vae", config=TINY_VAE, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, size=args.size, lr=lr))
-    fit(vae, loss_fn, out, meta, steps, lr, 64, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
+    fit(vae, loss_fn, out, meta, steps, lr, 64, ema=0.995, device=args.device, bf16=args.bf16, force=args.force,
+        save_minutes=args.save_minutes)
     # the factor that brings the latents to unit variance goes into the published place, the config
     with torch.no_grad():
         z = torch.cat([vae.encode(as_input(f[:16, 0]).to(args.device))[0].flatten() for f, _ in shards[:20]])
@@ -465,10 +480,12 @@ def train_tokenizer(folder):
     return Tokenizer(folder / "vocab.json", folder / "merges.txt")
 
 
-def match(a, b, scale, same):
-    """Symmetric contrastive loss between rows of a and b (N, P); same (N, N) marks pairs with equal texts, all correct."""
-    logits = scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
-    target = same.float() / same.sum(dim=1, keepdim=True)
+def contrastive_loss(a, b, scale, texts):
+    """Symmetric contrastive loss between rows of a and b (N, P); rows of equal texts (N strings) are all correct."""
+    logits, ids = scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T, {t: i for i, t in enumerate(dict.fromkeys(texts))}
+    k = torch.tensor([ids[t] for t in texts], device=a.device)
+    same = (k[:, None] == k).float()
+    target = same / same.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
@@ -489,7 +506,7 @@ def stage_clip(args, shards, out):
         return ids[:, :length].to(args.device)
 
     def loss_fn(step, generator):
-        frames, records, rows = pick(square, 48, generator)
+        frames, records, rows = random_batch(square, 48, generator)
         records = [records[i] for i in rows]
         captions = [r["source"] for r in records] + [r["target"] for r in records]
         orders = [r["instruction"] for r in records]
@@ -498,19 +515,15 @@ def stage_clip(args, shards, out):
         image = clip.encode_image(((x + 1) / 2 - mean) / std)
         scale = clip.logit_scale.exp().clamp(max=100)
 
-        def same(texts):
-            ids = {t: i for i, t in enumerate(dict.fromkeys(texts))}
-            k = torch.tensor([ids[t] for t in texts], device=args.device)
-            return k[:, None] == k
         image_n = F.normalize(image, dim=-1)
         change = image_n[len(rows):] - image_n[:len(rows)]
-        return (match(image, clip.encode_text(tokens(captions)), scale, same(captions)) +
-                0.5 * match(change, clip.encode_text(tokens(orders)), scale.clamp(max=20), same(orders)))
+        return (contrastive_loss(image, clip.encode_text(tokens(captions)), scale, captions) +
+                0.5 * contrastive_loss(change, clip.encode_text(tokens(orders)), scale.clamp(max=20), orders))
 
     steps, lr = args.steps or STEPS["clip"], args.lr or LR["clip"]
     meta = dict(stage="clip", config=config, args=dict(steps=steps, seed=args.seed, pairs=args.pairs, lr=lr))
-    fit(clip, loss_fn, out, meta, steps, lr, 96, ema=0.995, device=args.device, bf16=args.bf16,
-        resume_any=args.force)
+    fit(clip, loss_fn, out, meta, steps, lr, 96, ema=0.995, device=args.device, bf16=args.bf16, force=args.force,
+        save_minutes=args.save_minutes)
     return clip, config, tokenizer
 
 
@@ -525,13 +538,8 @@ CLIPS = 250                                                        # pairs of cl
 
 def draw_clips(path, index, size, n_frames=8):
     """Render file `index` of clips: `path`.npy (CLIPS, 2, F, H, W, 3) uint8 [source, target] and `path`.jsonl."""
-    rng = Random(f"clips {index}")
-    frames, lines = np.empty((CLIPS, 2, n_frames, size, size, 3), np.uint8), []
-    for i in range(CLIPS):                                         # seeds far from those of the world set
-        frames[i], record = draw_pair(50_000_000 + index * CLIPS + i, "real" if i % 5 == 4 else "synthetic", rng,
-                                      size, size, n_frames)
-        lines.append(record)
-    save_shard(path, frames, lines)
+    # seeds far from those of the world set
+    save_pairs(path, 50_000_000 + index * CLIPS, CLIPS, Random(f"clips {index}"), size, size, n_frames)
 
 
 def stage_viclip(args, shards, out, base):
@@ -552,7 +560,7 @@ def stage_viclip(args, shards, out, base):
 
     def loss_fn(step, generator):
         still = step % 2 == 0
-        frames, records, rows = pick(square, 48, generator) if still else pick(clips, 16, generator, axis=3)
+        frames, records, rows = random_batch(square, 48, generator) if still else random_batch(clips, 16, generator, axis=3)
         records = [records[i] for i in rows]
         x = np.concatenate([frames[rows, 0], frames[rows, 1]])     # (2N, 96, 96, 3) or (2N, 8, 96, 96, 3)
         x = torch.from_numpy(x[:, None] if still else x).to(args.device).permute(0, 1, 4, 2, 3).float() / 255
@@ -564,22 +572,18 @@ def stage_viclip(args, shards, out, base):
         captions, orders_x = texts[:2 * len(rows)], texts[2 * len(rows):]
         scale = 1 / net.temp.clamp(min=0.01)
 
-        def same(names):
-            ids = {t: i for i, t in enumerate(dict.fromkeys(names))}
-            k = torch.tensor([ids[t] for t in names], device=args.device)
-            return k[:, None] == k
-
         def change(y):                                             # of normalised features, as in the score
             y = F.normalize(y, dim=-1)
             return y[len(rows):] - y[:len(rows)]
         moved, slow = change(video), scale.clamp(max=20)
         pairs = [f"{a} -> {b}" for a, b in zip(before, after)]
-        return (match(video, captions, scale, same(before + after)) + 0.5 * match(moved, orders_x, slow, same(orders)) +
-                0.5 * match(moved, change(captions), slow, same(pairs)))
+        return (contrastive_loss(video, captions, scale, before + after) + 0.5 * contrastive_loss(moved, orders_x, slow, orders) +
+                0.5 * contrastive_loss(moved, change(captions), slow, pairs))
 
     steps, lr = args.steps or STEPS["viclip"], args.lr or LR["viclip"]
     meta = dict(stage="viclip", config=config, args=dict(steps=steps, seed=args.seed, clips_drawn=args.clips_drawn, lr=lr))
-    fit(net, loss_fn, out, meta, steps, lr, 32, ema=0.995, device=args.device, bf16=args.bf16, resume_any=args.force)
+    fit(net, loss_fn, out, meta, steps, lr, 32, ema=0.995, device=args.device, bf16=args.bf16, force=args.force,
+        save_minutes=args.save_minutes)
     return net, config
 
 
@@ -614,9 +618,7 @@ def cache_latents(vae, shards, folder, device):
         if not path.is_file():
             x = frames[keep].reshape(-1, *frames.shape[2:])
             z = [vae.encode(as_input(part).to(device))[0].half().cpu() for part in np.array_split(x, len(x) // 16 + 1)]
-            with open(path.with_suffix(".tmp"), "wb") as f:
-                np.save(f, torch.cat(z).unflatten(0, (-1, 2)).numpy())
-            os.replace(path.with_suffix(".tmp"), path)
+            save_array(path, torch.cat(z).unflatten(0, (-1, 2)).numpy())
         out.append((np.load(path), [records[k] for k in keep]))
     return out
 
@@ -671,7 +673,7 @@ def stage_image(args, shards, out, base, weights=None):
     batch = args.batch or 32
 
     def loss_fn(step, generator):
-        latents, records, rows = pick(shards, batch, generator, axis=3, odds=EDITOR_ODDS)
+        latents, records, rows = random_batch(shards, batch, generator, axis=3, odds=EDITOR_ODDS)
         z = torch.from_numpy(latents[rows]).to(args.device).float()
         z_src, z_tgt = z[:, 0], z[:, 1]
         drop = torch.rand(len(rows), generator=generator)
@@ -695,8 +697,8 @@ def stage_image(args, shards, out, base, weights=None):
                 args=dict(weights=weights and portable(weights), steps=steps, seed=args.seed, pairs=args.pairs,
                           size=args.size, lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight,
                           optimizer=args.optimizer, vae=encoder, world=world))
-    fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
-        optimizer=args.optimizer)
+    fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, force=args.force,
+        save_minutes=args.save_minutes, optimizer=args.optimizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -729,10 +731,7 @@ def encode_motion_clips(ed, shards, folder):
     for i, (frames, _) in enumerate(tqdm(shards, desc="latents", unit="file")):
         path = folder / f"{i:05d}.npy"
         if not path.is_file():
-            z = np.stack([ed.encode(as_input(clip)[None])[0].half().cpu().numpy() for clip in frames])
-            with open(path.with_suffix(".tmp"), "wb") as f:
-                np.save(f, z)
-            os.replace(path.with_suffix(".tmp"), path)
+            save_array(path, np.stack([ed.encode(as_input(clip)[None])[0].half().cpu().numpy() for clip in frames]))
         out.extend(np.load(path, mmap_mode="r"))
     return out
 
@@ -840,7 +839,7 @@ def stage_motion(args, out, base):
                           clip_batch=batch * args.accumulate * processes()[1], same_noise=same_noise,
                           t_bias=args.t_bias, seed=args.seed, vae=encoder, world=world, editor=network_mark(weights)))
     keep_own_text(ed)
-    fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, resume_any=args.force,
+    fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, force=args.force,
         accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips")
     if processes()[0] == 0:
         write_network(base / "motion_adapter", ed.unet.motion_config, {
@@ -1049,7 +1048,7 @@ def stage_video(args, out, weights, folders, curation=None):
         meta["epm"] = ed.unet.epm_config
     keep_own_text(ed)
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device, bf16=args.bf16,
-        resume_any=args.force, lr_new=lr_new, accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True,
+        force=args.force, lr_new=lr_new, accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True,
         probe=watch(ed.unet), unit="clips")
 
 
@@ -1240,7 +1239,7 @@ def stage_writer(args, out):
     meta = dict(stage="writer", args=dict(llava=portable(args.llava), pairs_from=portable(args.pairs_from), n=len(pairs),
                                           steps=steps, lr=lr, batch=batch * processes()[1], rank=args.rank, seed=args.seed))
     fit(lora, loss_fn, out, meta, steps, lr, batch, warmup=min(200, steps // 10 + 1), device=args.device, bf16=args.bf16,
-        resume_any=args.force, save_minutes=args.save_minutes, shared=True, unit="pairs")
+        force=args.force, save_minutes=args.save_minutes, shared=True, unit="pairs")
     if processes()[0] == 0:
         save_lora(net, out / "writer.safetensors")
         print(f"{out / 'writer.safetensors'}: pass it as --lora to curate.py real --writer llava --llava {args.llava}")
@@ -1249,15 +1248,6 @@ def stage_writer(args, out):
 # ---------------------------------------------------------------------------------------------------------------
 # Evaluation on held-out scenes, wordings and combinations
 # ---------------------------------------------------------------------------------------------------------------
-
-def to_video(frames):
-    """(F, H, W, 3) in [0, 1] -> video (1, F, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)[None].float() * 2 - 1
-
-
-def to_frames(video):
-    return ((video[0].permute(0, 2, 3, 1).cpu().numpy() + 1) / 2).clip(0, 1)
-
 
 def evaluate(ed, n=24, seed=0, size=64, domain="synthetic", s_txt=None, s_src=None, steps=None, n_frames=1, mode="auto",
              known=False):
@@ -1282,23 +1272,22 @@ def evaluate(ed, n=24, seed=0, size=64, domain="synthetic", s_txt=None, s_src=No
             edit = curate.propose_edit(scene, k, task, "held")
             if known and not edit.deterministic:
                 continue
-            source, truth = (np.round(curate.render(s, n_frames, size, size, t0=k % 4) * 255) / 255 for s in (scene, edit.target))
-            source, truth = source.astype(np.float32), truth.astype(np.float32)
-            edited = to_frames(ed.edit(to_video(source), edit.instruction, steps, s_txt, s_src, seed=k,
-                                       mode="image" if n_frames == 1 else mode))
-            coded = {name: to_frames(ed.decode(ed.encode(to_video(x)) * ed.vae.scaling_factor))
-                     for name, x in (("truth", truth), ("source", source))}
-            inside = np.abs(truth - source).max(axis=-1) > 0.04 if not edit.is_global else np.ones(source.shape[:3], bool)
+            source, truth = (curate.quantise(curate.render(s, n_frames, size, size, t0=k % 4)) for s in (scene, edit.target))
+            inside = curate.true_region(source, truth, edit.is_global)
             if not inside.any():
                 continue
-            near = [psnr(x, truth, inside) for x in (edited, source, coded["truth"], coded["source"])]
-            kept = [math.nan if inside.mean() > 0.99 else psnr(x, source, ~inside) for x in (edited, coded["source"], coded["truth"])]
-            success = succeeds(near[0] - near[1], kept[0], [(near[3] - near[1], kept[1]), (near[2] - near[1], kept[2])])
+            video = to_video(source)
+            edited = np.stack(to_u8(ed.edit(video, edit.instruction, steps, s_txt, s_src, seed=k,
+                                            mode="image" if n_frames == 1 else mode)))
+            scores = curate.against_truth(ed, ed.encode(video), source, {"edit": edited}, truth, inside)
+            own, coded_source, coded_truth = (scores[name] for name in ("edit", *CODED))
             flicker = math.nan
             if n_frames > 1:
-                wobble, motion = (np.abs(np.diff(x, axis=0)).mean() for x in (edited - truth, truth))
-                flicker = wobble / (motion + 1e-3)
-            row = (*near[:3], *kept[:2], success, flicker, near[0] > near[1])
+                error, motion = (np.abs(np.diff(x.astype(float) / 255, axis=0)).mean() for x in (edited.astype(int) - truth, truth))
+                flicker = error / (motion + 1e-3)
+            near, gain = own["psnr_truth"], own["truth_gain"]
+            row = (near, near - gain, coded_truth["psnr_truth"], own["psnr_outside"], coded_source["psnr_outside"],
+                   own["success"], flicker, gain > 0)
             rows.setdefault(task + ("" if edit.deterministic else " ~"), []).append(row)
     print(f"held-out {domain} scenes, {size} px, {n_frames} frame(s), {steps or ed.steps} steps, seed {seed}; PSNR in dB")
     print("| task | n | inside: edit | source | bound | closer | outside: edit | coded | success | flicker |\n|" + "---|" * 10)
@@ -1327,13 +1316,13 @@ def words_heard(ed, n=60, seed=0, size=64):
         if "addition" not in curate.possible_tasks(scene):
             continue
         n -= 1
-        z_src = ed.encode(to_video(curate.render(scene, 1, size, size).astype(np.float32)))
+        z_src = ed.encode(to_video(curate.quantise(curate.render(scene, 1, size, size))))
         noise = ed.noise(1, *z_src.shape[3:], seed=k)
         z_t = a.sqrt() * z_src * ed.vae.scaling_factor + (1 - a).sqrt() * noise
 
         def true_and_predicted(kind, colour, place):
             new = curate.Shape(kind, colour, curate.COLOURS[colour], *curate.PLACES[place], .13, screen=True)
-            target = curate.render(replace(scene, objects=scene.objects + (new,)), 1, size, size).astype(np.float32)
+            target = curate.quantise(curate.render(replace(scene, objects=scene.objects + (new,)), 1, size, size))
             ctx = ed.encode_text([f"add a {colour} {kind} at the {place}", ""])
             eps = scheduler.to_eps(ed.guided(z_t, z_src, t, ctx, 1, 1, "image"), 0, z_t)       # no guidance
             return ed.encode(to_video(target)) * ed.vae.scaling_factor, (z_t - (1 - a).sqrt() * eps) / a.sqrt()
@@ -1357,10 +1346,11 @@ def evaluate_clips(ed, folder, size=64, n_frames=8, s_txt=None, s_src=None, step
     print("| clip | grayscale | sepia | night | empty | autoencoder |\n|---|---|---|---|---|---|")
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in curate.VIDEOS):
         source = read_video(path, size=size, frames=n_frames)[0]
-        frames = to_frames(source)
+        frames = np.stack(to_u8(source)) / 255
         truth = {f"make it {k}": curate.EFFECTS[k](frames, np.arange(len(frames)) / 10, 0) for k in ("grayscale", "sepia", "night")}
-        out = [psnr(to_frames(ed.edit(source, text, steps, s_txt, s_src, mode=mode)), frame) for text, frame in (truth | {"": frames}).items()]
-        out.append(psnr(to_frames(ed.decode(ed.encode(source) * ed.vae.scaling_factor)), frames))
+        out = [psnr(np.stack(to_u8(ed.edit(source, text, steps, s_txt, s_src, mode=mode))), frame)
+               for text, frame in (truth | {"": frames}).items()]
+        out.append(psnr(np.stack(to_u8(ed.decode(ed.encode(source) * ed.vae.scaling_factor))), frames))
         print(f"| {path.stem} | " + " | ".join(f"{x:.1f}" for x in out) + " |", flush=True)
 
 
@@ -1378,9 +1368,9 @@ def success(rows):
 
 
 def table_rows(args):
-    """[(name, training flags, weights to start from, folders, the cycle's own run or None)] of a table; equal steps in
-    every row, and in table 2 equally many clips. The own run is what seed 0 of the row would train again. A mode instead
-    of flags: `weights` as they are, "image" frame by frame, "ffg" with the motion adapter at full strength."""
+    """[(name, training flags, folders, the cycle's own run or None)] of a table; equal steps in every row, and in table 2
+    equally many clips. Training starts from the image editor; the own run is what seed 0 of the row would train again. A
+    mode instead of flags: the image editor as it is, "image" frame by frame, "ffg" with the motion adapter at full strength."""
     data, (image, motion) = args.data, starting_point(args)
     rounds = [args.runs / f"round{k}" for k in range(3)]
     if args.stage == "table2":                                     # other data of the same sources, for the same model
@@ -1394,16 +1384,16 @@ def table_rows(args):
             if how:
                 curate_stage(args, "videos", image, data / folder, "--images", images, "--motion", motion, *how)
         least = min(sum(row["kept"] for row in curate.read_manifest(data / folder)) for _, folder, *_ in rows)
-        return [(name, dict(max_clips=least), image, [data / folder], None) for name, folder, *_ in rows]
+        return [(name, dict(max_clips=least), [data / folder], None) for name, folder, *_ in rows]
     if args.stage == "table3":
-        return [(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", dict(sma=sma, epm=epm), image,
+        return [(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", dict(sma=sma, epm=epm),
                  [data / "round0"], rounds[0] if sma and epm else None) for sma in (False, True) for epm in (False, True)]
-    return [("image editor, frame by frame", "image", image, None, None),      # table4: the paper's stages I to III
-            ("image editor, FFG-V2V", "ffg", image, None, None),
-            ("round 0", {}, image, [data / "round0"], rounds[0]),
-            ("round 1", {}, image, [data / "round0", data / "round1"], rounds[1]),
-            ("round 2, with synthetic data", {}, image, [data / "round0", data / "round2"], None),
-            ("round 2, real only", {}, image, [data / "round2"], rounds[2])]
+    return [("image editor, frame by frame", "image", None, None),             # table4: the paper's stages I to III
+            ("image editor, FFG-V2V", "ffg", None, None),
+            ("round 0", {}, [data / "round0"], rounds[0]),
+            ("round 1", {}, [data / "round0", data / "round1"], rounds[1]),
+            ("round 2, with synthetic data", {}, [data / "round0", data / "round2"], None),
+            ("round 2, real only", {}, [data / "round2"], rounds[2])]
 
 
 def table_line(name, domain, seeds, first):
@@ -1425,9 +1415,9 @@ def tables(args):
     taken clip by clip, with how many clips differ in success: where none does, ± 0 only says that, not that none would.
     The spread of the seeds' means stands beside them. Under torchrun the domains are shared.
     """
-    steps, motion = args.steps or VIDEO[args.model]["steps"], starting_point(args)[1]
+    steps, (weights, motion) = args.steps or VIDEO[args.model]["steps"], starting_point(args)
     lines, first, (rank, world) = [], {}, processes()
-    for name, flags, weights, folders, own in table_rows(args):
+    for name, flags, folders, own in table_rows(args):
         results = {"synthetic": [], "real": []}
         untrained = isinstance(flags, str)
         for seed in range(1 if untrained else args.seeds):
@@ -1475,7 +1465,7 @@ def plot(folder, to):
     matrices are the rows' softmax: the share of attention where all frames look alike.
     """
     log = folder / "log.jsonl"
-    rows = [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
+    rows = read_training_log(log)
     if not rows or "gamma" not in rows[0]:
         raise UserError(f"{log}: no log of a video run; pass --weights with the folder of one")
     panels = [("gamma of each motion module", {k: [r["gamma"][k] for r in rows] for k in rows[0]["gamma"]})]
@@ -1511,8 +1501,8 @@ def plot(folder, to):
             x = len(panels) * width + 20 + 265 * k
             picture.paste(m.resize((240, 240), Image.Resampling.NEAREST).convert("RGB"), (x, 60))
             draw.text((x, 40), f"step {row['step']}: row listens to column", "black")
-    picture.save(f"{to}.tmp", "PNG")
-    os.replace(f"{to}.tmp", to)
+    with aside(Path(to)) as part:
+        picture.save(part, "PNG")
     print(f"{to}: {len(rows)} points of {log}")
 
 
@@ -1560,10 +1550,7 @@ def export(run, target):
 def parse_args(argv=None):
     def defaults(name):
         return ", ".join(f"{how[name]:g} ({model})" for model, how in VIDEO.items())
-    def fail(message):
-        raise UserError(f"{message} (see --help)")
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Defaults)
-    p.error = fail
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=Defaults)
     p.add_argument("--stage", default="all", choices=["all", *STEPS, "video", "writer", "eval", "plot", *TABLES, "export"],
                    help="what to train or do")
     p.add_argument("--round", type=int, help="bring the model up to this refinement round, curation included; with --stage "
@@ -1667,8 +1654,9 @@ def parse_args(argv=None):
                         "from it, --stage image to go on from it, or --stage eval")
     if args.model != "tiny" and args.stage in ("vae", "clip", "viclip", "image", "motion"):
         raise UserError(f"--stage {args.stage} --model {args.model}: published weights take its place; it is for --model tiny")
-    if args.device not in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: not on this machine; pass cpu" + " or cuda" * torch.cuda.is_available())
+    check_device(args.device)
+    if args.device not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: training runs on cpu or cuda")
     if args.out and args.stage in ("all", *STEPS, *TABLES):
         raise UserError(f"--out {args.out}: --stage {args.stage} writes into --runs; --out is for video, writer, eval, plot, export")
     for name in ("data", "runs", "out", "to"):

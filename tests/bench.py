@@ -39,7 +39,7 @@ import curate
 import metrics
 import train
 from model import (VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEditor, attention, epm_attention, frame_positions,
-                   read_json, run)
+                   read_json, run, slower_in_bfloat16)
 from sample import carry_detail, check_device, edit_stream, resize, video_writer
 
 DIFFUSERS = importlib.util.find_spec("diffusers") is not None
@@ -256,7 +256,7 @@ def bench_networks(ed, motion, n_frames, size, runs, device):
     beside, instead = timed([forward("ffg"), forward("ffg", "instead")], runs, device)
     row(f"U-Net, {n_frames} frames, FFG, keys beside", beside, "keys instead", instead)
 
-    n, dtype = 4, next(ed.vae.parameters()).dtype                  # frames in a slice, as VideoEditor.encode has it
+    n, dtype = ed.SLICE, next(ed.vae.parameters()).dtype           # frames in a slice
     x = torch.rand(n, 3, size, size).to(device, dtype) * 2 - 1
     z0 = torch.randn(n, ed.vae.config["latent_channels"], h, h).to(device, dtype)
     compare("VAE encode, per frame", lambda: ed.vae.encode(x)[0], "AutoencoderKL",
@@ -350,7 +350,7 @@ def bench_scores(model, runs, device, n_frames=8):
     line("on pixels", [lambda: metrics.pixel_scores(source, edited)])
     for role in ("clip", "viclip") + ("pick",) * (model == "sd15"):
         net, config = random_scorer(role, model, device, dtype)
-        work = [torch.no_grad()(lambda: metrics.network_scores(net, role, clip, metrics.clip_bytes(net, clip, {}, 0)))]
+        work = [torch.no_grad()(lambda: metrics.network_scores(net, role, clip, metrics.as_seen(net, clip, {}, 0)))]
         if role == "clip" and TRANSFORMERS:
             work.append(transformers_clip(net, config, clip))
         line(role, work)
@@ -385,8 +385,8 @@ def bench_training(model, size, n_frames, runs, steps, device):
         folder = Path(folder)
         write_hub_folder(model, folder)
         ed = VideoEditor.from_pretrained(folder, motion=folder / "motion", device=device)
-        small_on_cpu = model == "tiny" and device.type == "cpu"    # without the instructions for it, bfloat16 takes very long
-        if small_on_cpu:
+        in_half = model == "tiny" and device.type == "cpu" and slower_in_bfloat16() < 5        # else it takes very long
+        if in_half:
             half = VideoEditor.from_pretrained(folder, motion=folder / "motion", device=device, dtype="bfloat16")
     h, c, affordable = size // ed.multiple, ed.vae.config["latent_channels"], model == "tiny" or device.type == "cuda"
     line = partial(row, rate=True)
@@ -421,7 +421,7 @@ def bench_training(model, size, n_frames, runs, steps, device):
         line(f"image candidate, {steps} steps, 4 in a batch, scored", *timed([scored_images], 1, device), per=4)
         line(f"clip candidate, {steps} steps, FFG, scored", *timed([lambda: curate.finish_clip(
             st, item, source, z_src, latents(), [0], *([s] for s in ed.guidance))], 1, device))
-    if small_on_cpu:
+    if in_half:
         clip(half, 1)                                              # warms up in one step
         own, other = timed([lambda: clip(half), clip], 1, device, warm=False)
         line(f"clip candidate, {steps} steps, FFG, bfloat16", own, "float32", other)
@@ -457,7 +457,7 @@ def bench_training(model, size, n_frames, runs, steps, device):
         line("training step, a clip, no EPM", *timed([step(False)], runs, device))
         own, other = timed([step(True, guidance=(*ed.guidance, no_text)), step(True)], runs, device)
         line("training step, a clip, EPM, guided loss", own, "plain loss", other)
-    if small_on_cpu:
+    if in_half:
         own, other = timed([step(True, bf16=True), step(True)], runs, device)
         line("training step, a clip, EPM, bfloat16", own, "float32", other)
     train.recompute(unet)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -122,22 +123,12 @@ def test_dinov2_with_registers_equals_transformers(case):
     assert apart(net(want[f"{case}.pixel_values"]), want[f"{case}.last_hidden_state"]) <= 2e-5
 
 
-def test_the_three_position_rules_agree_on_the_own_grid_and_differ_elsewhere():
+def test_both_position_rules_agree_on_the_own_grid_and_differ_elsewhere():
     torch.manual_seed(0)
     table = torch.randn(1, 1 + 25, 8)
-    rules = ("size", "scale", "antialias")
-    assert all(metrics.resize_positions(table, (5, 5), rule) is table for rule in rules)
-    resized = [metrics.resize_positions(table, (3, 3), rule) for rule in rules]
-    assert all(r.shape == (1, 10, 8) and torch.equal(r[:, 0], table[:, 0]) for r in resized)
-    assert min(apart(a, b) for a, b in itertools.combinations(resized, 2)) > 1e-2
-
-
-def test_the_scale_rule_samples_at_the_offset_factor():  # on a ramp along x, away from the border, bicubic values show where it samples (to 0.04; no offset is 0.15 off)
-    ramp = torch.arange(20.0).expand(20, 20).reshape(1, 400, 1)
-    table = torch.cat([torch.zeros(1, 1, 1), ramp], 1)
-    row = metrics.resize_positions(table, (10, 10), "scale")[0, 1:, 0].reshape(10, 10)[5]
-    at = (torch.arange(10) + 0.5) * (20 / 10.1) - 0.5  # scale (10 + 0.1) / 20
-    assert apart(row[2:8], at[2:8]) < 0.05
+    assert all(metrics.resize_positions(table, (5, 5), rule) is table for rule in (False, True))
+    plain, smooth = (metrics.resize_positions(table, (3, 3), rule) for rule in (False, True))
+    assert all(r.shape == (1, 10, 8) and torch.equal(r[:, 0], table[:, 0]) for r in (plain, smooth)) and apart(plain, smooth) > 1e-2
 
 
 def test_viclip_equals_the_original_class():
@@ -358,17 +349,17 @@ def test_clips_and_edits_scored_together_score_as_they_do_alone():
 
 
 def test_networks_kept_for_the_next_call_are_not_loaded_again_and_give_the_same_scores():
-    clip, kept = dict(edits={"a": noisy_clip()}, target_caption="two cats"), {}
-    first = metrics.score_clips([clip], SCORERS, kept=kept)
-    networks = dict(kept)
-    assert metrics.score_clips([clip], SCORERS, kept=kept) == first
-    assert set(kept) == set(SCORERS) and all(kept[role] is networks[role] for role in SCORERS)
+    clip, opened = dict(edits={"a": noisy_clip()}, target_caption="two cats"), {}
+    first = metrics.score_clips([clip], SCORERS, opened=opened)
+    networks = dict(opened)
+    assert metrics.score_clips([clip], SCORERS, opened=opened) == first
+    assert set(opened) == set(SCORERS) and all(opened[role] is networks[role] for role in SCORERS)
 
 
 def test_frames_are_stretched_to_480_before_the_crop_as_in_tgves_script():
     frame = noisy_clip(n_frames=1, height=40, width=80)
     clip = CLIP.from_pretrained(CLIP_DIR)
-    got = metrics.clip_bytes(clip, {"edits": {"edit": frame}}, {}, 480)["edit"]
+    got = metrics.as_seen(clip, {"edits": {"edit": frame}}, {}, 480)["edit"]
     want = clip.preprocess.bytes([Image.fromarray(frame[0]).resize((480, 480))])
     assert np.array_equal(got, want)
 
@@ -461,6 +452,18 @@ def test_a_wrong_flag_is_named(flag, value, tmp_path):
         metrics.main_clip([write_clip(tmp_path / "edited.mp4", noisy_clip()), flag, value])
 
 
+def test_an_editors_own_scorers_are_taken_unless_the_flags_name_others(tmp_path, capsys):
+    def chosen(scorers="auto", **roles):
+        args = SimpleNamespace(device="cpu", scorers=scorers, **dict.fromkeys(("clip", "pick", "viclip")) | roles)
+        return metrics.choose_scorers(args, {"clip": CLIP_DIR, "viclip": tmp_path / "gone"})
+    assert chosen() == ({"clip": CLIP_DIR}, 0, "tiny")
+    out = capsys.readouterr().out
+    assert f"viclip: none at {tmp_path / 'gone'}; its scores are left out" in out and "tiny (the editor's own)" in out
+    others = {"clip": "a/b", "pick": "c/d", "judge": "e/f"}
+    assert chosen(**others) == (others, 0, "tiny") and chosen(clip="none")[0] == {}
+    assert chosen("published") == (metrics.SCORERS["published"], 480, "published")
+
+
 def test_a_missing_edit_is_named():
     with pytest.raises(UserError, match="none.mp4"):
         metrics.main_clip(["none.mp4"])
@@ -477,7 +480,7 @@ fox,"a fox, running","a fox, painted",a cat,a fox in snow,a cat in snow
 Youtube Videos:,,,,,
 boat,a boat,a boat at night,,a boat on sand,a car
 """
-PROMPTS = {"fox": {f"edit_{task}": f"change {task}" for task in metrics.TASKS.values()}, "stranger": {}}
+PROMPTS = {"fox": {f"edit_{task}": f"change {task}" for task in metrics.TGVE_COLUMNS.values()}, "stranger": {}}
 
 
 def write_frames(folder, frames):
@@ -741,13 +744,13 @@ def test_agreement_is_one_for_a_score_that_follows_the_truth_and_minus_one_again
     for k in range(6):
         done["a"][f"c{k}"]["psnr_outside"] = 20.0 + k
     done["random truth"] = {f"c{k}": {"clip_text": 1.0, "flicker": 1.0} for k in range(6)}
-    lines = metrics.agreement(items, done, [f"c{k}" for k in range(6)])
+    lines = metrics.agreement_table(items, done, [f"c{k}" for k in range(6)])
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines if "|" in line}
     assert cells["CLIPText"][:2] == ["2", "1.00 [1.00, 1.00]"] and cells["CLIPText"][3] == "-1.00 [-1.00, -1.00]"
     assert cells["flicker (distance from 1)"][1] == "1.00 [1.00, 1.00]"  # nearest to 1 where the gain is highest
     assert float(cells["CLIPText"][2]) < 1 and cells["weighted total"][1] == cells["CLIPText"][1]
     assert cells["PSNR outside"][0] == "1" and "ViCLIP_out" not in cells  # one clip has it; none has that
-    assert "at least 3" in metrics.agreement(items, done, ["c0", "c1"])[0]
+    assert "at least 3" in metrics.agreement_table(items, done, ["c0", "c1"])[0]
 
 
 def shapes_argv(tmp_path, *more):
@@ -914,7 +917,13 @@ def test_votes_are_win_rates_with_exact_binomial_intervals(tmp_path, capsys):
     with pytest.raises(UserError, match="several studies, other, s"):
         metrics.main_votes([str(f) for f in files])
     files[1].write_text("[1]")
+    with pytest.raises(UserError, match="1.json: holds list, where a JSON object is needed"):
+        metrics.main_votes([str(f) for f in files])
+    files[1].write_text("{}")
     with pytest.raises(UserError, match="1.json: holds no answers"):
+        metrics.main_votes([str(f) for f in files])
+    files[1].write_text(json.dumps(person | {"rating": True}))
+    with pytest.raises(UserError, match="1.json: holds ratings, not votes"):
         metrics.main_votes([str(f) for f in files])
 
 

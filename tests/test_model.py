@@ -794,6 +794,20 @@ def test_a_full_disk_is_one_line_and_status_2_and_other_faults_keep_their_traceb
         model.run(broken)
 
 
+def test_a_file_written_aside_is_there_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.json"
+    for text in ("[1]", "[2]"):
+        with pytest.raises(ZeroDivisionError), model.aside(file) as part:
+            part.write_text("[")
+            1 / 0
+        with model.aside(file) as part:
+            part.write_text(text)
+        assert file.read_text() == text and list(tmp_path.iterdir()) == [file]
+    assert model.read_json(file, list) == [2]
+    with pytest.raises(UserError, match="a.json: holds list, where a JSON object is needed"):
+        model.read_json(file)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_and_group_norm_in_bfloat16_are_those_of_float32_rounded(causal):
     q, k, v = torch.randn(3, 2, 20, 24, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -501,7 +501,7 @@ def test_a_still_picture_is_a_clip_of_one_frame(tmp_path):
 
 def test_wide_pixels_keep_their_shape(tmp_path):
     clip = probe(make_clip(tmp_path / "a.mp4", n=1, pixel=Fraction(2)))
-    assert sample.model_size(clip, 48, 8) == (48, 128)
+    assert sample.model_size(clip.height, clip.width * clip.pixel, 48, 8) == (48, 128)
     command(clip.path, "make it snow")
     assert probe(tmp_path / "a_make-it-snow.mp4").pixel == 2
 

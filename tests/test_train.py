@@ -160,7 +160,7 @@ def test_pairs_of_another_world_are_not_taken_for_this_ones(tmp_path, monkeypatc
 
 def test_batches_hold_about_the_same_number_of_pixels_at_any_aspect():
     shards = {hw: [(np.zeros((500, 2, *hw, 3), np.uint8), [{}] * 500)] for hw in ((96, 96), (96, 168), (168, 96))}
-    sizes = {hw: len(train.pick(s, 24, torch.Generator().manual_seed(0))[2]) * hw[0] * hw[1] for hw, s in shards.items()}
+    sizes = {hw: len(train.random_batch(s, 24, torch.Generator().manual_seed(0))[2]) * hw[0] * hw[1] for hw, s in shards.items()}
     assert max(sizes.values()) < 1.1 * min(sizes.values())
 
 
@@ -176,10 +176,8 @@ def test_the_smaller_part_of_a_frame_counts_more_whether_it_changed_or_was_kept(
 def test_contrastive_loss_takes_equal_texts_as_equally_right():
     a = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     a[1] = a[0]
-    same = torch.eye(4, dtype=torch.bool)
-    same[0, 1] = same[1, 0] = True
-    assert train.match(a, a, 100.0, same) < train.match(a, a, 100.0, torch.eye(4, dtype=torch.bool)) + 1e-6
-    assert train.match(a, a, 100.0, same) < math.log(2) + 0.05               # no better than a coin between the equal two
+    equal, other = (train.contrastive_loss(a, a, 100.0, texts) for texts in ("aabc", "abcd"))
+    assert equal < other + 1e-6 and equal < math.log(2) + 0.05               # no better than a coin between the equal two
 
 
 def test_stage_image_without_its_networks_says_which_stage_to_run(tmp_path, monkeypatch):
@@ -908,10 +906,10 @@ def test_a_table_does_not_take_runs_of_other_settings_for_its_own(tmp_path, caps
     command = ["--stage", "table3", "--weights", str(IP2P), "--motion", str(ADAPTER), "--runs", str(tmp_path), "--data",
                str(tmp_path / "data"), "--steps", "2", "--clip-batch", "1", "--seeds", "1", "--device", "cpu"]
     args = train.parse_args(command)
-    for name, flags_of_row, weights, folders, own in train.table_rows(args):
+    for name, flags_of_row, folders, own in train.table_rows(args):
         run = tmp_path / "table3" / f"{name.replace(',', '').replace(' ', '-')}-0"
-        train.stage_video(argparse.Namespace(**vars(args) | flags_of_row), run, weights, folders)
-        assert train.changed_flags(argparse.Namespace(**vars(args) | flags_of_row), run, weights, folders) == []
+        train.stage_video(argparse.Namespace(**vars(args) | flags_of_row), run, IP2P, folders)
+        assert train.changed_flags(argparse.Namespace(**vars(args) | flags_of_row), run, IP2P, folders) == []
     with pytest.raises(UserError, match="no-SMA-no-EPM-0: finished with --lr 0.0002 .now 0.1."):
         train.tables(train.parse_args([*command, "--lr", "0.1"]))
     with pytest.raises(UserError, match="finished with --weights"):
@@ -926,7 +924,7 @@ def test_table_2_makes_other_data_of_the_same_sources_and_trains_on_equally_many
     train.curate_stage(args, "images", "tiny", tmp_path / "images", "--n", 2, "--no-filter")
     rows = train.table_rows(args)
     assert [flags["max_clips"] for _, flags, *_ in rows] == [2, 2, 2]
-    folders = [folder for _, _, _, [folder], _ in rows]
+    folders = [folder for _, _, [folder], _ in rows]
     assert [folder.name for folder in folders] == ["round0", "round0-unfiltered", "round0-per-frame"]
     unfiltered, per_frame = (curate.read_manifest(folder) for folder in folders[1:])
     assert [row["candidate"] for row in unfiltered] == [0, 0] and [row["candidate"] for row in per_frame] == [0, 1, 0, 1]
