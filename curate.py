@@ -269,12 +269,7 @@ def run_stage(args, config, items, work, per_source, unit):
     log = folder / ("manifest.jsonl" if world == 1 else f"manifest.{rank}.jsonl")
     if world == 1 and list(folder.glob("manifest.*.jsonl")):
         merge(folder)
-    once = {}
-    for item in items:
-        once.setdefault(item["id"], item)
-    if len(once) < len(items):
-        print(f"{folder}: {len(items) - len(once)} {unit}s are there twice; each is done once")
-    items, again = list(once.values()), once if args.limit == -1 else ()
+    again = {item["id"] for item in items} if args.limit == -1 else ()
     for path in {folder / "manifest.jsonl", log}:
         if path.is_file():
             whole, cut = whole_sources(path)
@@ -287,7 +282,7 @@ def run_stage(args, config, items, work, per_source, unit):
     todo = to_do(args, items)
     check_room(args, len(todo), len(items), per_source, unit)
     asked = {k for k, v in named_values("--min", args.min, "").items() if v > -math.inf and k != "total"}
-    asked |= {*config["score_weights"]["weights"]} if args.score_weights else set()
+    asked = set() if args.no_filter else asked | {*config["score_weights"]["weights"]} if args.score_weights else asked
     shared = {"round": config["round"], "code": code_version()}
     kept = lost = 0
     bar = tqdm(todo, unit=unit, desc=folder.name, smoothing=0.1)
@@ -298,6 +293,8 @@ def run_stage(args, config, items, work, per_source, unit):
             rows, files = work(item)
             missing = asked - {name for row in rows for name in row["scores"]}
             if missing and rows[0]["scores"] and item["source_caption"] and item["target_caption"]:
+                if not read_manifest(folder):                       # nothing was made with these settings
+                    (folder / "dataset.json").unlink(missing_ok=True)
                 raise UserError(f"--min or --score-weights: {', '.join(sorted(missing))}: not among the scores of this run, which "
                                 f"are {', '.join(sorted(rows[0]['scores']))}; leave it out, or pass what it needs")
         except Unusable as error:
@@ -329,11 +326,11 @@ def run_stage(args, config, items, work, per_source, unit):
                             "that the disk is there and run the same again, which tries them once more, or --force to do without")
     finished = args.limit == -1 or len(todo) < args.limit
     if world > 1:
-        (folder / f"manifest.{rank}.done").write_text("all" if finished else "some")
-        ended = [folder / f"manifest.{k}.done" for k in range(world)]
-        if not all(path.is_file() for path in ended):               # not the last to finish
+        write_aside(folder / f"manifest.{rank}.done", "all" if finished else "some")
+        try:
+            finished = all([(folder / f"manifest.{k}.done").read_text() == "all" for k in range(world)])
+        except FileNotFoundError:                                   # not the last to finish, or another one has merged
             return
-        finished = all(path.read_text() == "all" for path in ended)
         merge(folder)
     report(folder, unit, finished)
 
@@ -2179,14 +2176,20 @@ PARQUET = (("source_image", "edited_image", "edit_prompt", "source_caption", "ta
 
 
 def first_of(sources, n, where):
-    """The first n of a reader's sources (-1: all) as a list; says so where there are more. UserError for none."""
-    sources = iter(sources)
-    items = list(islice(sources, n if n != -1 else None))
+    """The first n of a reader's sources (-1: all) as a list; says so where there are more, or one is there twice. UserError
+    for none."""
+    sources, found = iter(sources), 0
+    items = {}
+    for item in islice(sources, n if n != -1 else None):
+        items.setdefault(item["id"], item)
+        found += 1
     if not items:
         raise UserError(f"{where}: holds no pairs")
+    if len(items) < found:
+        print(f"{where}: {found - len(items)} pairs are there twice; each is done once")
     if next(sources, None) is not None:
         print(f"{where}: the first {n}; there are more")
-    return items
+    return list(items.values())
 
 
 def texts_of(row, names, where):
@@ -2318,7 +2321,7 @@ def read_insv2v(where):
         raise UserError(f"--images {where}: holds neither a manifest of curate.py images nor InsV2V's clips "
                         "(<name>/prompt.json, <name>/image/<seed>_0_0000.jpg)")
     say_left_out(where, "folders without image/<seed>_0_0000.jpg",
-                 [p.parent for p in where.glob("*/prompt.json") if p.parent not in {f.parent.parent for f in found}])
+                 {p.parent for p in where.glob("*/prompt.json")} - {f.parent.parent for f in found})
     say_left_out(where, f"clips go on after {N_FRAMES} frames",
                  [p for p in where.glob(f"*/image/*_0_{N_FRAMES:04d}.jpg")])
     for n, path in enumerate(found):
@@ -2343,7 +2346,7 @@ def find_videos(where):
     folders = [p for root in roots or [where] for p in sorted(root.iterdir()) if p.is_dir()]
     found = [p for p in folders if any(f.suffix.lower() in IMAGES for f in p.iterdir())]
     if roots:
-        say_left_out(where, "folders of JPEGImages without pictures", [p for p in folders if p not in set(found)])
+        say_left_out(where, "folders of JPEGImages without pictures", set(folders) - set(found))
         say_left_out(where, "videos beside JPEGImages", [p for p in where.iterdir() if p.suffix.lower() in VIDEOS])
     else:
         ours = {p.parent for p in where.rglob("dataset.json")}      # data sets that curate.py made
@@ -2436,8 +2439,12 @@ def cut_videos(args, videos):
     known = {row["video"]: row for row in rows if "error" not in row}                      # unreadable ones are tried again
     items, left_out, used = [], Counter(), mine(enumerate(videos[:None if args.n == -1 else args.n]))
     done, seen, lost = done_ids(args), 0, 0
+
+    def enough():                                                   # --limit new clips, and the writer's last group is whole
+        new = [k for k, item in enumerate(items) if item["id"] not in done]
+        return len(new) >= args.limit != -1 and len(items) >= -(-(new[args.limit - 1] + 1) // WRITE_GROUP) * WRITE_GROUP
     for i, (name, path) in tqdm(used, desc="cutting", unit="video"):
-        if args.limit != -1 and sum(item["id"] not in done for item in items) >= args.limit:
+        if enough():
             break
         seen, size = seen + 1, size_of(path)
         if name in known and known[name].get("size") != size:

@@ -49,7 +49,8 @@ from tqdm import tqdm
 
 import curate
 from metrics import (CODED, FIELDS, LLAVA, WRITER_TASKS, CLIP, LlavaOneVision, ViCLIP, add_lora, content_mark, guess_task,
-                     parse_answer, psnr, read_lines, save_lora, stamp, to_u8, to_video, writer_loss, write_aside)
+                     parse_answer, psnr, read_lines, save_lora, stamp, to_u8, to_video, weights_mark, writer_loss,
+                     write_aside)
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, aside, finished, hub_dir, noise_levels, out_of_memory, read_json, read_tensors,
                    repository, run, warn_if_slow)
@@ -79,8 +80,13 @@ def draw_shard(path, index, size):
 
 def save_pairs(path, first, n, rng, *size):
     """n pairs, from seed `first` on, every fifth of the real domain; size: what `draw_pair` takes."""
-    frames, lines = zip(*(draw_pair(first + i, "real" if i % 5 == 4 else "synthetic", rng, *size) for i in range(n)))
-    save_shard(path, np.stack(frames), lines)
+    frames, lines = None, []
+    for i in range(n):
+        pair, line = draw_pair(first + i, "real" if i % 5 == 4 else "synthetic", rng, *size)
+        frames = np.empty((n, *pair.shape), np.uint8) if frames is None else frames
+        frames[i] = pair
+        lines.append(line)
+    save_shard(path, frames, lines)
 
 
 def draw_pair(seed, domain, rng, height, width, n_frames=1):
@@ -240,9 +246,11 @@ def is_inner_matrix(key, p):
 
 
 def differences(old, new):
-    """["--flag old (now new)"] of the settings that both know and that differ; marks of files are no flags."""
-    return [f"{'the ' if k in ('vae', 'editor', 'adapter', 'world') else '--'}{k.replace('_', '-')} {old[k]} (now {v})"
-            for k, v in new.items() if k in old and old[k] != v]
+    """["--flag old (now new)"] of the settings that both know and that differ; marks of files, which are no flags, count where
+    both files are there."""
+    marks = "vae", "editor", "adapter", "world"
+    return [f"{'the ' if k in marks else '--'}{k.replace('_', '-')} {old[k]} (now {v})" for k, v in new.items()
+            if k in old and old[k] != v and not (k in marks and None in (old[k], v))]
 
 
 def network_mark(source, part="unet"):
@@ -251,8 +259,8 @@ def network_mark(source, part="unet"):
     if not source:
         return None
     meta, root = repository(source)
-    file = Path(source) / "model.safetensors" if meta and Path(source).is_dir() else Path(source) if meta else Path(root) / part
-    return content_mark(file) if file.exists() else None
+    where = Path(source) if meta else Path(root) / part
+    return content_mark(where) if where.is_file() else weights_mark(where) if where.is_dir() else None
 
 
 def parameter_groups(trained, lr, lr_new, optimizer):
