@@ -920,7 +920,7 @@ def judge_mark(source):
 def weights_mark(folder):
     """Eight digits of the sizes and beginnings of a network's weight files."""
     crc = 0
-    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin", ".pth")):
+    for path in sorted(p for p in Path(folder).iterdir() if p.match("*model*.safetensors") or p.suffix in (".bin", ".pth")):
         with open(path, "rb") as f:
             crc = zlib.crc32(f.read(1 << 20), zlib.crc32(str(path.stat().st_size).encode(), crc))
     return f"{crc:08x}"
