@@ -282,7 +282,9 @@ def run_stage(args, config, items, work, per_source, unit):
     todo = to_do(args, items)
     check_room(args, len(todo), len(items), per_source, unit)
     asked = {k for k, v in named_values("--min", args.min, "").items() if v > -math.inf and k != "total"}
-    asked = set() if args.no_filter else asked | {*config["score_weights"]["weights"]} if args.score_weights else asked
+    if args.score_weights:
+        asked |= config["score_weights"]["weights"].keys()
+    asked = set() if args.no_filter else asked                      # thresholds and totals then decide nothing
     shared = {"round": config["round"], "code": code_version()}
     kept = lost = 0
     bar = tqdm(todo, unit=unit, desc=folder.name, smoothing=0.1)
@@ -700,12 +702,12 @@ def stage_videos(args):
     """
     if not args.images.is_dir():
         raise UserError(f"--images {args.images}: no such directory; run curate.py images first")
+    motion = False if args.motion == "none" else args.motion
     if not list(args.images.glob("manifest*.jsonl")):
-        return stage_pairs(args)
+        return stage_pairs(args, motion)
     teacher = (dict(cogvideox=args.cogvideox, cogvideox_steps=args.cogvideox_steps)
                if args.animate == "cogvideox" else {})
-    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode=args.mode, motion=False if args.motion == "none" else args.motion,
-                    animate=args.animate, **teacher)
+    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode=args.mode, motion=motion, animate=args.animate, **teacher)
     ed, rows = st.ed, [row for row in read_manifest(args.images) if row["kept"]]
     if not rows:
         raise UserError(f"--images {args.images}: its filters kept no image; see curate.py look {args.images}")
@@ -760,13 +762,12 @@ def stage_videos(args):
     run_stage(args, st.config, items, work, per_source, "clip")
 
 
-def stage_pairs(args):
+def stage_pairs(args, motion):
     """Round 0's clips from a folder in InsV2V's layout: pairs that others made are scored and filtered as they are."""
     if args.animate:
         raise UserError(f"--animate {args.animate}: {args.images} holds no images of curate.py; pass such a data set, "
                         "or leave --animate out")
-    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode="pairs", motion=False if args.motion == "none" else args.motion,
-                    animate=None)
+    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode="pairs", motion=motion, animate=None)
 
     def work(item):
         source, target = (prepare(frames, st.ed) for frames in item["load"]())
@@ -2099,6 +2100,12 @@ def source_item(item_id, order, instruction, captions, origin, task="", **how):
                 target_caption=captions[1], origin=origin, **how)
 
 
+def say_left_out(where, what, paths):
+    """A line about what a reader does not take, if there is any."""
+    if paths:
+        print(f"{where}: {len(paths)} {what}, the first {min(paths)}; left out")
+
+
 def quantise(frames):
     """float (F, H, W, 3) in [0, 1] -> uint8."""
     return np.rint(frames * 255).astype(np.uint8)
@@ -2164,11 +2171,6 @@ def read_pairs(where):
         return read_ip2p(where)
     raise UserError(f"--from {where}: no image pairs in it; pass shapes, UltraEdit's or InstructPix2Pix's parquet "
                     "files, InstructPix2Pix's folders (<name>/prompt.json), or a folder with a .jsonl")
-
-
-def say_left_out(where, what, paths):
-    if paths:
-        print(f"{where}: {len(paths)} {what}, the first {min(paths)}; left out")
 
 
 PARQUET = (("source_image", "edited_image", "edit_prompt", "source_caption", "target_caption"),         # UltraEdit
@@ -2426,7 +2428,7 @@ def cut(path, start):
 
 def size_of(path):
     """Bytes of a video file, number of frames in a folder; 0 where it cannot be read. Tells a whole video from a part."""
-    with suppress(OSError, UserError):
+    with suppress(OSError):
         return len(frame_files(path)) if path.is_dir() else path.stat().st_size
     return 0
 
@@ -2472,7 +2474,7 @@ def cut_videos(args, videos):
                               load=lambda p=path, s=s: cut(p, s)) for s in starts]
     print(f"{seen} of {len(used)} videos: {len(items)} clips of {N_FRAMES} frames; left out: " +
           (", ".join(f"{n} {why}" for why, n in left_out.items()) or "none"))
-    if not items and shard()[1] == 1:                                 # another rank may have some; else `report` says it
+    if not items and shard()[1] == 1:                               # another rank may have some; else `report` says it
         raise UserError(f"--from {args.source}: no usable clip in {seen} videos")
     return items
 

@@ -1509,7 +1509,7 @@ def plot(folder, to):
             x = len(panels) * width + 20 + 265 * k
             picture.paste(m.resize((240, 240), Image.Resampling.NEAREST).convert("RGB"), (x, 60))
             draw.text((x, 40), f"step {row['step']}: row listens to column", "black")
-    with aside(Path(to)) as part:
+    with aside(to) as part:
         picture.save(part, "PNG")
     print(f"{to}: {len(rows)} points of {log}")
 
