@@ -1233,6 +1233,15 @@ def test_calibration_by_task_learns_which_edits_seldom_succeed_and_the_filter_th
     assert [(C.choose(good, limits, fitted, task=task), good[0]["kept"])[1] for task in ("style", "texture")] == [True, False]
 
 
+def test_calibration_of_clips_fits_how_much_an_edit_changes_and_never_the_held_out_score(tmp_path):
+    rows = [row | {"scores": {"clip_text": row["scores"]["ssim"], "changed": row["truth"]["gain"], "viclip_dir": row["truth"]["gain"]}}
+            for row in ranked(tmp_path / "x")]
+    (tmp_path / "x" / "manifest.jsonl").write_text(C.dump(rows))
+    C.main(["calibrate", str(tmp_path / "x")])
+    weights = json.loads((tmp_path / "x" / "score_weights.json").read_text())["weights"]
+    assert weights.keys() == {"clip_text", "changed"} and weights["changed"] > 5 * weights["clip_text"]
+
+
 def test_calibration_says_how_often_the_first_the_chosen_and_any_candidate_is_good(tmp_path, capsys):
     rows = ranked(tmp_path / "x")
     (tmp_path / "x" / "manifest.jsonl").write_text(C.dump([row | {"total": row["truth"]["gain"]} for row in rows]))
