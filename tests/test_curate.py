@@ -1234,8 +1234,9 @@ def test_calibration_by_task_learns_which_edits_seldom_succeed_and_the_filter_th
 
 
 def test_calibration_of_clips_fits_how_much_an_edit_changes_and_never_the_held_out_score(tmp_path):
-    rows = [row | {"scores": {"clip_text": row["scores"]["ssim"], "changed": row["truth"]["gain"], "viclip_dir": row["truth"]["gain"]}}
-            for row in ranked(tmp_path / "x")]
+    rows = ranked(tmp_path / "x")
+    for row in rows:
+        row["scores"] = {"clip_text": row["scores"]["ssim"], **dict.fromkeys(("changed", "viclip_dir"), row["truth"]["gain"])}
     (tmp_path / "x" / "manifest.jsonl").write_text(C.dump(rows))
     C.main(["calibrate", str(tmp_path / "x")])
     weights = json.loads((tmp_path / "x" / "score_weights.json").read_text())["weights"]
