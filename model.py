@@ -24,17 +24,20 @@ import sys
 import time
 import unicodedata
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Regex, models, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parent
-FULL = errno.ENOSPC, errno.EDQUOT                                  # of a disk
 SD15 = "timbrooks/instruct-pix2pix"                                # MIT code, CreativeML OpenRAIL-M weights
 SD15_MOTION = "guoyww/animatediff-motion-adapter-v1-5-2"           # Apache-2.0
 
@@ -48,7 +51,7 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call a script's `main()`; a UserError, a full disk or a file out of reach becomes one line on stderr and exit status 2."""
+    """Call a script's `main()`; what a user, a file, the memory or the disk gets wrong is one line on stderr, exit status 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):           # a console that lacks a letter gets its number
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -56,21 +59,55 @@ def run(main):
     except BrokenPipeError:                                         # who reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                # what is left to print goes nowhere
         sys.exit(1)
-    except UserError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except (OSError, RuntimeError, SafetensorError) as e:           # a full disk has many names
-        if getattr(e, "errno", None) not in FULL and "No space left" not in str(e):
-            if not getattr(e, "filename", None):
-                raise
-            sys.exit(print(f"error: {e.filename}: {e.strerror}", file=sys.stderr) or 2)
-        where = getattr(e, "filename", None) or "a file"
-        sys.exit(print(f"error: {where} cannot be written: the disk is full; make room and run the same again", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("interrupted; nothing half-written", file=sys.stderr) or 130)
+        fail("interrupted; nothing half-written", 130)
+    except UserError as error:
+        fail(f"error: {error}")
+    except (OSError, RuntimeError, SafetensorError, MemoryError) as error:
+        where = getattr(error, "filename", None)
+        if out_of_memory(error):
+            fail("error: out of memory: lower --size, --batch or --frames, pass --checkpointing in training, or --device cpu")
+        if disk_full(error):
+            fail(f"error: {where or 'a file'} cannot be written: the disk is full; make room and run the same again")
+        if not where:
+            raise
+        fail(f"error: {where}: {error.strerror}")
+
+
+def fail(text, code=2):
+    print(text, file=sys.stderr)
+    sys.exit(code)
 
 
 def out_of_memory(error):
-    return "out of memory" in str(error) or "allocate memory" in str(error)         # as CUDA and the CPU say it
+    """As CUDA, the CPU and Python say it."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
+
+
+def disk_full(error):
+    """A full disk has many names."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+@contextmanager
+def reading(path, hint=""):
+    """What goes wrong while a user's file is read becomes one line that names it; a missing key reads "lacks 'key'"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:                      # the one boundary between people's files and this program
+        if out_of_memory(error) or disk_full(error):
+            raise
+        what = f"lacks {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or str(error)
+        what = (what or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{path}: {what}" + (f"; {hint}" if hint else "")) from None
+
+
+def need(ok, message):
+    """What a file should hold, inside `reading`."""
+    if not ok:
+        raise ValueError(message)
 
 
 @contextmanager
@@ -85,6 +122,57 @@ def aside(path):
         part.unlink(missing_ok=True)                                # of a full disk
 
 
+def write_text(path, text):
+    """A text file that is there whole or not at all; its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with aside(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path, data):
+    write_text(path, json.dumps(data, indent=1, default=str))
+
+
+def save_tensors(path, tensors, dtype=None):
+    """{name: tensor} as safetensors, floating ones in `dtype`; the file is there whole or not at all."""
+    tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in tensors.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with aside(path) as part:
+        save_file(tensors, part)
+
+
+def begin(folder, settings, force=False):
+    """settings.json says what made a folder. Other settings than its own are refused, by name, unless `force`."""
+    path, settings = Path(folder) / "settings.json", json.loads(json.dumps(settings, default=str))
+    old = read_json(path) if path.is_file() else settings
+    changed = [f"{k} {old.get(k)} (now {settings.get(k)})" for k in settings | old if old.get(k) != settings.get(k)]
+    if changed and not force:
+        raise UserError(f"{folder}: made with {', '.join(changed)}; pass the same, another folder, or --force to go on with the new")
+    write_json(path, settings)
+
+
+def fingerprint(*paths):
+    """Eight digits that tell files, or all files in folders, from others: their names, sizes, first and last megabyte."""
+    crc = 0
+    for path in map(Path, paths):
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            size = file.stat().st_size
+            crc = zlib.crc32(f"{file.name} {size}".encode(), crc)
+            with open(file, "rb") as f:
+                crc = zlib.crc32(f.read(1 << 20), crc)
+                f.seek(max(1 << 20, size - (1 << 20)))
+                crc = zlib.crc32(f.read(), crc)
+    return f"{crc:08x}"
+
+
+def placement(device=None, dtype=None):
+    """Where and in what a network runs: the best device there is; bfloat16 on CUDA, else float32. Returns torch's own."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(device or best)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
 def hub_dir(source, patterns=None):
     """Local directory of `source`: a directory as it is, or a hub id, downloaded on first use (files in `patterns`)."""
     source = str(source)
@@ -96,7 +184,7 @@ def hub_dir(source, patterns=None):
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as e:                                         # its HTTP library's errors come through, too
-        if getattr(e, "errno", None) in FULL:
+        if disk_full(e):
             raise
         raise UserError(f"{source}: not in the local cache and the hub cannot give it ({type(e).__name__}); "
                         f"go online once, or pass a directory with a local copy of that repository") from None
@@ -300,6 +388,47 @@ def frame_positions(n_frames, dim, device, dtype):
     """AnimateDiff's sinusoidal frame positions (1, F, dim): sine on even channels, cosine on odd, base 10000."""
     cos, sin = timestep_embedding(torch.arange(n_frames, device=device), dim).chunk(2, dim=-1)
     return torch.stack([sin, cos], dim=-1).flatten(1)[None].to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pixels: video (B, F, 3, H, W) in [-1, 1], frames (F, H, W, 3) uint8
+# ---------------------------------------------------------------------------------------------------------------
+
+def to_tensor(rgb):
+    """rgb (H, W, 3) uint8 -> frame (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(rgb).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_rgb(frame):
+    """frame (3, H, W) in [-1, 1] -> rgb (H, W, 3) uint8."""
+    return ((frame.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def resize(frame, height, width):
+    """frame (3, H, W) -> (3, height, width), antialiased where it shrinks."""
+    if frame.shape[-2:] == (height, width):
+        return frame
+    return F.interpolate(frame[None], (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
+
+
+def to_u8(images):
+    """A tensor (..., 3, H, W) in [-1, 1], a PIL image or array, or a list -> list of (H, W, 3) uint8."""
+    if torch.is_tensor(images):
+        return [to_rgb(frame) for frame in images.reshape(-1, *images.shape[-3:])]
+    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+        images = [images]
+    return [np.asarray(im.convert("RGB") if isinstance(im, Image.Image) else im) for im in images]
+
+
+def stretch(frame, width, height):
+    """(H, W, 3) uint8 -> (height, width, 3), PIL bicubic."""
+    same = frame.shape[:2] == (height, width)
+    return frame if same else np.asarray(Image.fromarray(frame).resize((width, height), Image.BICUBIC))
+
+
+def to_video(frames):
+    """(F, H, W, 3) uint8 -> video (1, F, 3, H, W) in [-1, 1]."""
+    return torch.stack([to_tensor(x) for x in frames])[None]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args, get_origin
 
 import av
 import numpy as np
@@ -30,7 +31,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import UserError, VideoEditor, aside, finished, out_of_memory, run
+from model import UserError, VideoEditor, aside, finished, out_of_memory, resize, run, to_rgb, to_tensor
 
 WINDOW, REFERENCES = 16, 4          # frames per pass, and how many of them the previous pass has finished
 NAME_BYTES = 220                    # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
@@ -275,23 +276,6 @@ def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple
     height, width = model_size(clip.height, clip.width * clip.pixel, size, multiple) if size else (clip.height, clip.width)
     video = [resize(to_tensor(rgb), height, width) for _, rgb in read_frames(clip, *span)]
     return torch.stack(video)[None], float(fps or clip.rate)
-
-
-def to_tensor(rgb):
-    """rgb (H, W, 3) uint8 -> frame (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(rgb).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def to_rgb(frame):
-    """frame (3, H, W) in [-1, 1] -> rgb (H, W, 3) uint8."""
-    return ((frame.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
-
-
-def resize(frame, height, width):
-    """frame (3, H, W) -> (3, height, width), antialiased where it shrinks."""
-    if frame.shape[-2:] == (height, width):
-        return frame
-    return F.interpolate(frame[None], (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
 def model_size(height, width, size, multiple):
@@ -551,6 +535,48 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
+
+
+def option(default, help, low=None, high=None, choices=None, name=None):
+    """A field of a settings dataclass that is a flag as well, see `add_flags`. low, high: its range, in which the default
+    itself need not lie (-1: off); name: the flag, where it is not the field's own."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, name=name))
+
+
+def add_flags(parser, settings):
+    """A flag for every `option` of a dataclass; a truth value gets --sma and --no-sma, a tuple takes several values."""
+    for f in fields(settings):
+        if not f.metadata:                                          # code sets it, no flag
+            continue
+        value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
+        kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))
+        how = dict(type=kind if low is None and high is None else between(low, high, kind, value))
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif get_origin(f.type) is tuple:
+            how = dict(type=kind, nargs="+")
+        if kind is not bool:
+            how |= dict(choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else kind.__name__.upper())
+        shown = "" if value is None or value == "" or value is False or value == () else f" (default: {value})"
+        flag = "--" + (f.metadata["name"] or f.name).replace("_", "-")
+        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **how)
+
+
+def from_flags(settings, args):
+    """`settings` with what was given on the command line."""
+    return replace(settings, **{f.name: getattr(args, f.name) for f in fields(settings) if f.metadata and hasattr(args, f.name)})
+
+
+def between(low, high=None, kind=float, off=None):
+    """The type of a flag whose value lies in a range, NaN outside; `off` is allowed besides."""
+    def read(text):
+        value = kind(text)
+        if value != off and not ((low is None or value >= low) and (high is None or value <= high)):
+            most = f" and {high:g} at most" if high is not None else ""
+            raise argparse.ArgumentTypeError(f"{text}: must be " + (f"at least {low:g}" if low is not None else "") + most)
+        return value
+    read.__name__ = kind.__name__                                   # argparse names it: invalid int value
+    return read
 
 
 def number(text):

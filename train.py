@@ -48,13 +48,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import curate
-from metrics import (CODED, FIELDS, LLAVA, WRITER_TASKS, CLIP, LlavaOneVision, ViCLIP, add_lora, content_mark, guess_task,
-                     parse_answer, psnr, read_lines, save_lora, stamp, to_u8, to_video, weights_mark, writer_loss,
-                     write_aside)
+import world
+from metrics import CODED, CLIP, ViCLIP, content_mark, psnr, read_lines, stamp, weights_mark, write_aside
 from model import (EPM, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, TextEncoder, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, aside, finished, hub_dir, noise_levels, out_of_memory, read_json, read_tensors,
-                   repository, run, warn_if_slow)
+                   repository, run, to_u8, to_video, warn_if_slow)
 from sample import Defaults, Parser, check_device
+from teachers import (FIELDS, LLAVA, WRITER_TASKS, LlavaOneVision, add_lora, guess_task, parse_answer, save_lora, writer_loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -91,11 +91,11 @@ def save_pairs(path, first, n, rng, *size):
 
 def draw_pair(seed, domain, rng, height, width, n_frames=1):
     """One scene and one edit of it: frames (2, H, W, 3), or (2, F, H, W, 3) of a clip, uint8, and their record."""
-    scene = curate.draw_scene(seed, domain)
-    tasks = curate.possible_tasks(scene)
-    edit = curate.propose_edit(scene, seed, rng.choices(tasks, [TASK_MIX[t] for t in tasks])[0])
+    scene = world.draw_scene(seed, domain)
+    tasks = world.possible_tasks(scene)
+    edit = world.propose_edit(scene, seed, rng.choices(tasks, [TASK_MIX[t] for t in tasks])[0])
     t0 = rng.uniform(0, 4)
-    frames = np.stack([curate.render(s, n_frames, height, width, t0=t0) for s in (scene, edit.target)])
+    frames = np.stack([world.render(s, n_frames, height, width, t0=t0) for s in (scene, edit.target)])
     record = dict(seed=seed, domain=domain, task=edit.task, instruction=edit.instruction,
                   source=edit.source_caption, target=edit.target_caption)
     frames = (frames * 255 + .5).astype(np.uint8)
@@ -314,7 +314,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
     bf16: networks run in bfloat16, weights and optimizer stay in float32; None: on CUDA.
     Raises UserError for a NaN, with the step, and for a run begun with another configuration.
     """
-    rank, world = processes() if shared else (0, 1)
+    rank, n_ranks = processes() if shared else (0, 1)
     out.mkdir(parents=True, exist_ok=True)
     bf16 = device == "cuda" if bf16 is None else bf16
     warn_if_slow(torch.bfloat16 if bf16 else torch.float32, device, "--bf16")
@@ -352,7 +352,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
         opt.zero_grad(set_to_none=True)
         mean = torch.zeros((), device=device)
         for micro in range(accumulate):
-            number = (step * accumulate + micro) * world + rank
+            number = (step * accumulate + micro) * n_ranks + rank
             generator = torch.Generator().manual_seed(meta["args"]["seed"] * 1_000_003_000 + number)
             try:
                 with torch.autocast(device, torch.bfloat16, enabled=bf16):
@@ -364,7 +364,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
                 raise UserError(f"{out.name}: out of memory at step {step}; lower --clip-batch (image, writer: --batch), or pass "
                                 "--checkpointing (motion, video)") from None
             mean += loss.detach()
-        if world > 1:
+        if n_ranks > 1:
             mean_over_processes([mean, *(p.grad for p in params if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         if not torch.isfinite(mean + norm):                        # of the means: every process stops, not just one
@@ -381,7 +381,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
             gb = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
             row = dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms)
             print(f"step {step + 1:05d}/{steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | {ms:.0f} ms | "
-                  f"{per_step * accumulate * world * 1e3 / ms:.1f} {unit}/s | {gb:.1f} GB", flush=True)
+                  f"{per_step * accumulate * n_ranks * 1e3 / ms:.1f} {unit}/s | {gb:.1f} GB", flush=True)
             with open(log, "a") as f:
                 f.write(json.dumps(row | (probe() if probe else {})) + "\n")
             losses, last_log, logged = [], time.time(), step + 1
@@ -390,7 +390,7 @@ def fit(net, loss_fn, out, meta, steps, lr, per_step, ema=0.999, warmup=200, sav
             last_save = time.time()
     if start >= steps:                                             # cut between the last step and its files
         save(start)
-    if world > 1:
+    if n_ranks > 1:
         dist.barrier()                                             # whoever goes on reads the files of the first
     net.load_state_dict(average)
     return net.eval()
@@ -474,7 +474,7 @@ def train_tokenizer(folder):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, show_progress=False, end_of_word_suffix="</w>",
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(curate.known_words(), trainer)
+    bpe.train_from_iterator(world.known_words(), trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     merges = [tuple(m.split()) if isinstance(m, str) else tuple(m) for m in merges]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -663,8 +663,8 @@ def stage_image(args, shards, out, base, weights=None):
     vae.load_state_dict(load_file(base / "vae" / "diffusion_pytorch_model.safetensors"))
     vae.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     tokenizer = Tokenizer(base / "tokenizer" / "vocab.json", base / "tokenizer" / "merges.txt")
-    encoder, world = vae_mark(vae.quant_conv.weight), content_mark(args.data / "world" / "world.json")
-    shards = cache_latents(vae, shards, args.data / f"latents-{args.size}px-{encoder}-{world}", args.device)
+    encoder, drawn_by = vae_mark(vae.quant_conv.weight), content_mark(args.data / "world" / "world.json")
+    shards = cache_latents(vae, shards, args.data / f"latents-{args.size}px-{encoder}-{drawn_by}", args.device)
     torch.manual_seed(args.seed)
     if weights:                                                    # go on from another editor, with a new schedule
         ed = VideoEditor.from_pretrained(weights, motion=False, device=args.device, dtype="float32")
@@ -704,7 +704,7 @@ def stage_image(args, shards, out, base, weights=None):
     meta = dict(stage="image", base=portable(base), unet=unet.config,
                 args=dict(weights=weights and portable(weights), steps=steps, seed=args.seed, pairs=args.pairs,
                           size=args.size, lr=lr, batch=batch, t_bias=args.t_bias, region_weight=args.region_weight,
-                          optimizer=args.optimizer, vae=encoder, world=world))
+                          optimizer=args.optimizer, vae=encoder, world=drawn_by))
     fit(unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, force=args.force,
         save_minutes=args.save_minutes, optimizer=args.optimizer)
 
@@ -725,7 +725,7 @@ def draw_motion_clips(path, index, size):
     frames, lines = np.empty((MOTION_CLIPS, FRAMES, size, size, 3), np.uint8), []
     for i in range(MOTION_CLIPS):                                  # seeds far from those of the other stages
         seed, domain = 90_000_000 + index * MOTION_CLIPS + i, "real" if i % 5 == 4 else "synthetic"
-        clip = curate.render(curate.draw_scene(seed, domain), FRAMES, size, size, t0=rng.uniform(0, 4))
+        clip = world.render(world.draw_scene(seed, domain), FRAMES, size, size, t0=rng.uniform(0, 4))
         frames[i] = (clip * 255 + .5).astype(np.uint8)
         lines.append(dict(seed=seed, domain=domain))
     save_shard(path, frames, lines)
@@ -815,8 +815,8 @@ def stage_motion(args, out, base):
                                                    MOTION_CLIPS))
     ed = VideoEditor.from_pretrained(weights, motion=False, device=args.device, dtype="float32")
     encoder = vae_mark(ed.vae.quant_conv.weight)
-    world = content_mark(args.data / name / "world.json")
-    clips = first_process_first(lambda: encode_motion_clips(ed, shards, args.data / f"{name}-{encoder}-{world}"))
+    drawn_by = content_mark(args.data / name / "world.json")
+    clips = first_process_first(lambda: encode_motion_clips(ed, shards, args.data / f"{name}-{encoder}-{drawn_by}"))
     clips = clips[:args.motion_clips]
     torch.manual_seed(args.seed)
     ours = ed.unet.config
@@ -845,7 +845,7 @@ def stage_motion(args, out, base):
     meta = dict(stage="motion", base=portable(ed.base), unet=ed.unet.config, motion=ed.unet.motion_config,
                 args=dict(weights=portable(weights), steps=steps, lr=lr, motion_clips=args.motion_clips, size=args.size,
                           clip_batch=batch * args.accumulate * processes()[1], same_noise=same_noise,
-                          t_bias=args.t_bias, seed=args.seed, vae=encoder, world=world, editor=network_mark(weights)))
+                          t_bias=args.t_bias, seed=args.seed, vae=encoder, world=drawn_by, editor=network_mark(weights)))
     keep_own_text(ed)
     fit(ed.unet, loss_fn, out, meta, steps, lr, batch, device=args.device, bf16=args.bf16, force=args.force,
         accumulate=args.accumulate, save_minutes=args.save_minutes, shared=True, unit="clips")
@@ -1269,19 +1269,19 @@ def evaluate(ed, n=24, seed=0, size=64, domain="synthetic", s_txt=None, s_src=No
     {task: [(inside edit, source, bound, outside edit, coded, success, flicker, closer)]}.
     """
     rows = {}
-    for task in curate.TASKS:
+    for task in world.TASKS:
         k = found = 0
         while found < n:
             k += 1
-            scene = curate.draw_scene(seed * 100_000 + k, domain, "held")
-            if task not in curate.possible_tasks(scene):
+            scene = world.draw_scene(seed * 100_000 + k, domain, "held")
+            if task not in world.possible_tasks(scene):
                 continue
             found += 1
-            edit = curate.propose_edit(scene, k, task, "held")
+            edit = world.propose_edit(scene, k, task, "held")
             if known and not edit.deterministic:
                 continue
-            source, truth = (curate.quantise(curate.render(s, n_frames, size, size, t0=k % 4)) for s in (scene, edit.target))
-            inside = curate.true_region(source, truth, edit.is_global)
+            source, truth = (world.quantise(world.render(s, n_frames, size, size, t0=k % 4)) for s in (scene, edit.target))
+            inside = world.true_region(source, truth, edit.is_global)
             if not inside.any():
                 continue
             video = to_video(source)
@@ -1320,23 +1320,23 @@ def words_heard(ed, n=60, seed=0, size=64):
     sums, k = {word: np.zeros(2) for word in ("kind", "colour", "place")}, 0
     while n:
         k += 1
-        scene, rng = curate.draw_scene(seed * 100_000 + k, "synthetic", "held"), Random(k)
-        if "addition" not in curate.possible_tasks(scene):
+        scene, rng = world.draw_scene(seed * 100_000 + k, "synthetic", "held"), Random(k)
+        if "addition" not in world.possible_tasks(scene):
             continue
         n -= 1
-        z_src = ed.encode(to_video(curate.quantise(curate.render(scene, 1, size, size))))
+        z_src = ed.encode(to_video(world.quantise(world.render(scene, 1, size, size))))
         noise = ed.noise(1, *z_src.shape[3:], seed=k)
         z_t = a.sqrt() * z_src * ed.vae.scaling_factor + (1 - a).sqrt() * noise
 
         def true_and_predicted(kind, colour, place):
-            new = curate.Shape(kind, colour, curate.COLOURS[colour], *curate.PLACES[place], .13, screen=True)
-            target = curate.quantise(curate.render(replace(scene, objects=scene.objects + (new,)), 1, size, size))
+            new = world.Shape(kind, colour, world.COLOURS[colour], *world.PLACES[place], .13, screen=True)
+            target = world.quantise(world.render(replace(scene, objects=scene.objects + (new,)), 1, size, size))
             ctx = ed.encode_text([f"add a {colour} {kind} at the {place}", ""])
             eps = scheduler.to_eps(ed.guided(z_t, z_src, t, ctx, 1, 1, "image"), 0, z_t)       # no guidance
             return ed.encode(to_video(target)) * ed.vae.scaling_factor, (z_t - (1 - a).sqrt() * eps) / a.sqrt()
-        ask = {"kind": rng.sample(sorted(set(curate.KINDS) - {s.kind for s in scene.objects}), 2),
-               "colour": rng.sample(sorted(set(curate.COLOURS) - {s.colour for s in scene.objects}), 2),
-               "place": rng.sample(sorted(curate.PLACES), 2)}
+        ask = {"kind": rng.sample(sorted(set(world.KINDS) - {s.kind for s in scene.objects}), 2),
+               "colour": rng.sample(sorted(set(world.COLOURS) - {s.colour for s in scene.objects}), 2),
+               "place": rng.sample(sorted(world.PLACES), 2)}
         first = {word: pair[0] for word, pair in ask.items()}
         true, predicted = true_and_predicted(**first)
         for word, pair in ask.items():
@@ -1355,7 +1355,7 @@ def evaluate_clips(ed, folder, size=64, n_frames=8, s_txt=None, s_src=None, step
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in curate.VIDEOS):
         source = read_video(path, size=size, frames=n_frames)[0]
         frames = np.stack(to_u8(source)) / 255
-        truth = {f"make it {k}": curate.EFFECTS[k](frames, np.arange(len(frames)) / 10, 0) for k in ("grayscale", "sepia", "night")}
+        truth = {f"make it {k}": world.EFFECTS[k](frames, np.arange(len(frames)) / 10, 0) for k in ("grayscale", "sepia", "night")}
         out = [psnr(np.stack(to_u8(ed.edit(source, text, steps, s_txt, s_src, mode=mode))), frame)
                for text, frame in (truth | {"": frames}).items()]
         out.append(psnr(np.stack(to_u8(ed.decode(ed.encode(source) * ed.vae.scaling_factor))), frames))
@@ -1424,7 +1424,7 @@ def tables(args):
     The spread of the seeds' means stands beside them. Under torchrun the domains are shared.
     """
     steps, (weights, motion) = args.steps or VIDEO[args.model]["steps"], starting_point(args)
-    lines, first, (rank, world) = [], {}, processes()
+    lines, first, (rank, n_ranks) = [], {}, processes()
     for name, flags, folders, own in table_rows(args):
         results = {"synthetic": [], "real": []}
         untrained = isinstance(flags, str)
@@ -1442,7 +1442,7 @@ def tables(args):
             files, guidance = {domain: out / f"eval-{domain}.json" for domain in results}, (args.text_cfg, args.source_cfg)
             for k, (domain, done) in enumerate(files.items()):
                 trained, mode = (weights, flags) if untrained else (out, "video")
-                if k % world != rank:
+                if k % n_ranks != rank:
                     continue
                 ed = VideoEditor.from_pretrained(trained, motion={"ffg": motion, "image": False, "video": None}[mode],
                                                  device=args.device)
@@ -1768,8 +1768,8 @@ def networks(args):
         (base / "scheduler").mkdir(exist_ok=True)
         write_json(base / "scheduler" / "scheduler_config.json", TINY_SCHEDULER)
         write_json(base / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": dict(
-            size=args.size, steps=TINY_STEPS, guidance=TINY_GUIDANCE, deadband=TINY_DEADBAND, words=curate.known_words(),
-            examples=curate.examples())})
+            size=args.size, steps=TINY_STEPS, guidance=TINY_GUIDANCE, deadband=TINY_DEADBAND, words=world.known_words(),
+            examples=world.examples())})
         stage_image(args, shards, args.runs / "image", base, weights)
 
 

@@ -31,6 +31,9 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import model
+import world
+import teachers
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +43,8 @@ import metrics
 import train
 from model import (VAE, TextEncoder, Tokenizer, UNet, UserError, VideoEditor, attention, epm_attention, frame_positions,
                    read_json, run, slower_in_bfloat16)
-from sample import carry_detail, check_device, edit_stream, resize, video_writer
+from sample import carry_detail, check_device, edit_stream, video_writer
+from model import resize
 
 DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 TRANSFORMERS = importlib.util.find_spec("transformers") is not None
@@ -416,7 +420,7 @@ def bench_training(model, size, n_frames, runs, steps, device):
 
         @torch.no_grad()
         def scored_images():
-            edits = metrics.to_u8(images())
+            edits = model.to_u8(images())
             metrics.image_scores(nets["clip"], None, source[0], [*edits, source[0]], item["source_caption"], item["target_caption"])
         line(f"image candidate, {steps} steps, 4 in a batch, scored", *timed([scored_images], 1, device), per=4)
         line(f"clip candidate, {steps} steps, FFG, scored", *timed([lambda: curate.finish_clip(
@@ -540,7 +544,7 @@ def bench_teachers(runs, device):
           f"a clip of 8 frames, {NEW_TOKENS} new tokens**\n\n| what | s | min | CPU s | peak GB | compared with | s | min | "
           "CPU s | peak GB | ratio | CPU ratio |\n|" + "---|" * 12, flush=True)
 
-    net = random_teacher(curate.CogTransformer, cog, device, dtype)
+    net = random_teacher(teachers.CogTransformer, cog, device, dtype)
     f = (frames - 1) // cog["temporal_compression_ratio"] + 1
     z, ctx = torch.randn(2, f, cog["in_channels"], h, w), torch.randn(2, cog["max_text_seq_length"], cog["text_embed_dim"])
     z, ctx, t = z.to(device, dtype), ctx.to(device, dtype), torch.tensor([500, 500], device=device)
@@ -548,12 +552,12 @@ def bench_teachers(runs, device):
     if DIFFUSERS:
         from diffusers import CogVideoXTransformer3DModel
         twin = same_weights(CogVideoXTransformer3DModel, cog, net)
-        rope = [x.to(device) for x in curate.rope_3d(f, h // 2, w // 2, cog["attention_head_dim"])]
+        rope = [x.to(device) for x in teachers.rope_3d(f, h // 2, w // 2, cog["attention_head_dim"])]
         work.append(lambda: twin(z, ctx, t, image_rotary_emb=rope).sample)
     compare_teachers("CogVideoX, a denoising step, both guidance branches", work, runs, device)
     net = twin = work = None                                       # one network in memory at a time
 
-    net = random_teacher(curate.CogVAE, vae, device, dtype)
+    net = random_teacher(teachers.CogVAE, vae, device, dtype)
     z0 = torch.randn(1, f, vae["latent_channels"], h, w).to(device, dtype)
     work = [lambda: torch.cat(list(net.decode_chunks(z0)), dim=1)]
     if DIFFUSERS:
@@ -563,7 +567,7 @@ def bench_teachers(runs, device):
     compare_teachers("CogVideoX, a decoded frame", work, runs, device, frames)
     net = twin = work = None
 
-    net = random_teacher(metrics.LlavaOneVision, llava, device, dtype)
+    net = random_teacher(teachers.LlavaOneVision, llava, device, dtype)
     net.end_ids = []                                               # never stops: all tokens count
     clip = np.random.default_rng(0).integers(0, 256, (8, net.size, net.size, 3), dtype=np.uint8)
     compare_teachers("LLaVA-OneVision, a frame of the clip seen", [lambda: net.look(clip)], runs, device, 8)
@@ -608,7 +612,7 @@ def bench_long(device, size, steps, lengths=(200, 2000)):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_hub_folder("tiny", folder)
-        frames = (curate.render(curate.draw_scene(0), 48, side, side) * 255).round().astype(np.uint8)
+        frames = (world.render(world.draw_scene(0), 48, side, side) * 255).round().astype(np.uint8)
         with video_writer(folder / "long.mp4", side, side, 25, Fraction(1, 25)) as write:
             for i in range(lengths[-1]):
                 write(frames[min(i % 94, 94 - i % 94)], i, 1)      # there and back
@@ -625,11 +629,11 @@ def detail_edits(kind, n, seed, domain):
     found, k, task = [], 0, "object" if kind == "recolour" else kind
     while len(found) < n:
         k += 1
-        scene = curate.draw_scene(seed * 100_000 + k, domain, "held")
-        if kind in curate.EFFECTS:
+        scene = world.draw_scene(seed * 100_000 + k, domain, "held")
+        if kind in world.EFFECTS:
             found.append((scene, replace(scene, post=scene.post + ((kind, 0),)), f"make it {kind}"))
-        elif task in curate.possible_tasks(scene):
-            edit = curate.propose_edit(scene, k, task, "held")
+        elif task in world.possible_tasks(scene):
+            edit = world.propose_edit(scene, k, task, "held")
             same_kinds = [s.kind for s in edit.target.objects] == [s.kind for s in scene.objects]
             if edit.deterministic and (kind != "recolour" or same_kinds):
                 found.append((scene, edit.target, edit.instruction))
@@ -648,7 +652,7 @@ def bench_detail(device, n, seed, domain, size, steps, full=384):
         for kind in ("grayscale", "sepia", "night", "recolour", "removal", "addition", "background"):
             values = []
             for i, (scene, target, instruction) in enumerate(detail_edits(kind, n, seed, domain)):
-                drawn = [torch.from_numpy(curate.render(s, 1, full, full)[0]) for s in (scene, target)]
+                drawn = [torch.from_numpy(world.render(s, 1, full, full)[0]) for s in (scene, target)]
                 large, exact = (x.permute(2, 0, 1).contiguous() * 2 - 1 for x in drawn)
                 small, edit = resize(large, size, size), resize(exact, size, size)
                 if who != "the truth":                             # with the source as the autoencoder sees it

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from curate import (CogSchedule, CogTransformer, CogVAE, CogVideoX, T5Encoder, clip_fault, dynamic_guidance,
-                       fit_image, inside, rope_3d)
+from teachers import (CogSchedule, CogTransformer, CogVAE, CogVideoX, T5Encoder, clip_fault, dynamic_guidance, fit_image, inside, rope_3d)
 from model import UserError
 
 GOLDENS = Path(__file__).parent / "goldens"

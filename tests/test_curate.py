@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import model
 import numpy as np
 import pytest
 import torch
@@ -421,7 +422,7 @@ def test_every_candidate_has_a_line_and_every_kept_image_its_trajectory(made, ed
     _, want = editor.anchor(z_src, row["instruction"], editor.noise(1, 4, 4, row["seed"]), 2, *row["guidance"])
     torch.testing.assert_close(path.float(), torch.cat(want)[:, 0], atol=5e-3, rtol=5e-3)
     target = np.array(Image.open(made / row["id"] / "target.png"))
-    assert np.abs(metrics.to_u8(editor.decode(want[-1]))[0].astype(int) - target).max() <= 2
+    assert np.abs(model.to_u8(editor.decode(want[-1]))[0].astype(int) - target).max() <= 2
 
 
 @pytest.mark.parametrize("left", [0, 10, 900, -1, -400])

@@ -11,9 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import metrics
-from metrics import (FIELDS, WRITER_TASKS, LlavaOneVision, add_lora, cut_tiles, even_frames, guess_task, judge_edit,
-                   merge_lora, near_duplicate, nucleus, parse_answer, read_chat_template, read_tokenizer,
-                   save_lora, words_of, write_instructions, writer_loss)
+from teachers import (FIELDS, WRITER_TASKS, LlavaOneVision, add_lora, cut_tiles, even_frames, guess_task, judge_edit, merge_lora, near_duplicate, nucleus, parse_answer, read_chat_template, read_tokenizer, save_lora, write_instructions, writer_loss)
+from teachers import words_of
 from model import UserError
 from sample import write_video
 

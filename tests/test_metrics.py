@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import model
+import world
 import numpy as np
 import pytest
 import torch
@@ -692,7 +694,7 @@ def test_an_interval_covers_the_mean_and_shrinks_with_n():
 def test_benchmark_clips_are_the_same_every_time_and_cover_every_task_in_both_domains():
     items = metrics.world_items(16, 0, ["synthetic", "real"])
     assert metrics.world_items(16, 0, ["synthetic", "real"]) == items and metrics.world_items(5, 0, ["synthetic", "real"]) == items[:5]
-    assert {(i["task"], i["domain"]) for i in items} == set(itertools.product(curate.TASKS, ["synthetic", "real"]))
+    assert {(i["task"], i["domain"]) for i in items} == set(itertools.product(world.TASKS, ["synthetic", "real"]))
     assert not {i["id"] for i in items} & {i["id"] for i in metrics.world_items(16, 1, ["synthetic", "real"])}
     for a, b in zip(metrics.world_clip(items[0], 2, 32), metrics.world_clip(items[0], 2, 32)):
         assert np.array_equal(a, b)
@@ -804,7 +806,7 @@ def test_scatter_puts_more_preservation_to_the_right_and_more_fidelity_up():
 
 
 def test_new_weights_get_a_new_name_and_so_new_edits():
-    ed = metrics.VideoEditor.from_pretrained(GOLDENS / "instruct-pix2pix", device="cpu")
+    ed = model.VideoEditor.from_pretrained(GOLDENS / "instruct-pix2pix", device="cpu")
     before = metrics.stamp(ed)
     assert before == metrics.stamp(ed)
     next(ed.vae.parameters()).add_(1e-3)

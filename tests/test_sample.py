@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import model
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,8 @@ from PIL import Image, ImageOps
 
 import sample
 from model import ROOT, UserError, VideoEditor
-from sample import (carry_detail, choose_model, edit_pictures, edit_stream, main, plan, probe, read_frames, read_video, resize,
-                    seam_score, select, to_tensor, video_writer, window_starts, write_video)
+from sample import (carry_detail, choose_model, edit_pictures, edit_stream, main, plan, probe, read_frames, read_video, seam_score, select, video_writer, window_starts, write_video)
+from model import resize, to_tensor
 
 HUB = str(Path(__file__).parent / "goldens" / "instruct-pix2pix")      # random weights, latents 8 times smaller
 needs_any_name = pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="file names here lack most letters")
@@ -104,7 +105,7 @@ def command(*args, weights=HUB):
 def test_every_container_gives_the_same_frames(tmp_path, name, options):
     video, fps = read_video(make_clip(tmp_path / name, n=8, **options))
     assert video.shape == (1, 8, 3, 48, 64) and fps == 25
-    off = (video - torch.stack([sample.to_tensor(picture(i)) for i in range(8)])).abs()
+    off = (video - torch.stack([model.to_tensor(picture(i)) for i in range(8)])).abs()
     assert off.mean() < (0.2 if name in ("a.gif", "a.avi") else 0.08)       # few colours; no tag says which matrix
 
 
@@ -230,7 +231,7 @@ def test_colours_that_no_tag_explains_are_bt709_in_hd_only(tmp_path, height):
 # ---- writing
 
 def test_written_video_is_tagged_h264_that_starts_fast(tmp_path):
-    video = torch.stack([sample.to_tensor(picture(i)) for i in range(5)])[None]
+    video = torch.stack([model.to_tensor(picture(i)) for i in range(5)])[None]
     write_video(tmp_path / "o.mp4", video, 12.5)
     with av.open(str(tmp_path / "o.mp4")) as container:
         coder, rate = container.streams.video[0].codec_context, container.streams.video[0].average_rate
@@ -488,7 +489,7 @@ def test_grid_writes_one_picture_whose_rows_are_text_guidance_and_columns_source
         x, y = 100 + column * (width + 4), 44 + row * (height + 4)
         return np.asarray(sheet.crop((x, y, x + width, y + height))).astype(int)
     for row, column, s_txt, s_src in ((0, 3, 3.75, 2.1), (3, 0, 11.25, 1.2), (1, 2, 5.62, 1.8)):        # around 7.5 and 1.5
-        edit = sample.to_rgb(editor.edit(frame, "make it snow", 2, s_txt, s_src, mode="image")[0, 0])
+        edit = model.to_rgb(editor.edit(frame, "make it snow", 2, s_txt, s_src, mode="image")[0, 0])
         want = Image.fromarray(edit).resize((width, height), Image.Resampling.BICUBIC)
         assert np.abs(cell(row, column) - want).mean() < 0.5 < 2 < np.abs(cell(column, row) - want).mean()
 

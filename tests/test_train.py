@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import sample
+import world
+import teachers
+import model
 import numpy as np
 import pytest
 import torch
@@ -15,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import curate
 import train
-from metrics import LlavaOneVision, writer_loss
+from teachers import LlavaOneVision, writer_loss
 from model import EPM, ROOT, UNet, UserError, VideoEditor
 
 
@@ -119,7 +123,7 @@ def test_another_seed_draws_other_data(tmp_path):
 
 def test_every_known_word_is_one_token_and_the_end_token_is_last(tmp_path):
     tokenizer = train.train_tokenizer(tmp_path)
-    assert all(len(tokenizer.encode(w)) == 1 for w in curate.known_words())
+    assert all(len(tokenizer.encode(w)) == 1 for w in world.known_words())
     assert tokenizer.end == max(tokenizer.vocab.values())
     assert len(tokenizer.encode("zxqv")) > 1                                  # an unknown word falls into pieces
 
@@ -137,11 +141,11 @@ def test_latents_of_a_world_that_was_drawn_anew_are_not_the_old_ones(tmp_path, m
     monkeypatch.setattr(train, "SHARD", 4)
     command = ["--stage", "image", "--weights", "tiny", "--steps", "1", "--n", "1", "--sampling-steps", "1", "--pairs", "4", "--size",
                "32", "--batch", "2", "--data", str(tmp_path / "d"), "--device", "cpu"]
-    train.main([*command, "--runs", str(tmp_path / "a")])
+    sample.main([*command, "--runs", str(tmp_path / "a")])
     mark = tmp_path / "d" / "world" / "world.json"
     mark.write_text(mark.read_text() + "\n")                       # as another version of the world leaves it
     with pytest.raises(UserError, match="begun with the world"):
-        train.main([*command, "--runs", str(tmp_path / "a")])
+        sample.main([*command, "--runs", str(tmp_path / "a")])
     assert len(list((tmp_path / "d").glob("latents-*"))) == 2
 
 
@@ -183,14 +187,14 @@ def test_contrastive_loss_takes_equal_texts_as_equally_right():
 def test_stage_image_without_its_networks_says_which_stage_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SHARD", 2)
     with pytest.raises(UserError, match="--stage vae first"):
-        train.main(["--stage", "image", "--pairs", "2", "--size", "32", "--data", str(tmp_path / "d"), "--runs", str(tmp_path / "r")])
+        sample.main(["--stage", "image", "--pairs", "2", "--size", "32", "--data", str(tmp_path / "d"), "--runs", str(tmp_path / "r")])
 
 
 def test_stage_image_goes_on_from_an_editor_and_trains_its_text_encoder_along(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SHARD", 4)
     runs, tiny = tmp_path / "r", ROOT / "assets" / "tiny"
     flags = ["--pairs", "8", "--size", "32", "--batch", "2", "--data", str(tmp_path / "d"), "--runs", str(runs), "--device", "cpu"]
-    train.main(["--stage", "image", "--weights", "tiny", "--steps", "3", "--n", "1", "--sampling-steps", "1", *flags])
+    sample.main(["--stage", "image", "--weights", "tiny", "--steps", "3", "--n", "1", "--sampling-steps", "1", *flags])
     words = "text_model.embeddings.token_embedding.weight"
     before = load_file(tiny / "text_encoder" / "model.safetensors")[words].float()
     run = load_file(runs / "image" / "model.safetensors")["text_encoder." + words]
@@ -198,16 +202,16 @@ def test_stage_image_goes_on_from_an_editor_and_trains_its_text_encoder_along(tm
     clip = load_file(runs / "base" / "clip" / "model.safetensors")                          # the scorer stays as it is
     assert torch.equal(clip[words], load_file(tiny / "clip" / "model.safetensors")[words])
 
-    train.main(["--stage", "export", "--to", str(tmp_path / "tiny"), *flags])
+    sample.main(["--stage", "export", "--to", str(tmp_path / "tiny"), *flags])
     trained, exported = (VideoEditor.from_pretrained(x, device="cpu") for x in (runs / "image", tmp_path / "tiny"))
     states = [ed.encode_text(["make it snow"]) for ed in (trained, exported)]
     assert (states[0] - states[1]).norm() < 1e-2 * states[0].norm()                         # float16
     assert (states[0] - VideoEditor.from_pretrained("tiny", device="cpu").encode_text(["make it snow"])).abs().max() > 0
 
     monkeypatch.setattr(train, "MOTION_CLIPS", 1)                                           # and the rounds keep it
-    train.main(["--stage", "motion", "--motion-clips", "1", "--clip-batch", "1", "--steps", "1", *flags])
+    sample.main(["--stage", "motion", "--motion-clips", "1", "--clip-batch", "1", "--steps", "1", *flags])
     curated(tmp_path / "round0", n=1, channels=8)
-    train.main(["--stage", "video", "--train-on", str(tmp_path / "round0"), "--clip-batch", "1", "--steps", "1", *flags])
+    sample.main(["--stage", "video", "--train-on", str(tmp_path / "round0"), "--clip-batch", "1", "--steps", "1", *flags])
     assert torch.equal(VideoEditor.from_pretrained(runs / "round0", device="cpu").encode_text(["make it snow"]), states[0])
 
 
@@ -263,7 +267,7 @@ def test_an_editor_to_go_on_from_does_not_take_the_place_of_other_networks(tmp_p
     save_file({"quant_conv.weight": torch.ones(2)}, file)
     before = file.read_bytes()
     with pytest.raises(UserError, match="another network than that of --weights tiny"):
-        train.main(["--stage", "image", "--weights", "tiny", "--pairs", "2", "--size", "32", "--data", str(tmp_path / "d"),
+        sample.main(["--stage", "image", "--weights", "tiny", "--pairs", "2", "--size", "32", "--data", str(tmp_path / "d"),
                     "--runs", str(tmp_path), "--device", "cpu"])
     assert [p for p in (tmp_path / "base").rglob("*") if p.is_file()] == [file] and file.read_bytes() == before
 
@@ -442,7 +446,7 @@ def test_two_processes_have_the_loss_of_one_with_twice_the_batch(tmp_path):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)         # holds its port
     port = str(store.port)
     # whoever is done goes on to read the files of the first
-    code = "import sys, train; train.main(sys.argv[1:]); assert train.finished(train.parse_args(sys.argv[1:]).out)"
+    code = "import sys, train; sample.main(sys.argv[1:]); assert model.finished(train.parse_args(sys.argv[1:]).out)"
     command = [sys.executable, "-c", code, *flags(tmp_path, "--clip-batch", "1", "--out", str(tmp_path / "two"))]
     two = [subprocess.Popen(command, stderr=open(tmp_path / f"{rank}.log", "w"), cwd=ROOT, env=os.environ | dict(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
@@ -486,7 +490,7 @@ def test_the_guided_loss_is_that_of_the_guided_prediction_where_source_and_text_
     t, one = torch.tensor(600), torch.ones(1, 1, 1, 1)
     samples = [(z0, z_src * has_src, text if has_text else no_text, t, eps, one)
                for has_src, has_text in ((1, 1), (1, 0), (0, 1), (0, 0))]
-    a = train.noise_levels(ed.scheduler)[600]
+    a = model.noise_levels(ed.scheduler)[600]
     z_t, v = a.sqrt() * z0 + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * z0
     for k, sample in enumerate(samples):
         scales = guidance if k == 0 else (1.0, 1.0)                # a branch by itself, as it is
@@ -622,7 +626,7 @@ def test_gamma_and_epm_are_logged_for_every_module_and_drawn(tmp_path):
     assert set(row["gamma"]) == {k.removesuffix(".gamma") for k in weights if k.endswith(".gamma")}
     assert all(-0.5 < own < 0.5 and -2.5 < other < -1.5 for own, other in row["epm"].values())
     assert len(row["epm"]) == sum(k.endswith("epm.fc2.bias") for k in weights)
-    train.main(["--stage", "plot", "--round", "0", "--runs", str(tmp_path)])
+    sample.main(["--stage", "plot", "--round", "0", "--runs", str(tmp_path)])
     picture = Image.open(tmp_path / "round0" / "training.png")
     assert picture.width > 1000 and len(picture.getcolors(100_000)) > 10
     with pytest.raises(UserError, match="no log of a video run"):
@@ -644,7 +648,7 @@ def test_flags_that_contradict_a_finished_round_are_refused_by_name_before_any_w
     command[1] = "all"
     for more, match in ((["--no-epm"], "--epm True .now False."), (["--lr", "1"], "--lr .* .now 1.0."), (["--seed", "3"], "--seed")):
         with pytest.raises(UserError, match=match):
-            train.main([*command, *more])
+            sample.main([*command, *more])
     assert not (tmp_path / "d").exists() and "curating" not in capsys.readouterr().out
     train.refine(train.parse_args([*command, "--no-epm", "--force"]))
     assert f"round 0: finished, in {tmp_path / 'round0'}" in capsys.readouterr().out
@@ -741,7 +745,7 @@ def pairs(folder, n=3):
 
 
 def train_writer(tmp_path, name, *more):
-    train.main(["--stage", "writer", "--pairs-from", str(tmp_path / "pairs"), "--llava", str(LLAVA), "--steps", "12",
+    sample.main(["--stage", "writer", "--pairs-from", str(tmp_path / "pairs"), "--llava", str(LLAVA), "--steps", "12",
                 "--batch", "3", "--rank", "4", "--lr", "3e-2", "--device", "cpu", "--save-minutes", "0", "--runs", str(tmp_path),
                 "--out", str(tmp_path / name), *more])
 
@@ -765,7 +769,7 @@ def test_fine_tuning_the_writer_lowers_its_loss_and_its_file_is_read_back(tmp_pa
 def test_a_writer_killed_in_mid_training_ends_with_the_same_matrices(tmp_path, monkeypatch):
     pairs(tmp_path / "pairs")
     train_writer(tmp_path, "whole")
-    real, asked = train.writer_loss, []
+    real, asked = teachers.writer_loss, []
 
     def loss(*args):
         asked.append(1)
@@ -782,7 +786,7 @@ def test_a_writer_killed_in_mid_training_ends_with_the_same_matrices(tmp_path, m
 
 def test_a_writer_without_usable_pairs_says_so(tmp_path):
     with pytest.raises(UserError, match="--stage writer needs --pairs-from"):
-        train.main(["--stage", "writer", "--device", "cpu", "--runs", str(tmp_path)])
+        sample.main(["--stage", "writer", "--device", "cpu", "--runs", str(tmp_path)])
     pairs(tmp_path / "pairs", 1)
     lines = (tmp_path / "pairs" / "list.jsonl").read_text().splitlines()
     (tmp_path / "pairs" / "list.jsonl").write_text(lines[-1] + "\n")
@@ -805,11 +809,11 @@ def test_the_rounds_curate_train_and_resume_as_one_command(tmp_path, capsys):
                str(tmp_path / "d"), "--device", "cpu", "--steps", "2", "--clip-batch", "1", "--images", "2", "--real-clips", "2",
                f"--curate-images={few} --steps 1", f"--curate-videos={few}", f"--curate-real={few} --steps 1"]
     with pytest.raises(UserError, match="--max-clips 99: there are only 2"):               # ends between curation and training
-        train.main([*command, "--max-clips", "99"])
+        sample.main([*command, "--max-clips", "99"])
     before = (tmp_path / "d" / "round0" / "manifest.jsonl").read_bytes()
     with pytest.raises(UserError, match="--images 1: .*images holds 2 already"):
-        train.main([*command, "--images", "1"])
-    train.main(command)
+        sample.main([*command, "--images", "1"])
+    sample.main(command)
     assert (tmp_path / "d" / "round0" / "manifest.jsonl").read_bytes() == before
     assert "score it on real clips" in capsys.readouterr().out     # this editor does not know the shapes world
     metas = [json.loads((tmp_path / "r" / f"round{n}" / "meta.json").read_text()) for n in (0, 1)]
@@ -817,12 +821,12 @@ def test_the_rounds_curate_train_and_resume_as_one_command(tmp_path, capsys):
     assert all(meta["args"]["weights"] == str(hub) for meta in metas)                      # training starts anew,
     made_by = json.loads((tmp_path / "d" / "round1" / "dataset.json").read_text())
     assert made_by["weights"] == str(tmp_path / "r" / "round0") and made_by["round"] == 1  # data come from the round before
-    train.main(command)
+    sample.main(command)
     out = capsys.readouterr().out
     assert out.count("finished, in") == 2 and "curating" not in out
     (tmp_path / "other").symlink_to(GOLDENS / "animatediff-motion-adapter-v1-5-2")
     with pytest.raises(UserError, match="round0: finished with --motion .*, the adapter "):
-        train.main([*command, "--motion", str(tmp_path / "other")])
+        sample.main([*command, "--motion", str(tmp_path / "other")])
 
 
 def test_a_table_trains_and_measures_its_rows_once(tmp_path, capsys):
@@ -830,12 +834,12 @@ def test_a_table_trains_and_measures_its_rows_once(tmp_path, capsys):
     curated(tmp_path / "data" / "round0", n=1)
     command = ["--stage", "table3", "--weights", str(hub), "--motion", str(ADAPTER), "--runs", str(tmp_path / "r"), "--data",
                str(tmp_path / "data"), "--steps", "1", "--clip-batch", "1", "--seeds", "1", "--n", "1", "--device", "cpu"]
-    train.main(command)
+    sample.main(command)
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith(("| SMA", "| no SMA"))]
     assert len(lines) == 8 and all("+0.0% ± 0.0%, 0 differ" in line for line in lines[:2])  # the first row, to itself
     assert out.count("held-out synthetic scenes, 32 px, 16 frame(s)") == 4
-    train.main(command)
+    sample.main(command)
     again = capsys.readouterr().out
     assert [line for line in again.splitlines() if line in lines] == lines and "held-out synthetic" not in again
 

@@ -1,0 +1,1116 @@
+"""The world that `tiny` learns from: scenes drawn by code, with the exact target video of every edit.
+
+Needs numpy, scipy and pillow only and imports nothing of the project. Contents: names and scenes, canvases, shapes,
+rendering, effects and styles, captions and wordings, edits, the words that all of it can say.
+"""
+import io
+import math
+import re
+import zlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+# ----------------------------------------------------------------------------------------------------------
+# The shapes world: procedurally drawn clips with captions, instructions and the true result of every edit.
+# Lengths are in heights of the frame; x runs over [0, aspect], y downwards over [0, 1]; time is in seconds.
+# ----------------------------------------------------------------------------------------------------------
+
+TASKS = ("style", "object", "background", "multiple", "removal", "addition", "texture", "effect")
+
+COLOURS = {"red": (.85, .12, .12), "orange": (.96, .55, .10), "yellow": (.97, .87, .15),
+           "green": (.15, .65, .20), "cyan": (.10, .80, .85), "blue": (.13, .25, .85),
+           "purple": (.52, .16, .70), "pink": (.97, .55, .75), "white": (.96, .96, .96),
+           "black": (.06, .06, .06), "brown": (.48, .28, .12), "gray": (.50, .50, .50)}
+KINDS = ("circle", "square", "triangle", "star", "heart", "ring", "diamond", "cross", "moon", "hexagon")
+TEXTURES = {"plain": "", "striped": "stripes", "dotted": "dots", "checkered": "checks"}    # adjective -> noun
+# By how many equal turns an outline or a pattern looks the same; 0: by any.
+TURNS = {"circle": 0, "ring": 0, "square": 4, "triangle": 3, "star": 5, "heart": 1, "diamond": 2, "cross": 4, "moon": 1,
+         "hexagon": 6, "plain": 0, "striped": 2, "dotted": 4, "checkered": 4}
+PLACES = {f"{row} {col}".replace("middle middle", "middle").strip(): (u, v)
+          for row, v in (("top", .2), ("middle", .5), ("bottom", .8))
+          for col, u in (("left", .2), ("middle", .5), ("right", .8))}
+
+# Tones met in photographs; a natural background mixes two or three of them (chosen by eye, sRGB).
+TONES = ((.53, .70, .88), (.25, .45, .72), (.35, .47, .20), (.16, .25, .13), (.50, .35, .22), (.85, .66, .54),
+         (.45, .29, .21), (.80, .70, .52), (.50, .49, .47), (.25, .25, .27), (.90, .92, .95), (.60, .28, .20),
+         (.10, .35, .45), (.45, .30, .42), (.90, .70, .35), (.06, .07, .12), (.92, .88, .80), (.70, .40, .12),
+         (.20, .50, .48), (.75, .40, .45), (.62, .66, .70), (.72, .76, .45), (.32, .22, .14), (.97, .97, .97))
+
+SKIES = {"a sunset sky": ((.35, .20, .50), (.98, .55, .20)), "a blue sky": ((.25, .50, .90), (.80, .92, 1.0)),
+         "a night sky": ((.02, .02, .10), (.12, .16, .38)), "a pink sky": ((.62, .60, .90), (1.0, .75, .80))}
+PAINT = ("plain", "gradient", "stripes", "checkerboard")    # known everywhere from a glimpse
+OFTEN = ("plain",) * 3 + ("gradient",) * 2 + ("stripes", "checkerboard")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One object. u is relative to the width, v to the height; `screen` objects ignore the camera."""
+    kind: str
+    colour: str                     # a key of COLOURS; "" for clutter, which no instruction names
+    rgb: tuple                      # COLOURS[colour], slightly varied
+    u: float
+    v: float
+    radius: float                   # of the height
+    texture: str = "plain"
+    angle: float = 0.0              # radians
+    spin: float = 0.0               # radians per second
+    motion: str = "still"           # still, line (bouncing at the borders), circle, sway
+    speed: tuple = (0.0, 0.0)       # line: (u, v) per second; else: (amplitude in heights, radians / s)
+    phase: float = 0.0
+    shade: float = 0.0              # strength of the light's gradient over the object
+    shadow: float = 0.0             # opacity of the soft shadow
+    screen: bool = False
+
+
+@dataclass(frozen=True)
+class Background:
+    kind: str                       # one of PAINT, or clouds, leaves, sand, grass, photo
+    name: str                       # as captions and instructions say it
+    rgb: tuple                      # one, two or three colours
+    seed: int = 0                   # canvas and crop of the natural kinds
+    period: float = 0.25            # stripes and squares, of the height
+    angle: float = 0.0              # stripes
+    contrast: float = 0.12          # natural kinds: standard deviation of the luminance
+    chroma: float = 0.05            # and of the remaining colour axis
+    scale: float = 0.4              # natural kinds: how much of a canvas fills the height
+    blur: float = 0.0               # standard deviation, of the height
+    light: tuple = (0.0, 0.0, 0.0)  # gradient to the right, gradient downwards, vignette
+    horizon: float = -1.0           # photo: below it the third tone replaces the first; negative: nowhere
+    calm: float = 1.0               # photo: contrast above the horizon relative to below, as a sky has
+    rough: float = 0.3              # photo and leaves: share of 1/f noise beside the leaves
+
+
+@dataclass(frozen=True)
+class Camera:
+    pan: tuple = (0.0, 0.0)         # amplitude in heights; zero offset at t = 0
+    zoom: float = 0.0               # relative amplitude
+    rate: float = 0.0               # radians per second
+    phase: float = 0.0
+    shake: float = 0.0              # amplitude in heights
+
+
+@dataclass(frozen=True)
+class Degrade:
+    """What a real camera and file do to a clean picture."""
+    noise: float = 0.0              # standard deviation, of full scale
+    jpeg: int = 95                  # quality as Pillow counts it
+    flicker: float = 0.0            # relative amplitude
+    blur: float = 0.0               # standard deviation, of the height
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that determines a clip, free of resolution. `post` holds (name in EFFECTS or STYLES, seed)
+    pairs, applied in order to the degraded frames: the target of an effect is that effect of the source."""
+    seed: int
+    domain: str
+    background: Background
+    objects: tuple = ()
+    clutter: tuple = ()
+    camera: Camera = Camera()
+    light: tuple = (-0.6, -0.8)     # where the light comes from, on screen
+    degrade: Degrade | None = None
+    post: tuple = ()
+
+
+@dataclass(frozen=True)
+class Edit:
+    instruction: str
+    task: str
+    target: Scene
+    source_caption: str
+    target_caption: str
+    deterministic: bool             # the target follows from source and instruction alone
+    is_global: bool                 # every pixel may change
+
+
+# ---- drawing scenes at random ----------------------------------------------------------------------------
+
+def is_held_out(kind, colour):
+    """The (kind, colour) pairs that training never shows, about 12 %, fixed by a hash."""
+    return zlib.crc32(f"{colour} {kind}".encode()) % 8 == 3
+
+
+def _far(a, b):
+    return math.dist(a, b) > 0.3
+
+
+def _pick_pair(rng, split, kinds, colours, avoid_rgb=()):
+    """A (kind, colour) of those given that the split allows, its colour far from avoid_rgb if possible."""
+    pairs = [(k, c) for k in kinds for c in colours if split == "held" or not is_held_out(k, c)]
+    clear = [p for p in pairs if all(_far(COLOURS[p[1]], b) for b in avoid_rgb)]
+    held = [p for p in clear if is_held_out(*p)]
+    if held and rng.random() < 0.4:             # the held split asks for unseen pairs often, not always
+        return rng.choice(held)
+    return rng.choice(clear or pairs)
+
+
+def _jitter(rng, rgb, by):
+    return tuple(min(max(c + rng.uniform(-by, by), 0.0), 1.0) for c in rgb)
+
+
+def _flat_background(rng, kind, exact=False, avoid=()):
+    """A plain, gradient, striped or checkered background; `exact` (for edit targets): fixed by its name."""
+    names = [c for c in COLOURS if c not in avoid]
+    a, b = rng.sample(names, 2)
+    while not _far(COLOURS[a], COLOURS[b]):
+        a, b = rng.sample(names, 2)
+    by = 0.0 if exact else 0.05
+    rgb = _jitter(rng, COLOURS[a], by), _jitter(rng, COLOURS[b], by)
+    if kind == "plain":
+        return Background("plain", f"a {a} background", rgb[:1])
+    if kind == "gradient":
+        if rng.random() < 0.4:
+            name = rng.choice(list(SKIES))
+            return Background("gradient", name, tuple(_jitter(rng, c, by) for c in SKIES[name]))
+        return Background("gradient", f"a gradient from {a} to {b}", rgb)
+    period = 0.25 if exact else rng.uniform(0.16, 0.42)
+    if kind == "checkerboard":
+        return Background(kind, f"a {a} and {b} checkerboard", rgb, period=1.4 * period)
+    angle = 0.0 if exact else rng.choice((0.0, math.pi / 2, math.pi / 4))
+    return Background(kind, f"{a} and {b} stripes", rgb, period=period, angle=angle)
+
+
+def _natural_background(rng, kind):
+    """Clouds, leaves, sand, grass, or a photo-like mix, with its own crop of a canvas and its own colours."""
+    seed = rng.getrandbits(31)
+    if kind == "clouds":
+        skies = (.30, .52, .85), (.45, .65, .90), (.35, .42, .60), (.55, .40, .55)
+        top = _jitter(rng, rng.choice(skies), .08)
+        white = _jitter(rng, (.93, .93, .95), .06)
+        return Background(kind, "clouds", (top, white), seed, contrast=.03, scale=rng.uniform(.2, .5))
+    if kind == "sand":
+        tones = _jitter(rng, (.80, .69, .50), .06), _jitter(rng, (.66, .53, .36), .05)
+        return Background(kind, "sand", tones, seed, contrast=rng.uniform(.04, .09), chroma=.01,
+                          scale=rng.uniform(.5, .8))
+    if kind == "grass":
+        tones = _jitter(rng, (.30, .48, .15), .06), _jitter(rng, (.46, .60, .22), .06)
+        return Background(kind, "grass", tones, seed, contrast=rng.uniform(.08, .14), chroma=.02,
+                          scale=rng.uniform(.4, .6))
+    if kind == "leaves":
+        a, b = rng.choice((((.25, .42, .14), (.50, .60, .22)),      # green, autumn, shade
+                           ((.55, .30, .10), (.82, .62, .20)),
+                           ((.16, .30, .18), (.36, .46, .24))))
+        return Background(kind, "leaves", (_jitter(rng, a, .06), _jitter(rng, b, .06)), seed,
+                          contrast=rng.uniform(.08, .16), chroma=.04, scale=rng.uniform(.3, .6))
+    # Photo-like: half of them muted, some colourful; dark and bright, sharp and blurred.
+    tones = tuple(_jitter(rng, rng.choice(TONES), .08) for _ in range(3))
+    if rng.random() < 0.35:                         # one family of tones, as in a close-up
+        tones = tones[0], _jitter(rng, tones[0], .15), tones[2]
+    elif rng.random() < 0.5:                        # muted: the second tone is pulled to the first
+        tones = tones[0], tuple((2 * a + b) / 3 for a, b in zip(*tones[:2])), tones[2]
+    return Background(
+        "photo", "a natural scene", tones, seed, contrast=rng.uniform(.07, .24),
+        chroma=rng.choice((.02, .04, .07, .14)), scale=rng.uniform(.12, .55),
+        blur=rng.choice((0, 0, 0, .006, .012, .03)), calm=rng.choice((1, 1, .5, .15)),
+        rough=rng.choice((.1, .3, .6, 1, 2.5)),
+        light=(rng.uniform(-.5, .5), rng.uniform(-.6, .6), rng.choice((0, .2, .5, .8))),
+        horizon=rng.uniform(.3, .75) if rng.random() < 0.45 else -1.0)
+
+
+def draw_scene(seed, domain="synthetic", split="train"):
+    """A random Scene, the same for the same arguments on every machine.
+
+    domain "synthetic" is clean; "real" adds clutter, camera shake, flicker, sensor noise and JPEG blocks.
+    split "held" has seeds of its own and also uses the (kind, colour) pairs that training never shows.
+    """
+    if domain not in ("synthetic", "real") or split not in ("train", "held"):
+        raise ValueError(f"draw_scene: domain {domain!r} (synthetic, real), split {split!r} (train, held)")
+    rng = Random(f"scene {split} {domain} {seed}")
+    n_objects = 0 if rng.random() < 0.15 else rng.choice((1, 1, 2, 2, 2, 3, 3))
+    # Scenes without objects teach the global edits, so they look like footage.
+    if rng.random() < (0.28 if n_objects else 0.9):
+        kind = rng.choice(("photo", "photo", "photo", "leaves", "clouds", "sand", "grass") if n_objects else
+                          ("photo",) * 10 + ("leaves", "clouds", "sand", "grass"))
+        background = _natural_background(rng, kind)
+    else:
+        background = _flat_background(rng, rng.choice(OFTEN))
+
+    objects = []
+    kinds, colours = list(KINDS), list(COLOURS)
+    avoid = background.rgb[:2] if background.horizon < 0 else background.rgb
+    for _ in range(n_objects):
+        kind, colour = _pick_pair(rng, split, kinds, colours, avoid)
+        kinds.remove(kind)
+        colours.remove(colour)
+        radius = rng.uniform(.11, .21 if n_objects < 3 else .16)
+        u = v = 0.5
+        for _ in range(12):                         # apart from the others at t = 0, where there is room
+            u, v = rng.uniform(.17, .83), rng.uniform(.17, .83)
+            if all(math.hypot(u - o.u, v - o.v) > radius + o.radius + .02 for o in objects):
+                break
+        else:
+            continue
+        motion = rng.choice(("still", "line", "line", "line", "circle", "sway"))
+        heading, pace = rng.uniform(0, 2 * math.pi), rng.uniform(.05, .25)
+        speed = ((pace * math.cos(heading), pace * math.sin(heading)) if motion == "line" else
+                 (rng.uniform(.03, .12), rng.choice((-1, 1)) * rng.uniform(1, 4)))
+        objects.append(Shape(
+            kind, colour, _jitter(rng, COLOURS[colour], .05), u, v, radius,
+            texture=rng.choice(("plain",) * 5 + ("striped", "dotted", "checkered")),
+            angle=rng.uniform(-.4, .4), spin=rng.uniform(-1.5, 1.5) if rng.random() < .35 else 0.0,
+            motion=motion, speed=speed, phase=rng.uniform(0, 2 * math.pi),
+            shade=rng.uniform(.1, .35) if rng.random() < .5 else 0.0,
+            shadow=rng.uniform(.25, .5) if rng.random() < .35 else 0.0))
+
+    pan, turn = (rng.uniform(.01, .07), rng.uniform(0, 2 * math.pi)) if rng.random() < .5 else (0.0, 0.0)
+    zoom = rng.uniform(.02, .1) if rng.random() < .3 else 0.0
+    camera = Camera((pan * math.cos(turn), pan * math.sin(turn)), zoom, rng.uniform(.5, 1.5),
+                    rng.uniform(0, 2 * math.pi))
+    around = rng.uniform(math.pi, 2 * math.pi)      # light comes from above
+    light = math.cos(around), math.sin(around)
+    scene = Scene(seed, domain, background, tuple(objects), camera=camera, light=light)
+    if domain == "synthetic":
+        return scene
+    clutter = tuple(
+        Shape(rng.choice(("square", "circle", "triangle", "diamond")), "",
+              _jitter(rng, rng.choice(TONES), .1), rng.uniform(-.05, 1.05), rng.uniform(-.05, 1.05),
+              rng.uniform(.012, .04), angle=rng.uniform(0, 3))
+        for _ in range(rng.randint(3, 12)))
+    return replace(scene, clutter=clutter, camera=replace(camera, shake=rng.uniform(.002, .010)),
+                   degrade=Degrade(rng.uniform(.005, .035), rng.randint(35, 85), rng.uniform(.01, .06),
+                                   rng.choice((0, 0, .003, .006))))
+
+
+# ---- canvases: natural-image statistics, made once per process -------------------------------------------
+
+CANVAS, N_LEAVES, N_NOISE = 512, 40, 16
+
+
+def _mips(x):
+    """x (S, S, 3), unit variance -> [uint8 at S, S/2, ..., 16]: value = (byte - 128) / 36."""
+    levels = []
+    while True:
+        levels.append(np.clip(np.rint(x * 36 + 128), 0, 255).astype(np.uint8))
+        if len(x) == 16:
+            return levels
+        x = (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4
+
+
+@lru_cache(maxsize=None)
+def _leaf_canvas(i):
+    """Dead leaves (Lee, Mumford & Huang 2001): opaque discs and polygons with radii of density r^-p, each
+    with a random value on three axes and shading on the first. A scene maps the axes to its colours."""
+    rng = np.random.default_rng([1, i])
+    n, r_min, power = CANVAS, rng.uniform(3, 9), rng.uniform(2.4, 3.4)
+    count = int(min(3500, 900 * (9 / r_min) ** 1.5))
+    r = r_min * (1 - rng.random(count) * (1 - (140 / r_min) ** (1 - power))) ** (1 / (1 - power))
+    r[:60] = np.maximum(r[:60], 70)                 # cover the ground first
+    x = np.zeros((n, n, 3), np.float32)
+    for k in range(count):
+        cy, cx, a = rng.uniform(0, n), rng.uniform(0, n), rng.uniform(0, np.pi)
+        y0, y1 = max(0, int(cy - r[k])), min(n, int(cy + r[k]) + 1)
+        x0, x1 = max(0, int(cx - r[k])), min(n, int(cx + r[k]) + 1)
+        dy, dx = (np.arange(y0, y1)[:, None] - cy) / r[k], (np.arange(x0, x1) - cx) / r[k]
+        p, q = dx * np.cos(a) + dy * np.sin(a), dy * np.cos(a) - dx * np.sin(a)
+        form, thin = rng.integers(3), rng.uniform(.35, 1)
+        inside = (p * p + q * q / thin ** 2 < 1 if form == 0 else
+                  np.maximum(abs(p), abs(q) / thin) < .72 if form == 1 else
+                  (q < .5) & (abs(p) * 1.7 - q < .9))
+        value = rng.standard_normal(3)
+        shade = rng.uniform(-.6, .6) * p + rng.uniform(-.6, .6) * q
+        patch = np.broadcast_to(value.astype(np.float32), inside.shape + (3,)).copy()
+        patch[..., 0] += shade
+        x[y0:y1, x0:x1][inside] = patch[inside]
+    x = gaussian_filter(x, (.7, .7, 0))
+    return _mips((x - x.mean((0, 1))) / x.std((0, 1)))
+
+
+@lru_cache(maxsize=None)
+def _noise_canvas(i):
+    """Three channels of 1/f^p noise, p from 1 (rough) to 1.9 (soft)."""
+    rng = np.random.default_rng([2, i])
+    f = np.hypot(np.fft.fftfreq(CANVAS)[:, None], np.fft.rfftfreq(CANVAS)) + .5 / CANVAS
+    spectrum = np.fft.rfft2(rng.standard_normal((3, CANVAS, CANVAS))) / f ** (1 + .9 * i / (N_NOISE - 1))
+    x = np.fft.irfft2(spectrum).transpose(1, 2, 0)
+    return _mips(((x - x.mean((0, 1))) / x.std((0, 1))).astype(np.float32))
+
+
+def _sample(mips, ys, xs):
+    """Bilinear values of a canvas at ys (H,), xs (W,) in canvas sides, mirrored outside -> (H, W, 3) float32.
+    The mip level is the one whose pixels are just finer than the sampling step, against aliasing."""
+    step = max(abs(ys[-1] - ys[0]) / max(len(ys) - 1, 1), abs(xs[-1] - xs[0]) / max(len(xs) - 1, 1)) * CANVAS
+    level = mips[min(max(math.ceil(math.log2(max(step, 1)) - .5), 0), len(mips) - 1)]
+    n = len(level)
+
+    def taps(p):
+        p = np.abs(np.mod(p + 1, 2) - 1) * n - .5   # mirror
+        i = np.clip(np.floor(p).astype(int), 0, n - 2)
+        return i, np.clip(p - i, 0, 1).astype(np.float32)
+
+    (iy, fy), (ix, fx) = taps(ys), taps(xs)
+    lo, hi = ix.min(), ix.max() + 2
+    part = level[:, lo:hi]
+    rows = part[iy] * (1 - fy)[:, None, None]
+    rows += part[iy + 1] * fy[:, None, None]
+    out = rows[:, ix - lo] * (1 - fx)[:, None]
+    out += rows[:, ix + 1 - lo] * fx[:, None]
+    out -= 128
+    out *= 1 / 36
+    return out
+
+
+def _square_wave(phase, soft):
+    """0 or 1 in turns, half a period each, with linear edges `soft` periods wide."""
+    return np.clip((np.abs(np.mod(phase, 1) - .5) - .25) / max(soft, 1e-6) + .5, 0, 1)
+
+
+def _draw_background(bg, ys, xs, aspect):
+    """bg at world coordinates ys (H,), xs (W,) -> (H, W, 3) float32."""
+    height, width = len(ys), len(xs)
+    c = np.asarray(bg.rgb, np.float32)
+    if bg.kind == "plain":
+        return np.broadcast_to(c[0], (height, width, 3)).copy()
+    if bg.kind == "gradient":
+        m = np.clip(ys, 0, 1).astype(np.float32)[:, None, None]
+        return np.broadcast_to(c[0] + m * (c[1] - c[0]), (height, width, 3)).copy()
+    if bg.kind in ("stripes", "checkerboard"):
+        soft = abs(ys[-1] - ys[0]) / max(height - 1, 1) / bg.period
+        if bg.kind == "stripes":
+            along = xs * math.cos(bg.angle) + ys[:, None] * math.sin(bg.angle)
+            m = _square_wave(along / bg.period + .25, soft)
+        else:
+            a, b = _square_wave(xs / bg.period + .25, soft), _square_wave(ys / bg.period + .25, soft)
+            m = a + b[:, None] - 2 * a * b[:, None]
+        return c[0] + m[..., None].astype(np.float32) * (c[1] - c[0])
+
+    rng = Random(bg.seed)
+    flip = rng.choice((-1, 1))
+    oy, ox = rng.uniform(.02, .98 - bg.scale), rng.uniform(.02, max(.04, .98 - bg.scale * 1.3))
+    cy, cx = oy + ys * bg.scale, ox + xs[::flip] * bg.scale
+    noise = _noise_canvas(rng.randrange(N_NOISE) if bg.kind == "photo" else
+                          rng.randrange(9, N_NOISE) if bg.kind == "clouds" else rng.randrange(3))
+    if bg.kind == "clouds":
+        v = _sample(noise, cy, cx)
+        m = np.clip(v[..., :1] * .4 + .45, 0, 1)
+        m = m * m * (3 - 2 * m)
+        out = c[0] + m * (c[1] - c[0]) + v[..., 1:2] * bg.contrast
+    else:
+        if bg.kind == "sand":
+            v = _sample(noise, cy, cx)
+        elif bg.kind == "grass":                    # blades: noise squeezed sideways
+            v = _sample(noise, cy * .45, cx * 1.7)
+        else:
+            v = _sample(_leaf_canvas(rng.randrange(N_LEAVES)), cy, cx)
+            v += bg.rough * _sample(noise, cy, cx)
+            v /= math.sqrt(1 + bg.rough ** 2)
+        # Linear from the three axes to RGB: luminance, from one tone to the other, a third colour.
+        tint = np.array([rng.uniform(-1, 1) for _ in range(3)], np.float32)
+        tint = (tint - tint.mean()) * bg.chroma / .5
+        axes = np.stack([np.full(3, bg.contrast, np.float32), (c[1] - c[0]) * .35, tint])
+        out = v @ axes
+        if bg.horizon >= 0:                         # two halves of the picture around different tones
+            m = 1 / (1 + np.exp(np.clip(-(ys - bg.horizon) * 18, -30, 30)))
+            m = m.astype(np.float32)[:, None, None]
+            out *= bg.calm + m * (1 - bg.calm)
+            out += c[0] + m * (c[2] - c[0])
+        else:
+            out += (c[0] + c[1]) / 2
+    if any(bg.light):
+        gx, gy, vignette = bg.light
+        dy, dx = (ys - .5)[:, None], (xs / aspect - .5)
+        gain = (1 + gx * dx + gy * dy) * (1 - vignette * (dx * dx + dy * dy))
+        out *= gain[..., None].astype(np.float32)
+    if bg.blur:
+        out = gaussian_filter(out, (bg.blur * height, bg.blur * height, 0), truncate=2.5, mode="nearest")
+    return np.clip(out, 0, 1, out=out).astype(np.float32, copy=False)
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------
+
+SDF_SIZE, SDF_REACH = 161, 1.4      # distance tables over [-1.4, 1.4]^2 in units of the radius
+
+
+def _polygon_distance(points, x, y):
+    """Signed distance (negative inside) of grid points to a closed polygon, points (n, 2)."""
+    best, inside = np.full(x.shape, 9.0), np.zeros(x.shape, bool)
+    for (ax, ay), (bx, by) in zip(points, np.roll(points, -1, 0)):
+        ex, ey = bx - ax, by - ay
+        s = np.clip(((x - ax) * ex + (y - ay) * ey) / (ex * ex + ey * ey + 1e-12), 0, 1)
+        best = np.minimum(best, np.hypot(x - ax - s * ex, y - ay - s * ey))
+        if ay != by:
+            inside ^= ((ay > y) != (by > y)) & (x < ax + (y - ay) * ex / ey)
+    return np.where(inside, -best, best)
+
+
+@lru_cache(maxsize=None)
+def _sdf(kind):
+    """The signed distance table of a kind, (SDF_SIZE, SDF_SIZE) float32, rows are y (down), unit radius."""
+    axis = np.linspace(-SDF_REACH, SDF_REACH, SDF_SIZE)
+    y, x = axis[:, None] + 0 * axis, axis + 0 * axis[:, None]
+    disc = np.hypot(x, y)
+
+    def corners(n, radii=(1.0,), turn=-math.pi / 2):
+        a = turn + np.arange(n) * 2 * math.pi / n
+        return np.stack([np.cos(a), np.sin(a)], 1) * np.resize(radii, n)[:, None]
+
+    if kind == "circle":
+        d = disc - .95
+    elif kind == "ring":
+        d = abs(disc - .72) - .24
+    elif kind == "moon":                            # a disc with a bite
+        d = np.maximum(disc - .98, .82 - np.hypot(x - .48, y + .1))
+    elif kind == "square":
+        d = _polygon_distance(np.array([(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)]), x, y)
+    elif kind == "triangle":
+        d = _polygon_distance(corners(3, (1.1,)) + (0, .18), x, y)
+    elif kind == "star":
+        d = _polygon_distance(corners(10, (1.08, .46)), x, y)
+    elif kind == "diamond":
+        d = _polygon_distance(np.array([(0, -1.08), (.7, 0), (0, 1.08), (-.7, 0)]), x, y)
+    elif kind == "hexagon":
+        d = _polygon_distance(corners(6, (1.0,), 0.0), x, y)
+    elif kind == "cross":
+        a = .32
+        d = np.minimum(np.maximum(abs(x) - a, abs(y) - 1), np.maximum(abs(y) - a, abs(x) - 1))
+    else:
+        s = np.linspace(0, 2 * math.pi, 60, endpoint=False)     # heart: the classic cosine curve
+        up = (13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s)) / 16
+        d = _polygon_distance(np.stack([np.sin(s) ** 3, -up - .12], 1), x, y)
+    return d.astype(np.float32)
+
+
+def _distance(kind, x, y, angle):
+    """Signed distance in radii at offsets x (w,), y (h,) from the centre -> d, local x, y: (h, w) each."""
+    ca, sa = math.cos(angle), math.sin(angle)
+    lx, ly = ca * x + (sa * y)[:, None], -sa * x + (ca * y)[:, None]
+    k = (SDF_SIZE - 1) / (2 * SDF_REACH)
+    at = (ly + SDF_REACH) * k, (lx + SDF_REACH) * k
+    return map_coordinates(_sdf(kind), at, order=1, mode="nearest"), lx, ly
+
+
+def _bounce(p, lo=.12, hi=.88):
+    span = hi - lo
+    return lo + span - abs((p - lo) % (2 * span) - span)
+
+
+def _position(s, t, aspect):
+    """Centre of a shape at time t in world coordinates (x, y)."""
+    u, v, dx, dy = s.u, s.v, 0.0, 0.0
+    if s.motion == "line":
+        u, v = _bounce(u + s.speed[0] * t), _bounce(v + s.speed[1] * t)
+    elif s.motion != "still":
+        swing, a = s.speed[0], s.speed[1] * t + s.phase
+        dx = swing * (math.cos(a) - math.cos(s.phase))
+        dy = swing * (math.sin(a) - math.sin(s.phase)) * (1 if s.motion == "circle" else 0.15)
+    return u * aspect + dx, v + dy
+
+
+def _view(camera, t):
+    """Camera at time t: (pan x, pan y, zoom)."""
+    wave = math.sin(camera.rate * t + camera.phase) - math.sin(camera.phase)
+    sx = math.sin(31.0 * t + 1.3) + .7 * math.sin(53.0 * t + camera.phase) + .4 * math.sin(17.0 * t)
+    sy = math.sin(37.0 * t + 2.1) + .7 * math.sin(47.0 * t - camera.phase) + .4 * math.sin(13.0 * t + .5)
+    return (camera.pan[0] * wave + camera.shake * sx, camera.pan[1] * wave + camera.shake * sy,
+            1 + camera.zoom * wave / 2)
+
+
+def _texture_colour(rgb):
+    """The second colour of stripes, dots and checks: white on dark colours, dark on light ones."""
+    return (.96, .96, .96) if .299 * rgb[0] + .587 * rgb[1] + .114 * rgb[2] < .6 else (.12, .12, .14)
+
+
+def _draw_shape(img, s, t, view, light, aspect):
+    """Paint shape s over img (H, W, 3) in place, inside its bounding window only."""
+    height, width = img.shape[:2]
+    (cx, cy), r, zoom = _position(s, t, aspect), s.radius, view[2]
+    if not s.screen:
+        cx, cy = aspect / 2 + (cx - aspect / 2) * zoom - view[0], .5 + (cy - .5) * zoom - view[1]
+        r *= zoom
+    reach = r * 1.15 + 1 / height
+    sx, sy = (-.22 * r * light[0], -.22 * r * light[1]) if s.shadow else (0.0, 0.0)
+    soft = .16 if s.shadow else 0.0                 # the shadow's half width, in radii
+    grow = soft * 1.5 * r
+    y0 = max(0, int((cy + min(sy - grow, 0) - reach) * height))
+    y1 = min(height, int((cy + max(sy + grow, 0) + reach) * height) + 2)
+    x0 = max(0, int((cx + min(sx - grow, 0) - reach) * height))
+    x1 = min(width, int((cx + max(sx + grow, 0) + reach) * height) + 2)
+    if y0 >= y1 or x0 >= x1:
+        return
+    y = (((np.arange(y0, y1) + .5) / height - cy) / r).astype(np.float32)
+    x = (((np.arange(x0, x1) + .5) / height - cx) / r).astype(np.float32)
+    window = img[y0:y1, x0:x1]
+    angle, px = s.angle + s.spin * t, 1 / (r * height)      # px: one pixel in radii
+    if s.shadow:
+        d = _distance(s.kind, x - sx / r, y - sy / r, angle)[0]
+        window *= (1 - s.shadow * np.clip(.5 - d / (2 * soft), 0, 1))[..., None]
+    d, lx, ly = _distance(s.kind, x, y, angle)
+    colour = np.array(s.rgb, np.float32)
+    if s.texture != "plain":
+        if s.texture == "striped":
+            m = _square_wave(lx / .5, px / .5)
+        elif s.texture == "checkered":
+            a, b = _square_wave(lx / .8, px / .8), _square_wave(ly / .8, px / .8)
+            m = a + b - 2 * a * b
+        else:
+            m = np.clip((.19 - np.hypot(np.mod(lx, .55) - .275, np.mod(ly, .55) - .275)) / px + .5, 0, 1)
+        colour = colour + m[..., None] * (np.array(_texture_colour(s.rgb), np.float32) - colour)
+    if s.shade:
+        colour = colour * (1 + s.shade * (light[0] * x + (light[1] * y)[:, None]))[..., None]
+    window += np.clip(.5 - d / px, 0, 1)[..., None] * (colour - window)
+
+
+# ---- rendering -------------------------------------------------------------------------------------------
+
+def _degrade(img, how, seed, t):
+    """Flicker, blur, sensor noise and JPEG blocks on one frame (H, W, 3). Noise and blocks live on the pixel
+    grid, so they are finer in a larger picture, as with a real camera."""
+    if how.blur:
+        img = gaussian_filter(img, (how.blur * len(img), how.blur * len(img), 0), truncate=2.5)
+    img = img * np.float32(1 + how.flicker * (math.sin(41.0 * t + seed % 7) + .6 * math.sin(23.0 * t)))
+    rng = np.random.default_rng([seed % 2 ** 32, int(round(t * 1000)) % 2 ** 32])
+    img = np.clip(img + rng.standard_normal(img.shape, np.float32) * np.float32(how.noise), 0, 1)
+    file = io.BytesIO()
+    Image.fromarray((img * 255 + .5).astype(np.uint8)).save(file, "JPEG", quality=how.jpeg)
+    return np.asarray(Image.open(file), np.float32) / 255
+
+
+def render(scene, n_frames=1, height=96, width=96, fps=8.0, t0=0.0):
+    """Draw frames t0, t0 + 1/fps, ... of a scene -> float32 (n_frames, height, width, 3) in [0, 1].
+
+    The same scene at another size is the same picture; another aspect sets the objects further apart.
+    Equal times give equal frames, whatever clip they are part of."""
+    times = t0 + np.arange(n_frames) / fps
+    frames = np.empty((n_frames, height, width, 3), np.float32)
+    aspect = width / height
+    y, x = (np.arange(height) + .5) / height, (np.arange(width) + .5) / height
+    for i, t in enumerate(times.tolist()):
+        view = _view(scene.camera, t)
+        img = _draw_background(scene.background, .5 + (y + view[1] - .5) / view[2],
+                               aspect / 2 + (x + view[0] - aspect / 2) / view[2], aspect)
+        for s in scene.clutter + scene.objects:
+            _draw_shape(img, s, t, view, scene.light, aspect)
+        if scene.degrade:
+            img = _degrade(img, scene.degrade, scene.seed, t)
+        frames[i] = img
+    np.clip(frames, 0, 1, out=frames)
+    for name, seed in scene.post:
+        frames = (EFFECTS.get(name) or STYLES[name])(frames, times, seed)
+    return frames
+
+
+# ---- effects and styles: exact pixel operations on frames (F, H, W, 3) in [0, 1], for any footage --------
+
+LUMA = np.array((.299, .587, .114), np.float32)         # ITU-R BT.601
+# The sepia matrix in common use; rows are the new red, green, blue.
+SEPIA = np.array(((.393, .769, .189), (.349, .686, .168), (.272, .534, .131)), np.float32)
+
+
+def _luma(x):
+    return (x @ LUMA)[..., None]
+
+
+def _unit(x):
+    return np.clip(x, 0, 1).astype(np.float32, copy=False)
+
+
+def _rgb(*values):
+    return np.array(values, np.float32)
+
+
+def _blur(x, sigma):
+    """Gaussian blur in space of (F, H, W, C), sigma in heights."""
+    s = sigma * x.shape[1]
+    return gaussian_filter(x, (0, s, s, 0), truncate=2.5, mode="nearest")
+
+
+def _splat(shape, y, x, a):
+    """Alpha (H, W, 1) of many soft dots: pixel indices y, x and opacities a, all of one shape."""
+    height, width = shape
+    ok = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    density = np.bincount((y * width + x)[ok], -np.log1p(-np.minimum(a, .995))[ok], height * width)
+    return (1 - np.exp(-density)).reshape(height, width, 1).astype(np.float32)
+
+
+def grayscale(x, times, seed):
+    return np.repeat(_luma(x), 3, -1)
+
+
+def sepia(x, times, seed):
+    return _unit(x @ SEPIA.T)
+
+
+def night(x, times, seed):
+    return x * _rgb(.28, .34, .52)
+
+
+def snow(x, times, seed):
+    """White flakes of several depths fall over a paler, cooler picture."""
+    _, height, width, _ = x.shape
+    rng = np.random.default_rng([3, seed % 2 ** 32])
+    n, span = 520, max(4.0, width / height)     # over a strip 4 heights wide: equally dense at any aspect
+    px, py, depth, phase = rng.random(n) * span, rng.random(n), rng.random(n), rng.random(n) * 6.28
+    r = .007 + .013 * depth ** 2                    # near flakes are larger, faster
+    out = np.empty_like(x)
+    for i, t in enumerate(times):
+        fy = np.mod(py * 1.1 + (.12 + .3 * depth) * t, 1.1) - .05
+        fx = np.mod(px + .03 * np.sin(1.5 * t + phase) + .04 * t, span)
+        near = fx < width / height + .05
+        cy, cx, rr = fy[near] * height - .5, fx[near] * height - .5, r[near] * height
+        k = math.ceil(r.max() * height + 1)
+        o = np.arange(-k, k + 1)
+        gy, gx = np.rint(cy).astype(int)[:, None] + o, np.rint(cx).astype(int)[:, None] + o
+        d = np.hypot((gy - cy[:, None])[:, :, None], (gx - cx[:, None])[:, None, :])
+        rr, bright = rr[:, None, None], (.6 + .38 * depth[near])[:, None, None]
+        a = np.clip((rr - d) / np.maximum(.7 * rr, 1) + .5, 0, 1) * bright      # soft discs
+        gy, gx = np.broadcast_arrays(gy[:, :, None], gx[:, None, :])
+        alpha = _splat((height, width), gy, gx, a)
+        pale = x[i] + .3 * (_luma(x[i]) - x[i])
+        pale = pale * .78 + _rgb(.19, .20, .22)
+        out[i] = pale + alpha * (_rgb(.97, .98, 1) - pale)
+    return _unit(out)
+
+
+def rain(x, times, seed):
+    """Slanted light streaks over a darker, cooler picture."""
+    _, height, width, _ = x.shape
+    rng = np.random.default_rng([4, seed % 2 ** 32])
+    n, span, slant = 420, max(4.0, width / height), -.22
+    px, py, depth = rng.random(n) * span, rng.random(n), rng.random(n)
+    length = .06 + .10 * depth
+    wide = np.maximum((.004 + .003 * depth) * height, .7)                       # half width in pixels
+    out = np.empty_like(x)
+    rows = np.arange(math.ceil(.16 * height) + 1)
+    k = np.arange(-math.ceil(wide.max()), math.ceil(wide.max()) + 1)
+    for i, t in enumerate(times):
+        top = np.mod(py * 1.2 + (1.2 + .8 * depth) * t, 1.2) - .18
+        left = np.mod(px + slant * (1.2 + .8 * depth) * t, span) - .1
+        near = left < width / height + .1
+        y = np.floor(top[near] * height).astype(int)[:, None] + rows            # (n, rows)
+        cx = left[near][:, None] * height + slant * rows                        # each row's centre
+        gx = np.rint(cx).astype(int)[..., None] + k                             # (n, rows, k)
+        along = np.clip((rows / height) / length[near][:, None], 0, 1)          # brightest at the lower end
+        a = np.clip(wide[near][:, None, None] - abs(gx - cx[..., None]) + .5, 0, 1)
+        a = a * (along * (along < 1))[..., None]
+        gy = np.broadcast_to(y[..., None], gx.shape)
+        alpha = _splat((height, width), gy, gx, a * (.35 + .35 * depth[near])[:, None, None])
+        wet = (x[i] + .25 * (_luma(x[i]) - x[i])) * _rgb(.66, .72, .80) + .02
+        out[i] = wet + alpha * (_rgb(.86, .90, .96) - wet)
+    return _unit(out)
+
+
+def fog(x, times, seed):
+    """Light gray over everything, thicker towards the top."""
+    m = (.68 - .26 * (np.arange(x.shape[1], dtype=np.float32) + .5) / x.shape[1])[:, None, None]
+    return x + m * (_rgb(.80, .82, .84) - x)
+
+
+def sunset(x, times, seed):
+    return _unit(x * _rgb(1.06, .78, .52) + _rgb(.08, .02, 0))
+
+
+def winter(x, times, seed):
+    return _unit((x + .4 * (_luma(x) - x)) * _rgb(.78, .92, 1.06) + _rgb(.05, .07, .10))
+
+
+def invert(x, times, seed):
+    return 1 - x
+
+
+def brighter(x, times, seed):
+    return 1 - (1 - x) ** np.float32(1.8)
+
+
+def darker(x, times, seed):
+    return x * np.float32(.5)
+
+
+def vivid(x, times, seed):
+    g = _luma(x)
+    return _unit(g + 1.9 * (x - g))
+
+
+def contrast(x, times, seed):
+    return _unit((x - .5) * 1.7 + .5)
+
+
+def faded(x, times, seed):
+    return (x + .5 * (_luma(x) - x)) * .65 + np.float32(.22)
+
+
+def blurry(x, times, seed):
+    return _blur(x, .028)
+
+
+def _area_matrix(n, cells):
+    """(cells, n): each row averages one of `cells` equal parts of n pixels."""
+    edge = np.arange(cells + 1) * n / cells
+    lo, hi = np.maximum(edge[:-1, None], np.arange(n)), np.minimum(edge[1:, None], np.arange(1, n + 1))
+    return (np.maximum(hi - lo, 0) * cells / n).astype(np.float32)
+
+
+def pixel_art(x, times, seed):
+    """24 rows of square blocks, each the mean of its pixels in eleven levels per channel."""
+    _, height, width, _ = x.shape
+    rows, cols = 24, max(1, round(24 * width / height))
+    small = np.einsum("rh,fhwc->frwc", _area_matrix(height, rows), x, optimize=True)
+    small = np.einsum("kw,frwc->frkc", _area_matrix(width, cols), small, optimize=True)
+    small = np.rint(small * 10) / 10
+    tall = small[:, np.arange(height) * rows // height]
+    return tall[:, :, np.arange(width) * cols // width].astype(np.float32)
+
+
+def _edges(x, sigma):
+    """Gradient magnitude of (F, H, W, C) at scale sigma (in heights), in full scale per sigma."""
+    b, s = _blur(x, sigma), sigma * x.shape[1]
+    gy, gx = np.gradient(b, axis=(1, 2))
+    return np.hypot(gy, gx) * s
+
+
+def sketch(x, times, seed):
+    """Dark strokes where the brightness changes, faint shading, white paper."""
+    g = _luma(x)
+    strokes, shading = 3.2 * np.maximum(_edges(g, .010) - .012, 0), .22 * (1 - _blur(g, .010)) ** 2
+    return np.repeat(_unit(.97 - strokes - shading), 3, -1)
+
+
+def poster(x, times, seed):
+    """Smooth areas of five brightness levels with short ramps between them, strong colours, dark outlines."""
+    b = _blur(x, .010)
+    g = _luma(b)
+    base = np.floor(g * 4)
+    flat = (base + np.clip((g * 4 - base - .5) * 6 + .5, 0, 1)) / 4
+    return _unit(flat + 1.5 * (b - g) - np.clip(3 * (_edges(g, .010) - .03), 0, .6))
+
+
+def neon(x, times, seed):
+    """Glowing edges on black, in the picture's own hues made pure."""
+    b = _blur(x, .012)
+    hue = b / (b.max(-1, keepdims=True) + .08)
+    hue = np.clip(hue + 1.2 * (hue - hue.mean(-1, keepdims=True)) + .1, .05, 1)
+    e = np.clip(4.5 * (_edges(x, .012).max(-1, keepdims=True) - .012), 0, 1)
+    return _unit(np.maximum(e, .8 * _blur(e, .02)) * hue)
+
+
+def watercolor(x, times, seed):
+    """Soft pale washes with darker rims, on paper."""
+    wash = _blur(x, .022)
+    wash = wash + .35 * (wash - _luma(wash))
+    rim = np.minimum(_edges(_luma(x), .016) * 1.2, .25)
+    return _unit(.28 + .72 * wash - rim)
+
+
+EFFECTS = {f.__name__: f for f in (grayscale, sepia, night, snow, rain, fog, sunset, winter, invert, brighter,
+                                   darker, vivid, contrast, faded, blurry)}
+STYLES = {"pixel art": pixel_art, "sketch": sketch, "cartoon": poster, "neon": neon, "watercolor": watercolor}
+RANDOM_EFFECTS = ("snow", "rain")
+
+
+# ---- captions and wordings -------------------------------------------------------------------------------
+
+POST_CAPTION = {
+    "grayscale": "in black and white", "sepia": "in sepia tones", "night": "at night", "snow": "in the snow",
+    "rain": "in the rain", "fog": "in the fog", "sunset": "at sunset", "winter": "in winter",
+    "invert": "in negative colors", "brighter": "in bright light", "darker": "in dark light",
+    "vivid": "in vivid colors", "contrast": "with high contrast", "faded": "in faded colors",
+    "blurry": "out of focus", "pixel art": "as pixel art", "sketch": "as a pencil sketch",
+    "cartoon": "as a cartoon", "neon": "as a neon drawing", "watercolor": "as a watercolor painting"}
+
+# {it} the clip, {o} the object, {c} colour, {a} new object with article, {p} place, {b} background, {x}
+# texture noun, {d} texture adjective. Training wordings / held-out ones, which use the same words.
+_WORDINGS = """
+grayscale: make {it} grayscale; make {it} black and white; turn {it} into black and white; convert {it} to
+    grayscale; remove all color; desaturate {it}; make {it} monochrome; take the color out of {it}; change
+    {it} to black and white; make {it} a black and white film; make {it} gray; show {it} without color; drop
+    the colors / convert {it} to black and white; turn {it} into grayscale; take away all color
+sepia: make {it} sepia; turn {it} sepia; apply a sepia filter; give {it} sepia tones; make {it} look like an
+    old photo; add a sepia tone to {it}; convert {it} to sepia; make {it} vintage; make {it} look like a
+    vintage film; give {it} an old brown tone; sepia / change {it} to sepia; add a sepia filter to {it};
+    give {it} an old sepia look
+night: make {it} night; make it night time; turn day into night; change {it} to night; make {it} look like
+    night; set {it} at night; show {it} at night; let it be night; make it a dark night; make {it} happen at
+    night; change the time to night; turn {it} into a night scene; night / turn {it} into night; change the
+    time of day to night; make it look like night time
+snow: make it snow; add snow; let it snow; add falling snow to {it}; put snow in {it}; make {it} snowy; add
+    snow flakes; give {it} snow; cover {it} with falling snow; change the weather to snow; make it a snowy
+    day; turn {it} into a snowy day; add a snow storm; make it snow hard; give {it} snowy weather; it should
+    snow; make {it} look like it is snowing; snow / add snow to {it}; make snow fall; let snow flakes fall
+    in {it}
+rain: make it rain; add rain; let it rain; add falling rain to {it}; put rain in {it}; make {it} rainy; add
+    rain drops; make rain fall in {it}; give {it} a rainy day; change the weather to rain; turn {it} into a
+    rainy day; add a rain storm; add heavy rain; give {it} rainy weather; it should rain; make {it} look
+    like it is raining; rain / add rain to {it}; make it a rainy day; let rain drops fall
+fog: make it foggy; add fog; put fog in {it}; cover {it} with fog; add thick fog to {it}; make {it} misty;
+    fill {it} with mist; let fog fall over {it}; change the weather to fog; make it a foggy day; give {it}
+    foggy weather; add some mist; fog / add fog to {it}; fill {it} with fog; give {it} thick mist
+sunset: make it sunset; make {it} warm; make {it} warmer; give {it} a warm light; make {it} look like
+    sunset; set {it} at sunset; turn {it} into a sunset; add warm evening light; change {it} to golden hour
+    / change the time of day to sunset; add a warm sunset light to {it}; show {it} at golden hour
+winter: make {it} cold; make it winter; make {it} colder; give {it} a cold light; make {it} look like
+    winter; turn {it} into winter; add cold blue light; set {it} in winter; make {it} cool / change {it} to
+    winter; add a cold winter light to {it}; show {it} in winter
+invert: invert the colors; invert {it}; make {it} a negative; turn {it} into a negative; show the negative
+    of {it}; apply a negative filter; flip all colors to their opposite / convert {it} to a negative; invert
+    all colors of {it}; change all colors to their opposite
+brighter: make {it} brighter; make {it} bright; brighten {it}; add more light; turn up the light; increase
+    the brightness; give {it} more light; make {it} lighter / increase the light in {it}; turn up the
+    brightness; add more light to {it}
+darker: make {it} darker; make {it} dark; darken {it}; turn down the light; reduce the brightness; lower the
+    brightness of {it}; give {it} less light; make {it} dim / reduce the light in {it}; turn down the
+    brightness; lower the light
+vivid: make {it} vivid; make the colors vivid; make {it} more colorful; saturate {it}; increase the
+    saturation; boost the colors of {it}; give {it} vivid colors; make the colors stronger; make the colors
+    more vivid; make {it} more saturated / boost the saturation; give {it} stronger colors; turn up the
+    colors
+contrast: increase the contrast; make {it} high contrast; add more contrast; boost the contrast of {it};
+    give {it} high contrast; turn up the contrast; make the contrast stronger / add more contrast to {it};
+    give {it} more contrast; make {it} stronger in contrast
+faded: make {it} faded; fade the colors; make {it} pale; make the colors pale; give {it} faded colors;
+    reduce the saturation of {it}; wash out the colors; apply a faded filter / give {it} pale colors; fade
+    {it}; wash out {it}
+blurry: make {it} blurry; blur {it}; put {it} out of focus; add blur; make {it} soft and blurry; apply a
+    blur filter; take {it} out of focus; give {it} a soft focus / add blur to {it}; make {it} out of focus;
+    give {it} a soft blur
+pixel art: make {it} pixel art; turn {it} into pixel art; make {it} look like an old video game; pixelate
+    {it}; change the style to pixel art; draw {it} as pixel art; show {it} in big pixels; convert {it} to a
+    pixel art style / convert {it} to pixel art; make {it} look like pixel art; draw {it} in big pixels
+sketch: make {it} a pencil sketch; turn {it} into a pencil sketch; make {it} a sketch; change the style to a
+    pencil drawing; draw {it} with a pencil; turn {it} into a pencil drawing; make {it} look like a sketch;
+    convert {it} to a sketch / change the style to a pencil sketch; draw {it} as a sketch; make {it} look
+    like a pencil drawing
+cartoon: make {it} a cartoon; turn {it} into a cartoon; make {it} look like a poster; change the style to
+    cartoon; draw {it} as a cartoon; turn {it} into a poster; make {it} a comic; convert {it} to a comic
+    style / convert {it} to a cartoon style; make {it} look like a comic; change the style to a poster
+neon: make {it} neon; turn {it} into neon lights; make {it} glow in neon; change the style to neon; draw
+    {it} with neon light; give {it} glowing neon edges; make {it} a neon drawing; show {it} in neon style /
+    turn {it} into a neon drawing; make {it} look like neon; draw {it} in glowing neon
+watercolor: make {it} a watercolor; turn {it} into a watercolor painting; make {it} a painting; change the
+    style to watercolor; paint {it} with watercolor; make {it} look like a watercolor painting; draw {it} as
+    a soft painting; convert {it} to a painting / convert {it} to a watercolor; paint {it} as a watercolor
+    painting; turn {it} into a soft painting
+recolor: make {o} {c}; change {o} to {c}; turn {o} {c}; paint {o} {c}; change the color of {o} to {c}; color
+    {o} {c}; make the color of {o} {c}; recolor {o} to {c}; give {o} a {c} color; can {o} be {c}?; {o}
+    should be {c}; make {o} look {c}; dye {o} {c} / turn the color of {o} to {c}; paint {o} in a {c} color;
+    let {o} be {c}
+swap: turn {o} into {a}; replace {o} with {a}; change {o} into {a}; swap {o} for {a}; make {o} {a};
+    transform {o} into {a}; put {a} in place of {o}; what if {o} were {a}?; {o} should be {a}; make {o} look
+    like {a}; use {a} instead of {o} / change {o} to be {a}; swap {o} with {a}; let {o} be {a}
+removal: remove {o}; delete {o}; erase {o}; get rid of {o}; take away {o}; take {o} out of {it}; remove {o}
+    from {it}; make {o} disappear; cut out {o}; hide {o}; clear {o} away; {o} should not be there; drop {o};
+    make {it} without {o} / get {o} out of {it}; delete {o} from {it}; let {o} disappear
+addition: add {a} at the {p}; put {a} at the {p}; place {a} in the {p}; insert {a} at the {p}; draw {a} in
+    the {p}; add {a} to the {p}; show {a} in the {p}; put {a} in the {p} of {it}; i want {a} at the {p} /
+    place {a} at the {p}; insert {a} in the {p} of {it}; let {a} be at the {p}
+texture: give {o} {x}; make {o} {d}; add {x} to {o}; put {x} on {o}; cover {o} with {x}; turn {o} {d}; paint
+    {x} on {o}; change the texture of {o} to {x}; draw {x} on {o} / turn the texture of {o} to {x}; let {o}
+    be {d}; change {o} to be {d}
+untexture: make {o} plain; remove the pattern from {o}; take the texture off {o}; give {o} a plain color;
+    make the texture of {o} plain; remove the {x} from {o}; erase the {x} on {o}; turn {o} plain / change
+    {o} to plain; take the {x} off {o}; erase the pattern on {o}
+background: change the background to {b}; replace the background with {b}; put {b} in the background; set
+    the background to {b}; make the background {b}; swap the background for {b}; turn the background into
+    {b}; use {b} as the background; what if the background were {b}? / swap the background with {b}; use {b}
+    for the background; let the background be {b}
+backdrop: make the background {c}; change the background to {c}; paint the background {c}; turn the
+    background {c}; set the background to plain {c}; change the background color to {c}; replace the
+    background with a {c} one; put {it} on a {c} background; color the background {c} / set the background
+    color to {c}; let the background be {c}; paint a plain {c} background
+"""
+WORDINGS = {}           # edit -> (training wordings, held-out wordings)
+for _line in re.sub(r"\s*\n    ", " ", _WORDINGS).strip().splitlines():
+    _key, _both = _line.split(": ")
+    WORDINGS[_key] = tuple(tuple(part.split("; ")) for part in _both.split(" / "))
+
+IT = ("it",) * 6 + ("the video", "the clip", "the scene", "the picture", "this video", "this clip", "this",
+                    "the whole video", "everything")
+POLITE = ("please {}", "can you {}?", "could you {}?", "{} please", "i want you to {}")   # training only
+JOINTS = (" and ", ", and ", ", ", " and then ", ", then ")
+
+
+def _article(phrase):
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def _describe(s):
+    return " ".join(w for w in ("" if s.texture == "plain" else s.texture, s.colour, s.kind) if w)
+
+
+def caption(scene):
+    """One sentence, at most about 30 words: objects, background, effects and styles."""
+    names = [_article(_describe(s)) for s in scene.objects]
+    things = " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
+    bg = scene.background
+    on = "on" if bg.kind in ("plain", "stripes", "checkerboard", "sand", "grass") else "in front of"
+    name = re.sub(r"^a (?=[aeiou])", "an ", bg.name)
+    return " ".join([f"{things} {on} {name}" if things else name] + [POST_CAPTION[p] for p, _ in scene.post])
+
+
+def _say(rng, key, split, within=False, **words):
+    """One wording of WORDINGS[key] of the split; `within` a longer instruction, so no question."""
+    options = [w for w in WORDINGS[key][split == "held"] if not (within and w.endswith("?"))]
+    return rng.choice(options).format(it=rng.choice(IT), **words)
+
+
+def _finish(rng, text, split):
+    """Politeness and British spelling, by chance."""
+    if split == "train" and not text.endswith("?") and not text.startswith("i want") and rng.random() < .15:
+        text = rng.choice(POLITE).format(text)
+    if rng.random() < .4:
+        text = text.replace("color", "colour").replace("gray", "grey")
+    return text[0].upper() + text[1:] + "." * (text[-1] != "?") if rng.random() < .08 else text
+
+
+def _refer(rng, s, alone):
+    """A name for s that fits nothing else in the scene: kinds and colours are unique in a scene."""
+    names = (s.kind,) + (f"{s.colour} {s.kind}",) * 2 + (f"{s.colour} {rng.choice(('shape', 'object'))}",)
+    return "the " + rng.choice((s.kind, "shape", "object") if alone and rng.random() < .3 else names)
+
+
+# ---- edits -----------------------------------------------------------------------------------------------
+
+def _free_places(scene, radius=.13):
+    return [p for p, (u, v) in PLACES.items()
+            if all(math.hypot(u - s.u, v - s.v) > radius + s.radius for s in scene.objects)]
+
+
+def possible_tasks(scene):
+    """The tasks that fit a scene: without objects only style, background and effect."""
+    if not scene.objects:
+        return "style", "background", "effect"
+    free = len(scene.objects) < 3 and _free_places(scene)
+    return tuple(t for t in TASKS if t != "addition" or free)
+
+
+def _same_turn(old, new):
+    """True where `new`, which takes over the turn of `old`, can be drawn without knowing more of it than `old` shows.
+
+    Nobody sees how far a plain disc is turned, so that the direction of the stripes it gets is anybody's guess; of a
+    square that spins one cannot tell which side was up. A little turn, without spin, shows on all but round shapes.
+    """
+    shows, needs = (math.gcd(TURNS[s.kind], TURNS[s.texture]) for s in (old, new))
+    if shows == 0:
+        return needs == 0 or not (old.angle or old.spin)
+    return not old.spin or needs % shows == 0
+
+
+def _one_edit(scene, rng, task, split, within=False, avoid=()):
+    """One simple edit -> (text, target, deterministic, kinds touched); kinds in `avoid` are left alone."""
+    bg = scene.background
+    if task in ("effect", "style"):
+        name = rng.choice([n for n in (EFFECTS if task == "effect" else STYLES) if n not in dict(scene.post)])
+        target = replace(scene, post=scene.post + ((name, rng.getrandbits(31)),))
+        return _say(rng, name, split, within), target, name not in RANDOM_EFFECTS, ()
+    if task == "background":
+        taken = {s.colour for s in scene.objects} | ({bg.name.split()[1]} if bg.kind == "plain" else set())
+        if rng.random() < .72:
+            new = _flat_background(rng, rng.choice(OFTEN), exact=True, avoid=taken)
+        else:
+            kinds = [k for k in ("clouds", "leaves", "sand", "grass") if k != bg.kind]
+            new = _natural_background(rng, rng.choice(kinds))
+        text = (_say(rng, "backdrop", split, within, c=new.name.split()[1]) if new.kind == "plain" else
+                _say(rng, "background", split, within, b=re.sub(r"^a (?=[aeiou])", "an ", new.name)))
+        return text, replace(scene, background=new, clutter=()), new.kind in PAINT, ()
+
+    if task == "addition":
+        kinds = [k for k in KINDS if k not in avoid and all(k != s.kind for s in scene.objects)]
+        colours = [c for c in COLOURS if all(c != s.colour for s in scene.objects)]
+        kind, colour = _pick_pair(rng, split, kinds, colours, bg.rgb)
+        place = rng.choice(_free_places(scene) or list(PLACES))
+        new = Shape(kind, colour, COLOURS[colour], *PLACES[place], .13, screen=True)
+        return (_say(rng, "addition", split, within, a=_article(f"{colour} {kind}"), p=place),
+                replace(scene, objects=scene.objects + (new,)), True, (kind,))
+
+    at = rng.choice([i for i, s in enumerate(scene.objects) if s.kind not in avoid])
+    s = scene.objects[at]
+    name = _refer(rng, s, alone=len(scene.objects) == 1 and not within)
+    rest = scene.objects[:at] + scene.objects[at + 1:]
+    # What lies behind an object can be told on painted backgrounds, unless a piece of clutter hides there.
+    hides = any(math.hypot(c.u - s.u, c.v - s.v) < s.radius + c.radius for c in scene.clutter)
+    behind_known = bg.kind in PAINT and not hides
+    if task == "removal":
+        text = _say(rng, "removal", split, within, o=name)
+        return text, replace(scene, objects=rest), behind_known, (s.kind,)
+    if task == "texture":
+        texture = rng.choice([t for t in TEXTURES if t != s.texture])
+        key, noun = "texture", TEXTURES[texture]
+        if texture == "plain":
+            key, noun = "untexture", TEXTURES[s.texture]
+        text = _say(rng, key, split, within, o=name, x=noun, d=texture)
+        new = replace(s, texture=texture)
+        known = _same_turn(s, new)
+    else:
+        how = rng.choice(("recolor", "recolor", "swap", "both"))
+        kinds, colours = [s.kind], [s.colour]
+        if how != "recolor":
+            kinds = [k for k in KINDS if k not in avoid and all(k != o.kind for o in scene.objects)]
+        if how != "swap":
+            colours = [c for c in COLOURS if all(c != o.colour for o in scene.objects)]
+        kind, colour = _pick_pair(rng, split, kinds, colours, bg.rgb if how != "swap" else ())
+        new = replace(s, kind=kind, colour=colour, rgb=s.rgb if how == "swap" else COLOURS[colour])
+        known = how == "recolor" or behind_known and _same_turn(s, new)
+        called = _article(kind if how == "swap" else f"{colour} {kind}")
+        text = (_say(rng, "recolor", split, within, o=name, c=colour) if how == "recolor" else
+                _say(rng, "swap", split, within, o=name, a=called))
+    objects = scene.objects[:at] + (new,) + scene.objects[at + 1:]
+    return text, replace(scene, objects=objects), known, (s.kind, new.kind)
+
+
+TASK_WEIGHTS = {"style": 1.2, "object": 2, "background": 1.3, "multiple": 1, "removal": 1.3, "addition": 1.2,
+                "texture": 1, "effect": 2}
+
+
+def propose_edit(scene, seed, task=None, split="train"):
+    """A random Edit of a scene, the same for the same arguments.
+
+    task: one of TASKS, or None for any of possible_tasks(scene); one that does not fit raises ValueError.
+    split "held" speaks in held-out wordings and may ask for (kind, colour) pairs that training never shows.
+    """
+    rng = Random(f"edit {split} {scene.domain} {scene.seed} {seed}")
+    fits = possible_tasks(scene)
+    if task is None:
+        task = rng.choices(fits, [TASK_WEIGHTS[t] for t in fits])[0]
+    if task not in fits:
+        raise ValueError(f"task {task!r} does not fit this scene; one of {', '.join(fits)} does")
+    if task == "multiple":
+        first, second = rng.sample([t for t in fits if t != "multiple"], 2)
+        if len(scene.objects) == 1 and not {first, second} & {"effect", "style", "background", "addition"}:
+            second = rng.choice(("effect", "background"))   # one object cannot take two edits
+        text, target, known, touched = _one_edit(scene, rng, first, split, within=True)
+        if second == "addition" and not _free_places(target):
+            second = "effect"
+        also, target, known_too, _ = _one_edit(target, rng, second, split, within=True, avoid=touched)
+        text, known, parts = text + rng.choice(JOINTS) + also, known and known_too, (first, second)
+    else:
+        text, target, known, _ = _one_edit(scene, rng, task, split)
+        parts = (task,)
+    return Edit(_finish(rng, text, split), task, target, caption(scene), caption(target), known,
+                any(t in ("effect", "style") for t in parts))
+
+
+def words_of(text):
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def known_words():
+    """Sorted list of every word that training texts can contain."""
+    nouns = [*COLOURS, *KINDS, *PLACES, *SKIES, *TEXTURES, *TEXTURES.values(), *POST_CAPTION.values()]
+    # Words of captions and backgrounds, and the British spellings.
+    fixed = ("a an the and on in front of background gradient from to stripes checkerboard clouds leaves "
+             "sand grass natural scene shape object grey greyscale colour colours recolour watercolour "
+             "colourful")
+    templates = [w for train, _ in WORDINGS.values() for w in train] + [*IT, *POLITE, *JOINTS]
+    return sorted(set(words_of(" ".join([*nouns, fixed] + [re.sub(r"\{\w*\}", " ", t) for t in templates]))))
+
+
+def examples():
+    """Instructions that show a person what the tiny model knows."""
+    return ["make it snow", "make it grayscale", "make it night", "turn it into a pencil sketch",
+            "make it pixel art", "make the circle blue", "turn the red circle into a green star",
+            "change the background to blue and white stripes", "replace the background with a sunset sky",
+            "remove the star", "add a yellow heart at the top left", "give the square dots",
+            "remove the circle and make it sepia"]
+
+
+def quantise(frames):
+    """float (F, H, W, 3) in [0, 1] -> uint8."""
+    return np.rint(frames * 255).astype(np.uint8)
+
+
+def true_region(source, truth, is_global):
+    """(F, H, W) bool: where the true edit changes the picture by more than 4 %, or everywhere for a global one."""
+    return np.abs(source.astype(int) - truth).max(-1) > (-1 if is_global else 10)
