@@ -40,6 +40,7 @@ from tokenizers import Regex, models, pre_tokenizers
 ROOT = Path(__file__).resolve().parent
 SD15 = "timbrooks/instruct-pix2pix"                                # MIT code, CreativeML OpenRAIL-M weights
 SD15_MOTION = "guoyww/animatediff-motion-adapter-v1-5-2"           # Apache-2.0
+N_FRAMES = 16           # of a training clip, of a pass of `edit_stream`, of EPM's matrix
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -190,26 +191,53 @@ def hub_dir(source, patterns=None):
                         f"go online once, or pass a directory with a local copy of that repository") from None
 
 
-def repository(source):
-    """(meta.json of a trained run, None where `source` is none; the repository with its other networks: directory or hub id).
+def repository(source, patterns=None):
+    """The folders that make up an editor: its own, then its base's, and so on; the first that has a network gives it.
 
-    source: what VideoEditor.from_pretrained takes. A run is a directory with meta.json, or model.safetensors in one, and
-    names the repository that it was trained from; anything else is a repository itself. Our own are found from anywhere.
+    source: what VideoEditor.from_pretrained takes. A trained run holds what was trained; its model_index.json names the
+    base that gives the rest: {"instructvedit": {"base": ...}}, a path from ROOT or a hub id. patterns: the hub's files,
+    by default those of an editor.
     """
-    run = Path(source).parent if str(source).endswith("model.safetensors") else Path(source)
-    meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else None
-    if meta is not None and not ("base" in meta and "unet" in meta):
-        raise UserError(f"{run}: holds {meta.get('stage', 'something else')}, not an editor; pass a run of stage image or a round")
-    base = str(meta["base"] if meta else source)
-    named = {"tiny": "assets/tiny", "sd15": SD15}.get(base, base)
-    ours = (meta or named != base) and (ROOT / named).is_dir()
-    return meta, str(ROOT / named) if ours else named
+    folders = []
+    while source:
+        source = {"tiny": ROOT / "assets/tiny", "sd15": SD15}.get(str(source), source)
+        folder = hub_dir(source, patterns or VideoEditor.FILES)
+        if folder in folders:
+            raise UserError(f"{folders[-1] / 'model_index.json'}: names {source} as its base, whose base it is itself")
+        folders.append(folder)
+        source = base_of(folder)
+    return folders
+
+
+def base_of(folder):
+    """The base that a folder's model_index.json names, a path from ROOT or a hub id; None where it names none."""
+    index = Path(folder) / "model_index.json"
+    with reading(index):
+        base = read_json(index).get("instructvedit", {}).get("base") if index.is_file() else None
+        need(base is None or isinstance(base, str), f"base {base}: needs a path or a hub id")
+    return str(ROOT / base) if base and (ROOT / base).is_dir() else base
+
+
+def portable(source):
+    """A source as a run's model_index.json names its base: inside ROOT by its path from there, else whole; hub ids as they are."""
+    path = Path(source)
+    if not path.is_dir():
+        return str(source)
+    path = path.resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def part(folders, name):
+    """The first of these folders that has a sub-folder `name`: that sub-folder. UserError where none has."""
+    for folder in folders:
+        if (folder / name).is_dir():
+            return folder / name
+    raise UserError(f"{folders[0]}: has no {name}/, and names no base that has; is it an editor in hub layout, and was its training finished?")
 
 
 def finished(run):
-    """True where a trained run (a directory) has reached the steps it was begun with."""
-    meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else None
-    return meta is not None and meta.get("step", -1) >= meta.get("args", {}).get("steps", 0)
+    """True where a trained run (a directory) is complete: these files are written last."""
+    return any((Path(run) / name).is_file() for name in ("model_index.json", "config.json"))
 
 
 def read_json(path, kind=dict):
@@ -722,7 +750,7 @@ class EPM(nn.Module):
     last weight 0, so that each frame at first attends to itself. Fixed to `frames` frames: shorter clips are padded
     by repeating the last frame's features and read the top left corner of the matrix.
     """
-    def __init__(self, channels, frames=16, c=32, hidden=128, start=-10.0):
+    def __init__(self, channels, frames=N_FRAMES, c=32, hidden=128, start=-10.0):
         super().__init__()
         self.frames = frames
         self.conv1, self.conv2 = nn.Conv2d(channels, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
@@ -987,7 +1015,7 @@ class UNet(nn.Module):
             if isinstance(m, MotionModule):
                 m.gamma = nn.Parameter(torch.full((), float(gamma), device="cpu"))
 
-    def add_epm(self, sites="all", frames=16, start=-10.0):
+    def add_epm(self, sites="all", frames=N_FRAMES, start=-10.0):
         """Insert fresh EPM at every spatial self-attention site, or (sites="inner") at all but the top level's. start: its
         bias between frames before training."""
         self.epm_config = {"sites": sites, "frames": frames}
@@ -1121,7 +1149,7 @@ class VideoEditor:
     FILES = ["model_index.json"] + [f"{d}/{f}" for d in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
                                     for f in ("config.json", "*_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                                               "diffusion_pytorch_model.safetensors", "model.safetensors")]
-    VIDEO = "motion", "epm", "same_noise"           # what a video editor's config, or its run's meta.json, says besides
+    VIDEO = "motion", "epm", "same_noise"           # what a video editor's unet/config.json says besides
     SLICE = 4                                       # frames that the VAE takes at a time: bounds memory
 
     @classmethod
@@ -1129,28 +1157,26 @@ class VideoEditor:
         """Load an editor.
 
         source: "tiny" (embedded), "sd15" (InstructPix2Pix + AnimateDiff from the hub), a hub id, a directory in hub
-        layout, or a trained run (its directory or model.safetensors). motion: a hub id, directory or AnimateDiff
+        layout, or a trained run. motion: a hub id, directory or AnimateDiff
         .ckpt; gamma: SMA's scale for it; epm: add untrained EPM. A video editor brings its own motion, gamma and EPM;
         with a motion, or with False for none, it gives the image editor in it instead.
         norm_over_frames: diffusers' GroupNorm in motion modules instead of AnimateDiff's. device, dtype: default
         CUDA (bf16), MPS or CPU (fp32). Raises UserError for missing, partial or foreign weights.
         """
         self = cls()
-        self.name, source = str(source), Path(source).parent if str(source).endswith("model.safetensors") else source
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        self.device = torch.device(device or best)
-        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        self.dtype = self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        warn_if_slow(self.dtype, self.device, "bfloat16")
-        meta, self.base = repository(source)
-        root = hub_dir(self.base, cls.FILES)
+        self.name, self.folders = str(source), repository(source)
+        self.device, self.dtype = placement(device, dtype)
         if str(source) == "sd15" and motion is None:
             motion = SD15_MOTION
         place = dict(device=self.device, dtype=self.dtype)
+        parts = {name: part(self.folders, name) for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
+        # a run's own base is what gives its text encoder: the runs between, which gave only the U-Net, may be deleted
+        giver = self.folders.index(parts["text_encoder"].parent)
+        self.base = portable(base_of(self.folders[giver - 1]) if giver else source)
 
-        file = Path(source) / "meta.json" if meta else root / "unet" / "config.json"
-        config = meta["unet"] if meta else read_json(file)
-        video = {k: v for k, v in (meta or config).items() if k in cls.VIDEO and motion is None}
+        file = parts["unet"] / "config.json"
+        config = read_json(file)
+        video = {k: v for k, v in config.items() if k in cls.VIDEO and motion is None}
         config = {k: v for k, v in config.items() if k not in cls.VIDEO}       # the image editor's
         with torch.device("meta"):
             self.unet = build(UNet, file, config)
@@ -1159,25 +1185,20 @@ class VideoEditor:
             if "epm" in video:
                 self.unet.add_epm(**video["epm"])
             self.same_noise = video.get("same_noise", False)       # a video editor trained on one noise for all frames
-            self.vae = build(VAE, root / "vae" / "config.json")
-            self.text_encoder = build(TextEncoder, root / "text_encoder" / "config.json")
-        own = read_tensors(Path(source) / "model.safetensors") if meta else {}
-        text = {k.removeprefix("text_encoder."): own.pop(k) for k in list(own) if k.startswith("text_encoder.")}
-        self.own_text = bool(text)                                 # trained along with the U-Net, see train.py's stage image
-        tensors, file = (text, "model.safetensors") if text else find_tensors(root / "text_encoder")
+            self.vae = build(VAE, parts["vae"] / "config.json")
+            self.text_encoder = build(TextEncoder, parts["text_encoder"] / "config.json")
+        tensors, file = find_tensors(parts["text_encoder"])
         load_weights(self.text_encoder, tensors, f"text encoder from {file}", drop=("position_ids",), **place)
-        tensors, file = find_tensors(root / "vae")
+        tensors, file = find_tensors(parts["vae"])
         vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype           # fp16 overflows in SD's VAE
         load_weights(self.vae, tensors, f"vae from {file}", rename=VAE.LEGACY, device=self.device, dtype=vae_dtype)
-        place_unet = place | dict(drop=() if motion is None else ("motion_modules", ".epm."))
-        if meta:
-            load_weights(self.unet, own, f"unet from {Path(source).name}", **place_unet)
-        else:
-            tensors, file = find_tensors(root / "unet")
-            load_weights(self.unet, tensors, f"unet from {file}", **place_unet)
-            del tensors                                            # unmaps the file before the next one is read
+        tensors, file = find_tensors(parts["unet"])
+        load_weights(self.unet, tensors, f"unet from {file}", drop=() if motion is None else ("motion_modules", ".epm."), **place)
+        del tensors                                                # unmaps the file before the next one is read
+        files = list(parts.values())
         if motion:
-            load_motion(self.unet, motion, gamma, norm_over_frames, place)
+            files.append(load_motion(self.unet, motion, gamma, norm_over_frames, place))
+        self.fingerprint = fingerprint(*files)
         if "epm" not in video and epm:
             self.unet.add_epm()
         self.unet.to(**place)
@@ -1187,23 +1208,25 @@ class VideoEditor:
         for net in (self.unet, self.vae, self.text_encoder):
             net.eval().requires_grad_(False)
 
-        special = root / "tokenizer" / "special_tokens_map.json"   # Stable Diffusion 2 pads with "!", 1 with the end token
+        special = parts["tokenizer"] / "special_tokens_map.json"   # Stable Diffusion 2 pads with "!", 1 with the end token
         pad = read_json(special).get("pad_token") if special.is_file() else None
         pad = pad.get("content") if isinstance(pad, dict) else pad
-        self.tokenizer = Tokenizer(root / "tokenizer" / "vocab.json", root / "tokenizer" / "merges.txt", pad)
+        self.tokenizer = Tokenizer(parts["tokenizer"] / "vocab.json", parts["tokenizer"] / "merges.txt", pad)
         embeddings = self.text_encoder.text_model.embeddings
         size, width = embeddings["token_embedding"].weight.shape
         if max(self.tokenizer.vocab.values()) >= size or width != self.unet.config["cross_attention_dim"]:
-            raise UserError(f"{root}: the tokenizer has tokens up to {max(self.tokenizer.vocab.values())}, the text encoder {size} and "
+            raise UserError(f"{self.name}: the tokenizer has tokens up to {max(self.tokenizer.vocab.values())}, the text encoder {size} and "
                             f"states {width} wide, the U-Net wants {self.unet.config['cross_attention_dim']}; are they of one model?")
-        self.scheduler = read_scheduler(root / "scheduler" / "scheduler_config.json")
+        self.scheduler = read_scheduler(parts["scheduler"] / "scheduler_config.json")
         c, channels = self.vae.config["latent_channels"], [config[f"{k}_channels"] for k in ("in", "out")]
         if channels != [2 * c, c]:
-            raise UserError(f"{root / 'unet'}: takes {channels[0]} channels and gives {channels[1]}; an editor of latents with {c} "
+            raise UserError(f"{parts['unet']}: takes {channels[0]} channels and gives {channels[1]}; an editor of latents with {c} "
                             f"channels takes {2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
         # what a checkpoint may say about itself; published ones say nothing and get Stable Diffusion's usual values
-        about = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
-        about = about.get("instructvedit", {})
+        about = {}
+        for folder in reversed(self.folders):                      # a run's own words come before its base's
+            if (folder / "model_index.json").is_file():
+                about |= read_json(folder / "model_index.json").get("instructvedit", {})
         self.size, self.guidance = about.get("size", 512), tuple(about.get("guidance", (7.5, 1.5)))
         self.steps, self.deadband = about.get("steps", 20), about.get("deadband", 0.0)     # of sampling; see `settle`
         self.words, self.examples = set(about.get("words", ())) or None, about.get("examples")
@@ -1400,3 +1423,4 @@ def load_motion(unet, source, gamma, norm_over_frames, place):
               (".attention_blocks.1", ".attn2"), (".norms.1", ".norm2"), (".ff_norm", ".norm3"))
     load_weights(unet, tensors, f"motion from {file}", rename=rename, drop=(".pe", "animatediff_config"),
                  absent=("gamma",), only="motion_modules", **place)
+    return path if path.is_file() else path / file

@@ -31,9 +31,9 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import UserError, VideoEditor, aside, finished, out_of_memory, resize, run, to_rgb, to_tensor
+from model import N_FRAMES, UserError, VideoEditor, aside, out_of_memory, resize, run, to_rgb, to_tensor
 
-WINDOW, REFERENCES = 16, 4          # frames per pass, and how many of them the previous pass has finished
+WINDOW, REFERENCES = N_FRAMES, 4    # frames per pass, and how many of them the previous pass has finished
 NAME_BYTES = 220                    # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MP4_AUDIO = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "libopus", "flac")    # copied as they are
@@ -594,7 +594,7 @@ def editor_flags(parser):
     """Which editor, and how it edits: the same here and in metrics.py. See `settings`."""
     add = parser.add_argument
     add("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
-    add("--weights", help="directory in hub layout, or a trained run (directory or model.safetensors)")
+    add("--weights", help="directory in hub layout, or a trained run")
     add("--size", type=int, default=-1, help="short side of the model's frame, pixels (-1: the model's own)")
     add("--steps", type=int, help="sampling steps; default the checkpoint's own: 20, tiny 5")
     add("--text-cfg", type=float, help="how strongly to follow the instruction, 0 to 30 (default: the model's)")
@@ -675,13 +675,13 @@ def choose_model(model, weights, device, root=Path(__file__).parent):
     if weights:
         if weights not in ("tiny", "sd15") and not Path(weights).exists():
             raise UserError(f"--weights {weights}: no such file or directory; "
-                            "pass a directory in hub layout, a trained run or its model.safetensors")
+                            "pass a directory in hub layout or a trained run")
         return weights, "as --weights says"
     if model != "auto":
         return model, "as --model says"
     gpu = device != "cpu" and (torch.cuda.is_available() or torch.backends.mps.is_available())
-    runs = [f for f in root.glob("runs/*/*/model.safetensors")
-            if re.match("image|round", f.parent.name) and (gpu or f.parent.parent.name == "tiny") and finished(f.parent)]
+    runs = [f for f in root.glob("runs/*/*/model_index.json")          # written last
+            if re.match("image|round", f.parent.name) and (gpu or f.parent.parent.name == "tiny")]
     if runs:
         newest = max(runs, key=lambda f: f.stat().st_mtime).parent
         return str(newest), "the newest trained run here; choose with --model tiny, --model sd15 or --weights"

@@ -605,18 +605,16 @@ def test_words_that_the_model_was_not_trained_on_are_told(tmp_path, calm, capsys
 def test_auto_takes_the_newest_trained_run_that_fits_else_tiny(tmp_path):
     assert choose_model("auto", None, "cpu", tmp_path)[0] == "tiny"
     for run in ("tiny/image", "tiny/vae", "sd15/round0"):
-        (tmp_path / "runs" / run).mkdir(parents=True)
-        (tmp_path / "runs" / run / "model.safetensors").write_bytes(b"")
-        (tmp_path / "runs" / run / "meta.json").write_text('{"step": 5, "args": {"steps": 6}}')
+        (tmp_path / "runs" / run / "unet").mkdir(parents=True)
     assert choose_model("auto", None, "cpu", tmp_path)[0] == "tiny"         # none is finished
-    for meta in tmp_path.glob("runs/*/*/meta.json"):
-        meta.write_text('{"step": 6, "args": {"steps": 6}}')
+    for run in list(tmp_path.glob("runs/*/*")):
+        (run / "model_index.json").write_text("{}")
     assert choose_model("auto", None, "cpu", tmp_path)[0] == str(tmp_path / "runs" / "tiny" / "image")
     other = Path(shutil.copytree(tmp_path / "runs" / "tiny" / "image", tmp_path / "runs" / "tiny" / "round0"))
     for newest in (other, other.with_name("image")):
         for run in tmp_path.glob("runs/*/*"):                       # one for a GPU, or of another stage, may be newer still
             age = 0 if run == newest else 60 if run.parent == other.parent and run.name != "vae" else -60
-            os.utime(run / "model.safetensors", (1e9 - age, 1e9 - age))
+            os.utime(run / "model_index.json", (1e9 - age, 1e9 - age))
         assert choose_model("auto", None, "cpu", tmp_path)[0] == str(newest)
     assert choose_model("sd15", None, "cpu", tmp_path)[0] == "sd15"
     assert choose_model("auto", "tiny", "cpu", tmp_path)[0] == "tiny"
