@@ -36,14 +36,14 @@ from tqdm import tqdm
 from model import N_FRAMES, ROOT, UserError, VideoEditor, aside, need, reading, resize, run, to_rgb, to_tensor
 
 WINDOW, REFERENCES = N_FRAMES, 4    # frames per pass, and how many of them the previous pass has finished
-NAME_BYTES = 220                    # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
+NAME_BYTES = 220            # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
-MP4_AUDIO = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "libopus", "flac")    # copied as they are
+MP4_AUDIO = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "libopus", "flac")  # copied as they are
 EXACT = (Interpolation.BICUBIC | Interpolation.ACCURATE_RND         # when colours are converted
          | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP)
 
-# ---- reading ---------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Clip:
@@ -57,7 +57,7 @@ class Clip:
     last: int                       # ticks that the last frame is shown
     pictures: tuple = ()            # of a folder, in order; empty for a video
     start: Fraction = Fraction(0)   # the first frame's time stamp in the file, seconds
-    stamped: bool = True            # packets say when each frame is shown; else frames come in the order of `times`
+    stamped: bool = True      # packets say when each frame is shown; else frames come in the order of `times`
     turns: int = 0                  # quarter turns counterclockwise that make a decoded frame upright
     mirrored: bool = False          # and a flip after them
     pixel: Fraction = Fraction(1)   # width / height of one pixel
@@ -72,7 +72,8 @@ class Clip:
 
 @contextmanager
 def open_video(path):
-    """(PyAV container, its video stream). Raises UserError in one line for what cannot be opened or shows nothing."""
+    """(PyAV container, its video stream). Raises UserError in one line for what cannot be opened or shows
+    nothing."""
     try:
         container = av.open(f"file:{path}", metadata_errors="replace")
     except OSError as error:
@@ -92,10 +93,11 @@ def open_video(path):
 
 
 def orientation(frame):
-    """(quarter turns counterclockwise, mirrored) that make a decoded frame of a video upright; see `upright`."""
+    """(quarter turns counterclockwise, mirrored) that make a decoded frame of a video upright; see
+    `upright`."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:                                              # side data of a kind that PyAV does not know
+    except ValueError:                                           # side data of a kind that PyAV does not know
         matrix = None
     m = np.frombuffer(bytes(matrix), np.int32).astype(float) if matrix else np.ones(9)
     return round(frame.rotation / 90) % 4, bool(m[0] * m[4] - m[1] * m[3] < 0)
@@ -107,11 +109,12 @@ def upright(rgb, turns, mirrored):
 
 
 def read_image(file, name=None):
-    """rgb of a path or file object, upright as its EXIF says; UserError naming it where it is missing or broken."""
+    """rgb of a path or file object, upright as its EXIF says; UserError naming it where it is missing or
+    broken."""
     with reading(name or file), Image.open(file) as picture:
         picture = ImageOps.exif_transpose(picture)
         need(picture.mode != "F", "holds floating point, of any range; save it with 8 or 16 bits")
-        if picture.mode.startswith("I"):                            # 16 bits: Pillow's convert would clip at 255
+        if picture.mode.startswith("I"):                         # 16 bits: Pillow's convert would clip at 255
             picture = Image.fromarray(np.rint(np.asarray(picture).clip(0, 65535) / 257).astype(np.uint8))
         return np.array(picture.convert("RGB"))
 
@@ -125,8 +128,8 @@ def frame_files(folder):
 def probe(path, rate=24):
     """Clip of a video, of a folder of frames, which play at `rate` per second, or of one picture.
 
-    Raises UserError for a path that is missing, empty, no video, without frames, or with time stamps that start anew.
-    """
+    Raises UserError for a path that is missing, empty, no video, without frames, or with time stamps that
+    start anew. """
     path = Path(path)
     with reading(path):
         if path.is_dir():
@@ -151,7 +154,8 @@ class Packet(NamedTuple):
 
 
 def read_packets(container, stream):
-    """(the stream's first frame, its packets, seconds until the last stream ends, whether reading broke off)."""
+    """(the stream's first frame, its packets, seconds until the last stream ends, whether reading broke
+    off)."""
     frame, packets, end = None, [], 0.0
     try:
         for packet in container.demux():
@@ -177,7 +181,7 @@ def probe_file(path):
         audio = any(s.codec_context is not None for s in container.streams.audio)
         length = ((container.duration or 0) + (container.start_time or 0)) / av.time_base
         cut = cut or any(entry.pos + entry.size > path.stat().st_size for entry in stream.index_entries)
-        if kind.startswith("matroska"):                             # has no table of frames, but tells its length
+        if kind.startswith("matroska"):                         # has no table of frames, but tells its length
             cut = cut or length - end > max(0.25, 1.5 / rate)
     if frame is None:
         raise UserError(f"{path}: holds no frames that can be decoded")
@@ -198,7 +202,8 @@ def probe_file(path):
 
 
 def decode(clip, since=0):
-    """Yields (ticks, av.VideoFrame) of a video in display order; seeks to the key frame before `since` seconds if it can."""
+    """Yields (ticks, av.VideoFrame) of a video in display order; seeks to the key frame before `since`
+    seconds if it can."""
     before = -1
     with open_video(clip.path) as (container, stream):
         sought = since > 1 and container.format.name.startswith(("mov", "matroska"))
@@ -222,10 +227,11 @@ def decode(clip, since=0):
 
 
 def select(frames, clip, start=0, end=None, fps=None, count=-1):
-    """The frames asked for, `count` at most. frames: iterable of (ticks, x) in order; start and end in seconds of the clip.
+    """The frames asked for, `count` at most. frames: iterable of (ticks, x) in order; start and end in
+    seconds of the clip.
 
-    Yields (ticks, x) with start <= time < end as they are; with fps, (k, x) where x is shown at start + k / fps.
-    """
+    Yields (ticks, x) with start <= time < end as they are; with fps, (k, x) where x is shown at start + k /
+    fps. """
     end = min(end or clip.seconds, clip.seconds)
     if fps:
         chosen = resample(frames, clip.tick, start, end, fps)
@@ -251,7 +257,8 @@ def resample(frames, tick, start, end, fps):
 
 
 def plan(clip, start=0, end=None, fps=None, count=-1):
-    """(times, tick, lengths) of all frames that `select` will give: ticks, seconds per tick, ticks each is shown.
+    """(times, tick, lengths) of all frames that `select` will give: ticks, seconds per tick, ticks each is
+    shown.
 
     Raises UserError for a range without frames, or one that reaches into the missing end of a file cut short.
     """
@@ -298,9 +305,9 @@ def video_frame(clip, frame):
 def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple=8):
     """A short clip as a whole: (video (1, F, 3, H, W) in [-1, 1], frames per second as float).
 
-    size: short side in pixels to resize to, both sides multiples of `multiple`; None keeps the file's own. start, end
-    in seconds; fps resamples; frames limits their number (-1: all). Raises UserError for what cannot be read.
-    """
+    size: short side in pixels to resize to, both sides multiples of `multiple`; None keeps the file's own.
+    start, end in seconds; fps resamples; frames limits their number (-1: all). Raises UserError for what
+    cannot be read. """
     fps = Fraction(fps).limit_denominator(1001) if fps else None
     start, end = (Fraction(x).limit_denominator(10 ** 6) if x else x for x in (start, end))    # 0.2 is not quite 1/5
     clip, span = probe(path, fps or 24), (start, end, fps, frames)
@@ -311,8 +318,8 @@ def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple
 
 
 def model_size(height, width, size, multiple):
-    """(height, width) of the model's frame: short side near `size`, multiples of `multiple`, the shape of a picture of
-    `height` x `width` square pixels."""
+    """(height, width) of the model's frame: short side near `size`, multiples of `multiple`, the shape of a
+    picture of `height` x `width` square pixels."""
     short, long = sorted((height, width))
     height, width = (max(1, round(side * size / short / multiple)) * multiple for side in (height, width))
     if max(height, width) > 4096:
@@ -321,10 +328,11 @@ def model_size(height, width, size, multiple):
     return height, width
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 def add_sound(out, source):
-    """(track of `out` for the stream `source`, whether its packets go there as they are, else encoded to AAC)."""
+    """(track of `out` for the stream `source`, whether its packets go there as they are, else encoded to
+    AAC)."""
     name, rate, layout = source.codec_context.name, source.rate, source.layout.name
     if name in MP4_AUDIO and (rate >= 16000 or not name.startswith("mp3")):        # slower mp3 is not for mp4
         return out.add_stream_from_template(source), True
@@ -340,10 +348,10 @@ def add_sound(out, source):
 def audio_packets(clip, out, begin=0, end=None):
     """The clip's first sound track between begin and end (seconds; None: all of it), shifted to start at 0.
 
-    Generator of (seconds, packet); its first item is (None, None), after the track has been added to `out`. Packets
-    that mp4 can hold are copied bit for bit, others encoded to AAC. A cut falls on the nearest packet (about 20 ms). What
-    cannot be decoded, or comes with a time that has passed, is left out and said: a picture is not lost for its sound.
-    """
+    Generator of (seconds, packet); its first item is (None, None), after the track has been added to `out`.
+    Packets that mp4 can hold are copied bit for bit, others encoded to AAC. A cut falls on the nearest packet
+    (about 20 ms). What cannot be decoded, or comes with a time that has passed, is left out and said: a
+    picture is not lost for its sound. """
     with av.open(f"file:{clip.path}", metadata_errors="replace") as container:
         source = next(s for s in container.streams.audio if s.codec_context is not None)
         track, copied = add_sound(out, source)
@@ -378,11 +386,12 @@ def audio_packets(clip, out, begin=0, end=None):
 
 @contextmanager
 def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
-    """H.264 in mp4: yields write(rgb, ticks, length in ticks). The file appears when all is written, never in part.
+    """H.264 in mp4: yields write(rgb, ticks, length in ticks). The file appears when all is written, never in
+    part.
 
-    rate: average frames per second; tick: seconds per tick; audio: (clip, begin, end) whose sound is added. 4:2:0
-    needs even sizes, so an odd last row or column is shown twice. Raises UserError where nothing can be written.
-    """
+    rate: average frames per second; tick: seconds per tick; audio: (clip, begin, end) whose sound is added.
+    4:2:0 needs even sizes, so an odd last row or column is shown twice. Raises UserError where nothing can be
+    written. """
     lengths = {}
     try:
         with aside(path) as part, av.open(f"file:{part}", "w", format="mp4", options={"movflags": "+faststart"}) as out:
@@ -425,25 +434,26 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
 
 
 def write_video(path, video, fps, audio=None):
-    """Write video (1, F, 3, H, W) in [-1, 1] as H.264 mp4; audio: a Clip from `probe` whose sound is copied."""
+    """Write video (1, F, 3, H, W) in [-1, 1] as H.264 mp4; audio: a Clip from `probe` whose sound is
+    copied."""
     fps, (height, width) = Fraction(fps).limit_denominator(1001), video.shape[-2:]
     with video_writer(path, width, height, fps, 1 / fps, audio=(audio,) if audio and audio.audio else None) as write:
         for i, frame in enumerate(video[0]):
             write(to_rgb(frame), i, 1)
 
-# ---- editing ---------------------------------------------------------------------------------------------------
+# ---- editing -----------------------------------------------------------------------------------------------
 
 def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_source=False, on_step=None, **scales):
     """Edit a clip of any length: iterable of source frames (3, H, W) in [-1, 1] -> generator of edited ones.
 
-    Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12 are new;
-    at the end, references fill the places that no new frame takes. A clip of up to 16 frames is one pass, `ed.edit`.
-    Where frames do not see each other there is nothing to refer to, and windows just follow one another.
-    scales: s_txt, s_src. with_source: yield (edited, source as the autoencoder returns it) instead, for `carry_detail`.
-    Source: InsV2V (Cheng et al. 2023), long video sampling correction; only for mode "video" with noise of each frame's
-    own. With "ffg" the first frame already ties windows together, or else the one noise does, and the correction, which
-    copies mean errors in place, made joins visible and drawn clips worse from window to window.
-    """
+    Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12
+    are new; at the end, references fill the places that no new frame takes. A clip of up to 16 frames is one
+    pass, `ed.edit`. Where frames do not see each other there is nothing to refer to, and windows just follow
+    one another. scales: s_txt, s_src. with_source: yield (edited, source as the autoencoder returns it)
+    instead, for `carry_detail`. Source: InsV2V (Cheng et al. 2023), long video sampling correction; only for
+    mode "video" with noise of each frame's own. With "ffg" the first frame already ties windows together, or
+    else the one noise does, and the correction, which copies mean errors in place, made joins visible and
+    drawn clips worse from window to window. """
     mode, together = ed.default_mode if mode == "auto" else mode, frames_interact(ed, mode)
     frames, done, anchor = iter(frames), 0, None
     known = deque(maxlen=WINDOW)                                    # (z_src, z0) of the last frames
@@ -468,22 +478,24 @@ def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_s
 
 
 def frames_interact(ed, mode):
-    """Does a frame's edit depend on the others in its window? Not in "image", nor in "ffg" without motion modules."""
+    """Does a frame's edit depend on the others in its window? Not in "image", nor in "ffg" without motion
+    modules."""
     mode = ed.default_mode if mode == "auto" else mode
     return mode == "video" or (mode == "ffg" and hasattr(ed.unet, "motion_config"))
 
 
-# ---- detail ----------------------------------------------------------------------------------------------------
+# ---- detail ------------------------------------------------------------------------------------------------
 
 def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.005, tau=0.08):
-    """Carry an edit up to the source's resolution: fit colours in small windows, apply the fit to the large source.
+    """Carry an edit up to the source's resolution: fit colours in small windows, apply the fit to the large
+    source.
 
-    source_low, edit_low (N, 3, h, w) and source_full (N, 3, H, W), all in [-1, 1] -> (N, 3, H, W). In each window of
-    2 radius + 1 pixels edit = A source + b by least squares, A 3x3, pulled by `ridge` towards the whole frame's fit
-    where the place follows it. Where the fit leaves much unexplained, against `tau` or against what it does explain,
-    the plainly resized edit shows. source_low is best taken through the autoencoder, whose errors then cancel.
-    Source: guided upsampling, after He et al. 2010 (Guided Image Filtering), eq. 14-16.
-    """
+    source_low, edit_low (N, 3, h, w) and source_full (N, 3, H, W), all in [-1, 1] -> (N, 3, H, W). In each
+    window of 2 radius + 1 pixels edit = A source + b by least squares, A 3x3, pulled by `ridge` towards the
+    whole frame's fit where the place follows it. Where the fit leaves much unexplained, against `tau` or
+    against what it does explain, the plainly resized edit shows. source_low is best taken through the
+    autoencoder, whose errors then cancel. Source: guided upsampling, after He et al. 2010 (Guided Image
+    Filtering), eq. 14-16. """
     s, e = source_low, edit_low
     eye = ridge * torch.eye(3, device=s.device)[..., None, None]
 
@@ -491,13 +503,13 @@ def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.005, tau=0
         return F.avg_pool2d(x.flatten(1, -3), 2 * radius + 1, 1, radius, count_include_pad=False).view_as(x)
 
     weight = torch.ones_like(s[:, :1])
-    for _ in range(5):                                              # the whole frame's fit, outliers weighed down
+    for _ in range(5):                                          # the whole frame's fit, outliers weighed down
         whole, shift = fit_colours(s, e, lambda x: frame_mean(x, weight), eye, eye)
         off = (e - map_colours(whole, s) - shift).square().mean(1, keepdim=True)
         weight = 1 / (1 + off / tau ** 2) ** 2
 
     a, b = fit_colours(s, e, box, eye, ridge * (whole * box(torch.exp(-off / tau ** 2))[:, None]))
-    a, b = box(a), box(b)                                           # every pixel averages the windows it is in
+    a, b = box(a), box(b)                                          # every pixel averages the windows it is in
     low = map_colours(a, s) + b
     left = box((e - low).square().mean(1, keepdim=True))
     explained = (box(low.square()) - box(low).square()).mean(1, keepdim=True).clamp(min=0) + 1e-4
@@ -510,11 +522,12 @@ def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.005, tau=0
 
 
 def fit_colours(s, e, mean, ridge, pull):
-    """Least squares e = A s + b under a mean over pixels. s, e (N, 3, h, w) -> A (N, 3, 3, ...), b (N, 3, ...)."""
+    """Least squares e = A s + b under a mean over pixels. s, e (N, 3, h, w) -> A (N, 3, 3, ...), b (N, 3,
+    ...)."""
     ms, me = mean(s), mean(e)
     css = mean(s[:, :, None] * s[:, None]) - ms[:, :, None] * ms[:, None] + ridge
     ces = mean(e[:, :, None] * s[:, None]) - me[:, :, None] * ms[:, None] + pull
-    rows = css.unbind(1)                                            # inverse of a symmetric 3x3 in closed form
+    rows = css.unbind(1)                                           # inverse of a symmetric 3x3 in closed form
     minors = torch.stack([torch.linalg.cross(rows[i - 2], rows[i - 1], dim=1) for i in range(3)], dim=1)
     inverse = minors / (rows[0] * minors[:, 0]).sum(1)[:, None, None]
     a = sum(ces[:, :, j, None] * inverse[:, None, j] for j in range(3))
@@ -533,9 +546,10 @@ def frame_mean(x, weight):
 
 
 def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
-    """Edit rgb frames (H, W, 3) uint8 of any size and number -> generator of (edited rgb of that size, the model's frame
-    of it and of the source (3, h, w) in [-1, 1]). size: (h, w) of the model's frame; detail: carry the edit up to the
-    source's resolution, else resize it; options as `edit_stream` takes them. What the commands deliver and score."""
+    """Edit rgb frames (H, W, 3) uint8 of any size and number -> generator of (edited rgb of that size, the
+    model's frame of it and of the source (3, h, w) in [-1, 1]). size: (h, w) of the model's frame; detail:
+    carry the edit up to the source's resolution, else resize it; options as `edit_stream` takes them. What
+    the commands deliver and score."""
     sources, again = tee((rgb, resize(to_tensor(rgb), *size)) for rgb in pictures)     # `again` holds those of one window
     edits = edit_stream(ed, (small for _, small in sources), instruction, **options, with_source=detail)
     for edit, (rgb, small) in zip(edits, again):
@@ -546,7 +560,7 @@ def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
             full = resize(edit, *rgb.shape[:2])
         yield to_rgb(full), edit.cpu(), small
 
-# ---- flags -----------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """Its errors are UserErrors: one line, like every other mistake."""
@@ -564,13 +578,14 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def option(default, help, low=None, high=None, choices=None, name=None):
-    """A field of a settings dataclass that is a flag as well, see `add_flags`. low, high: its range, in which the default
-    itself need not lie (-1: off); name: the flag, where it is not the field's own."""
+    """A field of a settings dataclass that is a flag as well, see `add_flags`. low, high: its range, in which
+    the default itself need not lie (-1: off); name: the flag, where it is not the field's own."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, name=name))
 
 
 def add_flags(parser, settings):
-    """A flag for every `option` of a dataclass; a truth value gets --sma and --no-sma, a tuple takes several values."""
+    """A flag for every `option` of a dataclass; a truth value gets --sma and --no-sma, a tuple takes several
+    values."""
     for f in fields(settings):
         if not f.metadata:                                          # code sets it, no flag
             continue
@@ -614,7 +629,7 @@ def number(text):
         raise ValueError(text) from None
     if abs(value) > 1e9:
         raise ValueError(text)
-    return value.limit_denominator(60000)                           # more digits of 30000/1001 than a container's clock takes
+    return value.limit_denominator(60000)           # more digits of 30000/1001 than a container's clock takes
 
 
 def known_device(name):
@@ -643,15 +658,16 @@ def editor_flags(parser):
 
 
 def settings(args, ed):
-    """(short side of the model's frame, {steps, s_txt, s_src, seed} of `edit_stream`): as the flags say, else the editor's own."""
+    """(short side of the model's frame, {steps, s_txt, s_src, seed} of `edit_stream`): as the flags say, else
+    the editor's own."""
     asked, own = (args.steps, args.text_cfg, args.source_cfg), (ed.steps, *ed.guidance)
     steps, s_txt, s_src = (b if a is None else a for a, b in zip(asked, own))
     return ed.size if args.size == -1 else args.size, dict(steps=steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
 
 
 def choose_model(model, weights, device, root=ROOT):
-    """(source for VideoEditor.from_pretrained, why): what --weights or --model say, else the newest finished run that
-    the device can carry, else sd15 on a GPU, else tiny."""
+    """(source for VideoEditor.from_pretrained, why): what --weights or --model say, else the newest finished
+    run that the device can carry, else sd15 on a GPU, else tiny."""
     if weights and model != "auto":
         raise UserError(f"--model {model} --weights {weights}: pass one of them")
     if weights:
@@ -668,7 +684,7 @@ def choose_model(model, weights, device, root=ROOT):
         return "sd15", "there is a GPU; --model tiny is the small one"
     return "tiny", "no GPU in use; --model sd15 is the large one"
 
-# ---- command ---------------------------------------------------------------------------------------------------
+# ---- command -----------------------------------------------------------------------------------------------
 
 def parse(argv=None):
     parser = Parser(description="Edit a video by instruction.")
@@ -740,7 +756,8 @@ def check_words(ed, instruction):
 
 
 def grid_sheet(ed, frame, instruction, path, options):
-    """Write a labelled PNG: the edit of one frame (3, H, W) over text (rows) and source guidance (columns)."""
+    """Write a labelled PNG: the edit of one frame (3, H, W) over text (rows) and source guidance
+    (columns)."""
     texts = [round(options["s_txt"] * k, 2) for k in (0.5, 0.75, 1, 1.5)]
     sources = [round(max(options["s_src"] + d, 0), 2) for d in (-0.3, 0, 0.3, 0.6)]
     width = max(160, frame.shape[-1])
@@ -761,10 +778,11 @@ def grid_sheet(ed, frame, instruction, path, options):
 
 
 def with_lengths(frames, start, end):
-    """(ticks, x) -> (ticks, x, how many ticks it is shown: until the next one comes, the last one until `end`).
+    """(ticks, x) -> (ticks, x, how many ticks it is shown: until the next one comes, the last one until
+    `end`).
 
-    The first is shown from `start`, also where a stream begins in the middle of a scene, which cannot be decoded.
-    """
+    The first is shown from `start`, also where a stream begins in the middle of a scene, which cannot be
+    decoded. """
     ticks, x = start, None
     for later, y in frames:
         if x is None:
@@ -777,11 +795,11 @@ def with_lengths(frames, start, end):
 
 
 def edit_file(ed, clip, span, size, instruction, path, compare, options):
-    """Edit one clip into one file (and a comparison, if a path is given), as a stream. Returns the number of frames.
+    """Edit one clip into one file (and a comparison, if a path is given), as a stream. Returns the number of
+    frames.
 
-    span: (start, end, fps, count) of the frames; size: (height, width) of the model's frame; options: steps, s_txt,
-    s_src, seed, mode, detail as `edit_pictures` takes them.
-    """
+    span: (start, end, fps, count) of the frames; size: (height, width) of the model's frame; options: steps,
+    s_txt, s_src, seed, mode, detail as `edit_pictures` takes them. """
     (start, end, fps, count), (times, tick, lengths) = span, plan(clip, *span)
     zero = times[0] if start and not fps else 0                     # a cut clip starts at 0
     stop = times[-1] + lengths[-1]
