@@ -203,7 +203,7 @@ def hub_dir(source, patterns=None):
         if disk_full(error):
             raise
         raise UserError(f"{source}: not in the local cache and the hub cannot give it "
-                        f"({type(error).__name__}); go online once, or pass a directory with a copy") from None
+                        f"({type(error).__name__}); go online once, or pass a folder with a copy") from None
 
 
 def repository(source, patterns=None):
@@ -735,7 +735,7 @@ def epm_attention(q, k, v, heads, bias):
     length = q.shape[1] // n_frames
     if q.device.type == "cpu" and not bias.requires_grad:
         # CUDA's kernels run 40 wide heads as 64 anyway, a CPU pays for every column. For one frame's queries
-        # the bias is a row over the keys, (B, 1, 1, F*L): the CPU's kernel broadcasts it, but has no gradient.
+        # the bias is a row over the keys, (B, 1, 1, F*L): a CPU's kernel broadcasts it, but has no gradient.
         rows = bias.to(q.dtype).repeat_interleave(length, 2)[:, None].split(1, dim=2)
         frames = q.split(length, dim=1)
         return torch.cat([attention(x, k, v, heads, mask=row) for x, row in zip(frames, rows)], dim=1)
@@ -1132,8 +1132,8 @@ class VideoEditor:
         self.default_mode = "video" if "motion" in config else "ffg"
         self.same_noise = config.get("same_noise", False)      # trained on one noise for all frames of a clip
         self.fingerprint = fingerprint(*read_from)
-        # what is trained from here needs the folder that gave the text encoder; the runs before it gave only a
-        # U-Net, and may be deleted
+        # what is trained from here needs the folder that gave the text encoder; the runs before it gave only
+        # a U-Net, and may be deleted
         giver = self.folders.index(text.parent)
         self.base = read_index(self.folders[giver - 1])["base"] if giver else portable(source)
         return self
@@ -1159,8 +1159,8 @@ class VideoEditor:
         need(width == wanted, f"the text encoder's states are {width} wide, the U-Net wants {wanted}")
         c = self.vae.config["latent_channels"]
         c_in, c_out = self.unet.config["in_channels"], self.unet.config["out_channels"]
-        need((c_in, c_out) == (2 * c, c), f"the U-Net takes {c_in} channels and gives {c_out}; an editor takes "
-             f"{2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
+        need((c_in, c_out) == (2 * c, c), f"the U-Net takes {c_in} channels and gives {c_out}; an editor "
+             f"takes {2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
         self.scheduler_for(1)
 
     # ---- pieces --------------------------------------------------------------------------------------------
