@@ -2,7 +2,7 @@
 
 Contents, in reading order
     CogVideoX-5B image-to-video (Yang et al. 2024): an image and a caption become a clip
-        T5Tokenizer, T5Encoder     caption -> 226 states
+        t5_tokenizer, T5Encoder    caption -> 226 states
         CogTransformer             [noisy latent, image latent], states -> v
         CogVAE                     causal 3-D autoencoder, 8x in space, 4x in time
         CogSchedule                noise levels with zero terminal SNR, DDIM steps
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
 from model import (ACTIVATIONS, CLIPEncoder, UserError, attention, build, embedding, find_tensors, hub_dir,
@@ -57,70 +57,52 @@ def rotate(x, cos, sin, dim):
 COGVIDEOX = "zai-org/CogVideoX-5b-I2V"     # 21.6 GB: T5 9.5, transformer 11.3, VAE 0.9; the CogVideoX licence
 
 
-def protobuf_fields(buf):
-    """Yield (field number, value) of one protobuf message; a value is an int (varint) or bytes (all else)."""
-    at = 0
+def protobuf_fields(message):
+    """Yield (field number, value) of a protobuf message; a value is an int (varint) or bytes (all else)."""
+    data = iter(message)
 
     def varint():
-        nonlocal at
         n = shift = 0
-        while True:
-            byte = buf[at]
+        for byte in data:
             n |= (byte & 127) << shift
-            at += 1
-            shift += 7
             if byte < 128:
                 return n
+            shift += 7
 
-    while at < len(buf):
-        key = varint()
+    while key := varint():
         if key & 7 == 0:
             yield key >> 3, varint()
         else:
             size = {1: 8, 5: 4}.get(key & 7) or varint()        # wire types: 64 bit, 32 bit, length-delimited
-            yield key >> 3, bytes(buf[at:at + size])
-            at += size
+            yield key >> 3, bytes(islice(data, size))
 
 
-class T5Tokenizer:
-    """T5's SentencePiece unigram model from the published `spiece.model`, without the sentencepiece package.
-
-    tokenizer(texts) -> ids (N, length) int64: pieces, </s>, then <pad>. Special tokens written in a text
-    (</s>, <pad>, <extra_id_3>) are cut out as such, as in the published pipeline. A text over `length` tokens
-    is cut, with a warning. UserError for a damaged file.
-    """
-    def __init__(self, folder, length=226):
-        path = Path(folder) / "spiece.model"
-        pieces, kinds, characters = [], [], b""
-        with reading(path, "download the repository's tokenizer folder again"):
-            for number, value in protobuf_fields(path.read_bytes()):
-                if number == 1:                                 # a piece: 1 text, 2 score, 3 kind
-                    piece = dict(protobuf_fields(value))
-                    pieces.append((piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0]))
-                    kinds.append(piece.get(3, 1))               # 1 normal, 2 unknown, 3 control
-                elif number == 3:                               # the normalizer: 2 is its map of characters
-                    characters = dict(protobuf_fields(value)).get(2, b"")
-            need(2 in kinds and characters, "not a SentencePiece model")
-            self.unigram = Tokenizer(models.Unigram(pieces, kinds.index(2), byte_fallback=False))
-            spaces = normalizers.Replace(Regex(" {2,}"), " ")
-            self.unigram.normalizer = normalizers.Sequence(
-                [normalizers.Precompiled(characters), normalizers.Strip(), spaces])
-        self.unigram.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-        extra = read_json(Path(folder) / "added_tokens.json")   # <extra_id_0> has the last id, counting down
+def t5_tokenizer(folder, length=226):
+    """T5's SentencePiece unigram model from the published `spiece.model`: text -> pieces, </s>, then <pad>. Special
+    tokens written in a text (</s>, <pad>, <extra_id_3>) are cut out as such. UserError for a damaged file."""
+    path = Path(folder) / "spiece.model"
+    added = read_json(Path(folder) / "added_tokens.json")       # <extra_id_0> has the last id, counting down
+    pieces, kinds = [], []
+    with reading(path, "download the repository's tokenizer folder again"):
+        for number, value in protobuf_fields(path.read_bytes()):
+            if number == 1:                                     # a piece: 1 text, 2 score, 3 kind
+                piece = dict(protobuf_fields(value))
+                pieces.append((piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0]))
+                kinds.append(piece.get(3, 1))                   # 1 normal, 2 unknown, 3 control
+            elif number == 3:                                   # the normalizer: 2 is its map of characters
+                characters = dict(protobuf_fields(value))[2]
+        need(2 in kinds, "not a SentencePiece model")
+        tokenizer = Tokenizer(models.Unigram(pieces, kinds.index(2), byte_fallback=False))
+        tokenizer.normalizer = normalizers.Sequence([
+            normalizers.Precompiled(characters), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
         special = [text for (text, _), kind in zip(pieces, kinds) if kind in (2, 3)]
-        self.unigram.add_special_tokens(special + sorted(extra, key=extra.get))
-        end, pad = (self.unigram.token_to_id(word) for word in ("</s>", "<pad>"))
-        self.unigram.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", end)])
-        self.unigram.enable_truncation(length)
-        self.unigram.enable_padding(length=length, pad_id=pad, pad_token="<pad>")
-
-    def __call__(self, texts):
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]        # a lone surrogate is no text
-        rows = self.unigram.encode_batch(texts)
-        for row, text in zip(rows, texts):
-            if row.overflowing:
-                print(f"warning: caption cut to {len(row.ids)} tokens: {text[:50]}", file=sys.stderr)
-        return torch.tensor([row.ids for row in rows])
+        tokenizer.add_special_tokens(special + sorted(added, key=added.get))
+        end, pad = (tokenizer.token_to_id(word) for word in ("</s>", "<pad>"))
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", end)])
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(length=length, pad_id=pad)
+        return tokenizer
 
 
 class T5Block(nn.Module):
@@ -286,8 +268,8 @@ class CogTransformer(nn.Module):
             x = block(x, temb, n, rope)
         shift, scale = self.norm_out["linear"](F.silu(temb))[:, None].chunk(2, -1)
         x = self.norm_out["norm"](self.norm_final(x[:, n:])) * (1 + scale) + shift
-        x = self.proj_out(x).view(B, frames, h // p, w // p, -1, p, p)      # channels before a patch's pixels
-        return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, frames, -1, h, w)
+        x = self.proj_out(x).view(B * frames, h // p, w // p, -1).permute(0, 3, 1, 2)
+        return F.pixel_shuffle(x, p).unflatten(0, (B, frames))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -317,12 +299,12 @@ class CogSpatialNorm(nn.Module):
     def forward(self, x, z):
         odd = x.shape[2] % 2 if x.shape[2] > 1 else 0           # a clip's first frame has a latent of its own
         times = (x.shape[2] - odd) // (z.shape[2] - odd)
+        latent = (torch.arange(x.shape[2], device=x.device) + odd * (times - 1)) // times       # of each frame
 
-        def at_x(y):                            # repeating after the 1x1x1 convolution: the same, far cheaper
-            y = torch.cat([y[:, :, :odd], y[:, :, odd:].repeat_interleave(times, 2)], 2)
-            return F.interpolate(y, x.shape[2:])
+        def at_x(conv):                         # repeating after the 1x1x1 convolution: the same, far cheaper
+            return F.interpolate(conv["conv"](z)[:, :, latent], x.shape[2:])
 
-        return self.norm_layer(x).mul_(at_x(self.conv_y["conv"](z))).add_(at_x(self.conv_b["conv"](z)))
+        return self.norm_layer(x).mul_(at_x(self.conv_y)).add_(at_x(self.conv_b))
 
 
 class CogResnet(nn.Module):
@@ -381,19 +363,16 @@ class CogHalf(nn.Module):
                 stage["downsamplers" if down else "upsamplers"] = nn.ModuleList([resample])
             stages.append(stage)
             c = width
+        setattr(self, "down_blocks" if down else "up_blocks", stages)
+        self.stages = [*stages, self.mid_block] if down else [self.mid_block, *stages]         # in running order
         self.down = down
-        if down:
-            self.down_blocks = stages
-            self.norm_out = nn.GroupNorm(groups, c, 1e-6)
-        else:
-            self.up_blocks = stages
-            self.norm_out = norm(c)
+        self.norm_out = nn.GroupNorm(groups, c, 1e-6) if down else norm(c)
         self.conv_out = CogConv(c, 2 * latent if down else cfg["out_channels"])
 
     def forward(self, x, past):
         z = [] if self.down else [x]
         x = self.conv_in(x, past)
-        for stage in [*self.down_blocks, self.mid_block] if self.down else [self.mid_block, *self.up_blocks]:
+        for stage in self.stages:
             for layer in (layer for part in stage.values() for layer in part):
                 x = layer(x) if isinstance(layer, CogResample) else layer(x, past, *z)
         return self.conv_out(F.silu(self.norm_out(x, *z), inplace=True), past)
@@ -407,27 +386,23 @@ class CogVAE(nn.Module):
         self.config = cfg
         self.encoder, self.decoder = CogHalf(cfg, down=True), CogHalf(cfg, down=False)
 
-    @staticmethod
-    def chunks(x, size):
-        """Split x (B, F, ...) in time: 17 frames with size 8 are [9, 8], fewer than 16 are one chunk."""
-        first = x.shape[1] % size + size
-        return [x[:, :first], *x[:, first:].split(size, 1)] if x.shape[1] > first else [x]
-
     @torch.no_grad()
+    def run(self, half, x, size):
+        """Yield a half's output (B, f, C, h, w) of each chunk of x: 17 frames by 8 are 9 and 8, 15 are one chunk."""
+        n, past = x.shape[1], {}
+        first = min(n, n % size + size)
+        for chunk in x.split([first] + [size] * ((n - first) // size), 1):
+            yield half(chunk.transpose(1, 2), past).transpose(1, 2)
+
     def encode(self, video):
         """video (B, F, 3, H, W) in [-1, 1], 8 | H and W -> mean, logvar (B, f, 16, H/8, W/8), unscaled."""
-        past = {}
-        out = [self.encoder(x.transpose(1, 2), past).transpose(1, 2) for x in self.chunks(video, 8)]
-        mean, logvar = torch.cat(out, 1).chunk(2, 2)
+        mean, logvar = torch.cat(list(self.run(self.encoder, video, 8)), 1).chunk(2, 2)
         return mean, logvar.clamp(-30, 20)
 
-    @torch.no_grad()
     def decode_chunks(self, z):
         """Yield decoded slices (B, 9 or 8, 3, 8h, 8w) of latents z (B, f, 16, h, w), unscaled: in all 4f - 3
         frames where f is odd, else 4f."""
-        past = {}
-        for x in self.chunks(z, 2):
-            yield self.decoder(x.transpose(1, 2), past).transpose(1, 2)
+        return self.run(self.decoder, z, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -483,7 +458,6 @@ def fit_image(image, height, width):
     """image (3, H, W) in [-1, 1] -> (3, height, width): all of it, with black around. UserError where it
     would be enlarged over 4 times."""
     h, w = image.shape[1:]
-    assert image.abs().max() <= 1.001, f"image with values up to {image.abs().max():.3g}: needs [-1, 1]"
     if 4 * h < height and 4 * w < width:
         raise UserError(f"image of {w}x{h} is too small for a clip of {width}x{height}; needs a width of "
                         f"{math.ceil(width / 4)} or a height of {math.ceil(height / 4)}")
@@ -526,7 +500,7 @@ class CogVideoX:
         self.device, self.dtype = placement(device, dtype)
         assert self.dtype != torch.float16, "T5 and the VAE overflow in float16; pass bfloat16 or float32"
         self.config = {part: read_json(self.folder / part / "config.json") for part in cls.PARTS}
-        self.tokenizer = T5Tokenizer(self.folder / "tokenizer")
+        self.tokenizer = t5_tokenizer(self.folder / "tokenizer")
         path = self.folder / "scheduler" / "scheduler_config.json"
         with reading(path, "is it another model's?"):
             self.abar = cog_levels(read_json(path))
@@ -555,28 +529,36 @@ class CogVideoX:
             self.loaded = part, self.open(part, self.device)
         return self.loaded[1]
 
+    def tokenize(self, captions):
+        """List of N strings -> ids (N, 226) int64; longer ones are cut, with a warning."""
+        rows = self.tokenizer.encode_batch([to_unicode(caption) for caption in captions])
+        for row, caption in zip(rows, captions):
+            if row.overflowing:
+                print(f"warning: caption cut to {len(row.ids)} tokens: {caption[:50]}", file=sys.stderr)
+        return torch.tensor([row.ids for row in rows])
+
     def text_states(self, captions):
         """List of N captions -> T5 states (N, 226, D) on the CPU, 1.9 MB each in bf16."""
         encoder = self.network("text_encoder")
-        ids = self.tokenizer(captions).to(self.device)
-        return torch.cat([encoder(row[None]).cpu() for row in ids])
+        return torch.cat([encoder(ids[None].to(self.device)).cpu() for ids in self.tokenize(captions)])
 
-    def encode_image(self, image, n_latents, noise):
-        """image (3, H, W) in [-1, 1], noise (1, 1, 16, h, w) -> image latents (1, n_latents, 16, h, w)
-        float32: a sample of the posterior (not its mode), scaled, then zeros for the frames to come."""
+    def encode_image(self, image, noise):
+        """image (3, H, W) in [-1, 1], noise (1, 1, 16, h, w) -> image latents (1, 1, 16, h, w) float32: a sample of
+        the posterior (not its mode), scaled."""
         mean, logvar = self.network("vae").encode(image[None, None].to(self.device, self.dtype))
         z = mean.float().cpu() + (0.5 * logvar.float().cpu()).exp() * noise
-        return F.pad(z * self.config["vae"]["scaling_factor"], (0, 0, 0, 0, 0, 0, 0, n_latents - 1))
+        return z * self.config["vae"]["scaling_factor"]
 
     @torch.no_grad()
     def denoise(self, z, z_img, ctx, steps=50):
         """Yield the latents (1, f, 16, h, w) after each step, float32 on the device.
 
-        z: starting noise; z_img: image latents; ctx (2, 226, D): states of [negative, caption]. UserError on
-        NaN or Inf, with the step.
+        z: starting noise; z_img (1, 1, 16, h, w): of the image, zeros follow for the frames to come; ctx (2, 226, D):
+        states of [negative, caption]. UserError on NaN or Inf, with the time step.
         """
         net = self.network("transformer")
         ctx, z_img = (x.to(self.device, self.dtype) for x in (ctx, z_img))
+        z_img = torch.cat([z_img, z_img.new_zeros(z[:, 1:].shape)], 1)
         z = z.to(self.device, torch.float32)
         for t, a, a_next in tqdm(cog_steps(self.abar, steps), "denoise", leave=False, disable=None):
             both = torch.cat([z.to(self.dtype), z_img], 2).expand(2, -1, -1, -1, -1)
@@ -610,7 +592,7 @@ class CogVideoX:
             g = torch.Generator().manual_seed(seed)
             noise = torch.randn(1, 1, c, h, w, generator=g)
             z_T = torch.randn(1, f, c, h, w, generator=g)
-            latents.append((z_T, self.encode_image(image, f, noise)))
+            latents.append((z_T, self.encode_image(image, noise)))
         for k, (z, z_img) in enumerate(latents):
             for z in self.denoise(z, z_img, torch.stack([unwanted, states[k]]), steps):
                 pass
@@ -632,7 +614,7 @@ class CogVideoX:
 # ----------------------------------------------------------------------------------------------------------
 
 LLAVA = "llava-hf/llava-onevision-qwen2-7b-ov-hf"       # 16.1 GB, Apache 2.0; the 0.5B sister has 1.8 GB
-LLAVA_FILES = ["*.json", "merges.txt", "*.safetensors"]
+LLAVA_FILES = ["*.json", "*.safetensors"]
 
 
 def best_resolution(height, width, pinpoints):
@@ -694,57 +676,45 @@ class SigLIP(nn.Module):
         return self.encoder(x + self.embeddings.position_embedding.weight)
 
 
-class QwenAttention(nn.Module):
-    """Causal attention; a group of query heads shares one head of keys and values (Ainslie et al. 2023)."""
+class QwenLayer(nn.Module):
+    """Pre-norm causal attention and gated feed-forward. A group of query heads shares one head of keys and values
+    (Ainslie et al. 2023)."""
     def __init__(self, cfg):
         super().__init__()
-        width, self.heads, self.kv = cfg["hidden_size"], cfg["num_attention_heads"], cfg["num_key_value_heads"]
-        self.d = width // self.heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj, self.v_proj = (nn.Linear(width, self.kv * self.d) for _ in range(2))
-        self.o_proj = nn.Linear(width, width, bias=False)
-
-    def forward(self, x, rope, cache=None, at=None, mask=None):
-        """x (B, L, D): a whole prompt, whose keys and values fill the start of `cache` (2, B, n, kv*d) if there is
-        one; or, with at (B,), one new token per row, which takes this place in the cache and sees what mask says."""
-        group = self.heads // self.kv
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.d)), *rope, dim=-2)      # (B, L, heads, d)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.kv, self.d)), *rope, dim=-2).flatten(2)
-        v = self.v_proj(x)
-        if at is None:
-            if cache is not None:
-                cache[:, :, :x.shape[1]] = torch.stack([k, v])
-            k, v = (y.unflatten(-1, (self.kv, self.d)).repeat_interleave(group, 2).flatten(2) for y in (k, v))
-            return self.o_proj(attention(q.flatten(2), k, v, self.heads, causal=True))
-        cache[:, torch.arange(len(x)), at] = torch.stack([k[:, 0], v[:, 0]])
-        # a group's queries stand as `group` positions of its one key head: no copy of the cache is made
-        q = q.view(-1, self.kv, group, self.d).transpose(1, 2).flatten(2)
-        y = attention(q, *cache, self.kv, mask)
-        return self.o_proj(y.view(-1, group, self.kv, self.d).transpose(1, 2).flatten(1)[:, None])
-
-
-class QwenMLP(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        width, hidden = cfg["hidden_size"], cfg["intermediate_size"]
-        self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        width, hidden, eps = cfg["hidden_size"], cfg["intermediate_size"], cfg.get("rms_norm_eps", 1e-6)
+        self.heads, self.kv = cfg["num_attention_heads"], cfg["num_key_value_heads"]
+        kv_width = width // self.heads * self.kv
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
+        self.self_attn = nn.ModuleDict({
+            "q_proj": nn.Linear(width, width), "k_proj": nn.Linear(width, kv_width),
+            "v_proj": nn.Linear(width, kv_width), "o_proj": nn.Linear(width, width, bias=False)})
+        self.mlp = nn.ModuleDict({name: nn.Linear(width, hidden, bias=False) for name in ("gate_proj", "up_proj")})
+        self.mlp["down_proj"] = nn.Linear(hidden, width, bias=False)
         self.act = ACTIVATIONS[cfg.get("hidden_act", "silu")]
 
-    def forward(self, x):
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x, rope, cache=None, at=None, mask=None):
+        y = self.input_layernorm(x)
+        q, k, v = (self.self_attn[f"{s}_proj"](y) for s in "qkv")
+        q = rotate(q.unflatten(-1, (self.heads, -1)), *rope, dim=-2).flatten(2)
+        k = rotate(k.unflatten(-1, (self.kv, -1)), *rope, dim=-2).flatten(2)
+        x = x + self.self_attn.o_proj(self.attend(q, k, v, cache, at, mask))
+        y = self.post_attention_layernorm(x)
+        return x + self.mlp.down_proj(self.act(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
 
-
-class QwenLayer(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        width, eps = cfg["hidden_size"], cfg.get("rms_norm_eps", 1e-6)
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
-        self.self_attn, self.mlp = QwenAttention(cfg), QwenMLP(cfg)
-
-    def forward(self, x, rope, cache, at, mask):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, at, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def attend(self, q, k, v, cache, at, mask):
+        """q (B, L, D), k, v (B, L, kv*d): of whole prompts, which fill the start of `cache` (2, B, n, kv*d) if there is
+        one; or, with at (B,), of one new token per row, which takes this place in the cache and sees what mask says."""
+        group = self.heads // self.kv
+        if at is None:
+            if cache is not None:
+                cache[:, :, :k.shape[1]] = torch.stack([k, v])
+            k, v = (y.unflatten(-1, (self.kv, -1)).repeat_interleave(group, 2).flatten(2) for y in (k, v))
+            return attention(q, k, v, self.heads, causal=True)
+        cache[:, torch.arange(len(q)), at] = torch.stack([k[:, 0], v[:, 0]])
+        # a group's queries stand as `group` positions of its one key head: no copy of the cache is made
+        q = q.view(len(q), self.kv, group, -1).transpose(1, 2).flatten(2)
+        y = attention(q, *cache, self.kv, mask)
+        return y.view(len(q), group, self.kv, -1).transpose(1, 2).flatten(1)[:, None]
 
 
 class Qwen2(nn.Module):
@@ -764,18 +734,19 @@ class Qwen2(nn.Module):
     def new_cache(self, batch, length):
         """Room for keys and values of `length` tokens per row: 57 KB a token for 7B in bf16."""
         # zeros: what lies behind a short row is masked, but a NaN there would come through as 0 * NaN
-        return self.lm_head.weight.new_zeros(len(self.model.layers), 2, batch, length, self.kv_width)
+        return [self.lm_head.weight.new_zeros(2, batch, length, self.kv_width) for _ in self.model.layers]
 
     def forward(self, x, cache=None, at=None):
         """Whole prompts (`at` None), padded on the right, where causal attention never looks; or one more token per
         row at position at (B,), which sees the cache up to itself."""
-        positions = torch.arange(x.shape[1], device=x.device)[None] if at is None else at[:, None]
-        angle = rotary(positions, self.d, self.theta)[:, :, None]                      # (B or 1, L, 1, d/2)
-        rope, mask = (angle.cos(), angle.sin()), None
+        positions, mask = torch.arange(x.shape[1], device=x.device)[None], None
         if at is not None:
-            mask = (torch.arange(cache.shape[3], device=x.device) <= at[:, None])[:, None, None]   # (B, 1, 1, n)
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, rope, None if cache is None else cache[i], at, mask)
+            positions = at[:, None]
+            mask = (torch.arange(cache[0].shape[2], device=x.device) <= positions)[:, None, None]    # (B, 1, 1, n)
+        angle = rotary(positions, self.d, self.theta)[:, :, None]                      # (B or 1, L, 1, d/2)
+        rope = angle.cos(), angle.sin()
+        for layer, past in zip(self.model.layers, cache or [None] * len(self.model.layers)):
+            x = layer(x, rope, past, at, mask)
         return self.model.norm(x)
 
 
@@ -787,31 +758,14 @@ KINDS = "image", "video"
 # one turn that shows something, up to the answer; the published chat templates differ from it in white space only
 CHAT = "<|im_start|>user\n{shown}{text}<|im_end|>\n<|im_start|>assistant\n"
 
-# Qwen2's pieces of text: contractions, words, single digits, runs of signs, white space
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-def read_tokenizer(folder):
-    """Qwen2's byte-level BPE from tokenizer.json, or from vocab.json, merges.txt and added_tokens.json."""
-    with reading(folder, "its tokenizer files should all be of one model"):
-        if (folder / "tokenizer.json").exists():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tok = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-        tok.normalizer, tok.decoder = normalizers.NFC(), decoders.ByteLevel()
-        tok.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        added = read_json(folder / "added_tokens.json")
-        tok.add_special_tokens(sorted(added, key=added.get))            # they get the next ids, in this order
-        for word, i in added.items():
-            need(tok.token_to_id(word) == i, f"{word!r} of added_tokens.json does not follow on vocab.json")
-        return tok
+def to_unicode(text):
+    """Without lone surrogates, which JSON may hold and tokenizers refuse."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def plain(text):
     """Others' text in which nothing reads as a special token: <video> becomes video, <|im_end|> |im_end|."""
-    text = text.encode("utf-8", "replace").decode()                     # a lone surrogate is no text
+    text = to_unicode(text)
     while (clean := re.sub(r"<(\|?\w+\|?)>", r"\1", text)) != text:
         text = clean
     return text
@@ -830,8 +784,6 @@ class LlavaOneVision(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         text, vision = cfg["text_config"], cfg["vision_config"]
-        features = cfg.get("vision_feature_layer", -1), cfg.get("vision_feature_select_strategy", "full")
-        need(features == (-1, "full"), f"features {features} are not LLaVA-OneVision's (-1, 'full')")
         self.cfg, self.size = cfg, vision["image_size"]
         self.grid = self.size // vision["patch_size"]                   # patches per side: 27
         self.vision_tower = nn.ModuleDict({"vision_model": SigLIP(vision)})
@@ -864,8 +816,8 @@ class LlavaOneVision(nn.Module):
         load_weights(net, tensors, str(folder / file), absent=(head,) if tied else (), device=device, dtype=dtype)
         if tied:
             net.language_model.lm_head.weight = net.language_model.model.embed_tokens.weight
-        net.tokenizer = read_tokenizer(folder)
         with reading(folder, "take all its .json files from one model"):
+            net.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             images = read_json(folder / "preprocessor_config.json")   # the video processor's file says the same
             net.mean, net.std = images["image_mean"], images["image_std"]
             end = read_json(folder / "generation_config.json")["eos_token_id"]

@@ -66,7 +66,7 @@ def pixels(name):
 
 
 def test_tokens_equal_the_published_tokenizer_on_every_string(cog):
-    ids = cog.tokenizer(COG_CASES["token_strings"])
+    ids = cog.tokenize(COG_CASES["token_strings"])
     assert torch.equal(ids, WANT["tokens.hf4"]) and torch.equal(ids, WANT["tokens.hf5"])
 
 
@@ -107,8 +107,9 @@ def test_sampler_follows_the_published_trajectory(cog, steps):
 def test_an_image_and_a_caption_become_the_published_clip(cog):
     e2e, noise = COG_CASES["e2e"], WANT["e2e.image_noise"].transpose(1, 2)
     image = to_tensor(WANT["e2e.image_u8"].numpy())
-    z_img = cog.encode_image(T.fit_image(image, e2e["height"], e2e["width"]), 3, noise)
-    close("e2e.image_latents", z_img)
+    z_img = cog.encode_image(T.fit_image(image, e2e["height"], e2e["width"]), noise)
+    assert not WANT["e2e.image_latents"][:, 1:].any()
+    torch.testing.assert_close(z_img, WANT["e2e.image_latents"][:, :1], rtol=0, atol=ATOL["e2e.image_latents"])
     ctx = cog.text_states([e2e["negative_prompt"], e2e["prompt"]])
     path = list(cog.denoise(WANT["e2e.latents"], z_img, ctx, e2e["steps"]))
     close("e2e.trajectory", torch.cat(path))
@@ -124,12 +125,11 @@ def test_cogvideox_has_the_names_and_shapes_of_the_published_files(network, mani
 
 # ---------------------------------------------------------------------------------------------------- CogVideoX: behaviour
 
-@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("steps", [1, 4, 50])
 def test_sampling_starts_without_signal_and_the_true_v_leads_to_the_clean_latents(cog, steps):
     z0, z = torch.randn(2, 500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     path = T.cog_steps(cog.abar, steps)
-    assert len(path) == steps and path[0][:2] == (999, 0)
-    assert path[-1][2] == 1 or steps == 7                       # 1000 in steps of 142: six places are left
+    assert len(path) == steps and path[0][:2] == (999, 0) and path[-1][2] == 1
     for _, a, a_next in path:
         z = T.cog_step((a.sqrt() * z - z0) / (1 - a).sqrt(), z, a, a_next)
     torch.testing.assert_close(z, z0)
@@ -207,11 +207,11 @@ def test_clip_fault_names_black_static_and_unlike_clips():
 def test_a_small_image_and_weights_that_give_nan_stop_in_one_line(cog):
     fails("image of 8x7 is too small", next, cog.clips([(torch.zeros(3, 7, 8), "a fox", 0)]))
     z, ctx = torch.full((1, 3, 16, 4, 6), float("nan")), torch.zeros(2, 226, 32)
-    fails("NaN or Inf at time step 999", next, cog.denoise(z, torch.zeros_like(z), ctx, 2))
+    fails("NaN or Inf at time step 999", next, cog.denoise(z, torch.zeros_like(z[:, :1]), ctx, 2))
 
 
 def test_a_long_caption_is_cut_with_a_warning_and_a_lone_surrogate_is_read(cog, capsys):
-    ids = cog.tokenizer(["snow " * 300, "\ud800"])
+    ids = cog.tokenize(["snow " * 300, "\ud800"])
     assert ids.shape == (2, 226) and ids[0, -1] == 1 and "cut to 226" in capsys.readouterr().err
 
 
@@ -269,17 +269,12 @@ def visual(kind):
     return WANT["llava.video.frames_u8" if kind == "video" else f"llava.{kind}.image_u8"].numpy()
 
 
-def test_tokens_equal_the_published_tokenizer_from_either_kind_of_file(net, tmp_path):
-    for name in ("vocab.json", "merges.txt", "added_tokens.json"):
-        shutil.copy(LLAVA / name, tmp_path)
-    for tokenizer in (net.tokenizer, T.read_tokenizer(tmp_path)):
-        for text, ids in zip(CASES["token_strings"], WANT["llava.tokens"].tolist()):
-            assert tokenizer.encode(text).ids == [i for i in ids if i >= 0], text
-    edit_json(tmp_path / "added_tokens.json", **{"<video>": 5})
-    fails("of added_tokens.json does not follow", T.read_tokenizer, tmp_path)
+def test_tokens_equal_the_published_tokenizer(net):
+    for text, ids in zip(CASES["token_strings"], WANT["llava.tokens"].tolist()):
+        assert net.tokenizer.encode(text).ids == [i for i in ids if i >= 0], text
 
 
-# as uploaded first: the converter's file; later ones, like the miniature's, put line breaks in other places
+# an earlier upload; the miniature's, like the converter's today, puts line breaks in other places
 FIRST_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}{% for content in message['content'] | "
     "selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}{% for content in message['content'] | selectattr('type', "
@@ -398,7 +393,6 @@ def test_shards_with_an_untied_head_load(net, tmp_path):
 @pytest.mark.parametrize("match, file, changes", [
     ("config.json: not LLaVA-OneVision's \\(llava\\); give llava-hf", "config.json", {"model_type": "llava"}),
     ("config.json: lacks 'text_config'; give llava-hf", "config.json", None),
-    ("config.json: features", "config.json", {"vision_feature_layer": -2}),
     ("lacks 1 of .*lm_head", "config.json", {"tie_word_embeddings": False}),
     ("lacks 'image_mean'", "preprocessor_config.json", None),
     ("index.json: has no weight_map", "model.safetensors.index.json", None)])
