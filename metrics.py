@@ -1106,8 +1106,6 @@ def read_edits(clip, places):
 
 def edit_clip(ed, size, options, item, clip):
     """Generator of an item's edited frames, as `sample.py` delivers them; short side `size` inside the model."""
-    if options["mode"] and not item["instruction"] and "known" not in item:
-        raise UserError("no instruction for it in the prompts")
     small = model_size(*clip["source"].shape[1:3], size, ed.multiple)
     options = options | {"seed": options["seed"] + item.get("number", 0)}
     for rgb, *_ in edit_pictures(ed, clip["source"], small, item["instruction"], **options):
@@ -1283,7 +1281,9 @@ def main_tgve(argv):
         ed, size, rows = open_editor(args)
         name, made_by = ed.name, made_by | {"editor": ed.fingerprint, "size": size} | rows["edit"]
         edits = {row: partial(edit_clip, ed, size, options) for row, options in rows.items()}
-        notes = filtered_by(ed)
+        asked = [item for item in items if item["instruction"]]
+        notes = [f"{len(items) - len(asked)} clips have no instruction in the prompts", *filtered_by(ed)]
+        items = asked
     out = results(what, name, made_by, args.out)
     done, said = edit_and_score(items, read_source, edits, scorers, out, edits_at=args.outputs)
     report(table(items, done, out.name, PAPER[what]), said + notes, scorers, out)
@@ -1486,8 +1486,8 @@ def main_footage(argv):
         source = read_video(item["path"], size, frames=args.frames, multiple=ed.multiple)[0]
         source = truth = np.stack(to_u8(source))
         if item["known"]:                                               # else all of the clip is outside the edit
-            truth = world.EFFECTS[item["task"]](source / 255, np.arange(len(source)) / 10, 0)
-        return {"source": source, "truth": world.quantise(truth), "mask": np.full(source.shape[:3], item["known"])}
+            truth = world.quantise(world.EFFECTS[item["task"]](source / 255, np.arange(len(source)) / 10, 0))
+        return {"source": source, "truth": truth, "mask": np.full(source.shape[:3], item["known"])}
     done, notes = edit_and_score(items, read, known_edits(ed, size, rows), scorers, out, ".png")
     report(table(items, done, out.name), [*notes, SUCCESS, *filtered_by(ed)], scorers, out)
 
