@@ -1,26 +1,27 @@
 """The world that `tiny` learns from: scenes drawn by code, with the exact target video of every edit.
 
-Needs numpy, scipy and pillow only and imports nothing of the project. Contents: names and scenes, canvases, shapes,
-rendering, effects and styles, captions and wordings, edits, the words that all of it can say.
+Needs numpy, scipy and pillow only and imports nothing of the project. Contents: names and scenes, scenes at
+random, canvases, shapes, rendering, effects and styles (EFFECTS, STYLES), captions and instructions, edits
+(TASKS), the words that all of it can say, pairs and clips for training, curation and tests. `draw_scene` and
+`propose_edit` describe, `render` draws.
 """
 import io
 import math
 import re
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from random import Random
 
 import numpy as np
 from PIL import Image
+from scipy.io import wavfile
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 # ----------------------------------------------------------------------------------------------------------
 # The shapes world: procedurally drawn clips with captions, instructions and the true result of every edit.
 # Lengths are in heights of the frame; x runs over [0, aspect], y downwards over [0, 1]; time is in seconds.
 # ----------------------------------------------------------------------------------------------------------
-
-TASKS = ("style", "object", "background", "multiple", "removal", "addition", "texture", "effect")
 
 COLOURS = {"red": (.85, .12, .12), "orange": (.96, .55, .10), "yellow": (.97, .87, .15),
            "green": (.15, .65, .20), "cyan": (.10, .80, .85), "blue": (.13, .25, .85),
@@ -29,8 +30,8 @@ COLOURS = {"red": (.85, .12, .12), "orange": (.96, .55, .10), "yellow": (.97, .8
 KINDS = ("circle", "square", "triangle", "star", "heart", "ring", "diamond", "cross", "moon", "hexagon")
 TEXTURES = {"plain": "", "striped": "stripes", "dotted": "dots", "checkered": "checks"}    # adjective -> noun
 # By how many equal turns an outline or a pattern looks the same; 0: by any.
-TURNS = {"circle": 0, "ring": 0, "square": 4, "triangle": 3, "star": 5, "heart": 1, "diamond": 2, "cross": 4, "moon": 1,
-         "hexagon": 6, "plain": 0, "striped": 2, "dotted": 4, "checkered": 4}
+TURNS = {"circle": 0, "ring": 0, "square": 4, "triangle": 3, "star": 5, "heart": 1, "diamond": 2, "cross": 4,
+         "moon": 1, "hexagon": 6, "plain": 0, "striped": 2, "dotted": 4, "checkered": 4}
 PLACES = {f"{row} {col}".replace("middle middle", "middle").strip(): (u, v)
           for row, v in (("top", .2), ("middle", .5), ("bottom", .8))
           for col, u in (("left", .2), ("middle", .5), ("right", .8))}
@@ -219,8 +220,7 @@ def draw_scene(seed, domain="synthetic", split="train"):
     domain "synthetic" is clean; "real" adds clutter, camera shake, flicker, sensor noise and JPEG blocks.
     split "held" has seeds of its own and also uses the (kind, colour) pairs that training never shows.
     """
-    if domain not in ("synthetic", "real") or split not in ("train", "held"):
-        raise ValueError(f"draw_scene: domain {domain!r} (synthetic, real), split {split!r} (train, held)")
+    assert domain in ("synthetic", "real") and split in ("train", "held"), (domain, split)
     rng = Random(f"scene {split} {domain} {seed}")
     n_objects = 0 if rng.random() < 0.15 else rng.choice((1, 1, 2, 2, 2, 3, 3))
     # Scenes without objects teach the global edits, so they look like footage.
@@ -590,7 +590,7 @@ def render(scene, n_frames=1, height=96, width=96, fps=8.0, t0=0.0):
         frames[i] = img
     np.clip(frames, 0, 1, out=frames)
     for name, seed in scene.post:
-        frames = (EFFECTS.get(name) or STYLES[name])(frames, times, seed)
+        frames = OPERATIONS[name](frames, times, seed)
     return frames
 
 
@@ -795,126 +795,124 @@ def watercolor(x, times, seed):
     return _unit(.28 + .72 * wash - rim)
 
 
-EFFECTS = {f.__name__: f for f in (grayscale, sepia, night, snow, rain, fog, sunset, winter, invert, brighter,
-                                   darker, vivid, contrast, faded, blurry)}
-STYLES = {"pixel art": pixel_art, "sketch": sketch, "cartoon": poster, "neon": neon, "watercolor": watercolor}
-RANDOM_EFFECTS = ("snow", "rain")
+@dataclass(frozen=True)
+class Effect:
+    """A global edit: an exact operation on any footage, and how people speak of it."""
+    operation: object               # (frames (F, H, W, 3) in [0, 1], times (F,) in seconds, seed) -> frames
+    caption: str                    # what it adds to a caption
+    wordings: str                   # for training / held out, of the same words; {it}: the clip
+    random: bool = False            # it depends on its seed, so nobody can know the exact target
+
+    def __call__(self, frames, times, seed):
+        return self.operation(frames, times, seed)
 
 
-# ---- captions and wordings -------------------------------------------------------------------------------
+# A new effect is one function above and one entry here.
+EFFECTS = {
+    "grayscale": Effect(grayscale, "in black and white", """
+        make {it} grayscale; make {it} black and white; turn {it} into black and white; convert {it} to
+        grayscale; remove all color; desaturate {it}; make {it} monochrome; take the color out of {it};
+        change {it} to black and white; make {it} a black and white film; make {it} gray; show {it} without
+        color; drop the colors
+        / convert {it} to black and white; turn {it} into grayscale; take away all color"""),
+    "sepia": Effect(sepia, "in sepia tones", """
+        make {it} sepia; turn {it} sepia; apply a sepia filter; give {it} sepia tones; make {it} look like
+        an old photo; add a sepia tone to {it}; convert {it} to sepia; make {it} vintage; make {it} look
+        like a vintage film; give {it} an old brown tone; sepia
+        / change {it} to sepia; add a sepia filter to {it}; give {it} an old sepia look"""),
+    "night": Effect(night, "at night", """
+        make {it} night; make it night time; turn day into night; change {it} to night; make {it} look like
+        night; set {it} at night; show {it} at night; let it be night; make it a dark night; make {it}
+        happen at night; change the time to night; turn {it} into a night scene; night
+        / turn {it} into night; change the time of day to night; make it look like night time"""),
+    "snow": Effect(snow, "in the snow", """
+        make it snow; add snow; let it snow; add falling snow to {it}; put snow in {it}; make {it} snowy;
+        add snow flakes; give {it} snow; cover {it} with falling snow; change the weather to snow; make it a
+        snowy day; turn {it} into a snowy day; add a snow storm; make it snow hard; give {it} snowy weather;
+        it should snow; make {it} look like it is snowing; snow
+        / add snow to {it}; make snow fall; let snow flakes fall in {it}""", random=True),
+    "rain": Effect(rain, "in the rain", """
+        make it rain; add rain; let it rain; add falling rain to {it}; put rain in {it}; make {it} rainy;
+        add rain drops; make rain fall in {it}; give {it} a rainy day; change the weather to rain; turn {it}
+        into a rainy day; add a rain storm; add heavy rain; give {it} rainy weather; it should rain; make
+        {it} look like it is raining; rain
+        / add rain to {it}; make it a rainy day; let rain drops fall""", random=True),
+    "fog": Effect(fog, "in the fog", """
+        make it foggy; add fog; put fog in {it}; cover {it} with fog; add thick fog to {it}; make {it}
+        misty; fill {it} with mist; let fog fall over {it}; change the weather to fog; make it a foggy day;
+        give {it} foggy weather; add some mist; fog
+        / add fog to {it}; fill {it} with fog; give {it} thick mist"""),
+    "sunset": Effect(sunset, "at sunset", """
+        make it sunset; make {it} warm; make {it} warmer; give {it} a warm light; make {it} look like
+        sunset; set {it} at sunset; turn {it} into a sunset; add warm evening light; change {it} to golden
+        hour
+        / change the time of day to sunset; add a warm sunset light to {it}; show {it} at golden hour"""),
+    "winter": Effect(winter, "in winter", """
+        make {it} cold; make it winter; make {it} colder; give {it} a cold light; make {it} look like
+        winter; turn {it} into winter; add cold blue light; set {it} in winter; make {it} cool
+        / change {it} to winter; add a cold winter light to {it}; show {it} in winter"""),
+    "invert": Effect(invert, "in negative colors", """
+        invert the colors; invert {it}; make {it} a negative; turn {it} into a negative; show the negative
+        of {it}; apply a negative filter; flip all colors to their opposite
+        / convert {it} to a negative; invert all colors of {it}; change all colors to their opposite"""),
+    "brighter": Effect(brighter, "in bright light", """
+        make {it} brighter; make {it} bright; brighten {it}; add more light; turn up the light; increase the
+        brightness; give {it} more light; make {it} lighter
+        / increase the light in {it}; turn up the brightness; add more light to {it}"""),
+    "darker": Effect(darker, "in dark light", """
+        make {it} darker; make {it} dark; darken {it}; turn down the light; reduce the brightness; lower the
+        brightness of {it}; give {it} less light; make {it} dim
+        / reduce the light in {it}; turn down the brightness; lower the light"""),
+    "vivid": Effect(vivid, "in vivid colors", """
+        make {it} vivid; make the colors vivid; make {it} more colorful; saturate {it}; increase the
+        saturation; boost the colors of {it}; give {it} vivid colors; make the colors stronger; make the
+        colors more vivid; make {it} more saturated
+        / boost the saturation; give {it} stronger colors; turn up the colors"""),
+    "contrast": Effect(contrast, "with high contrast", """
+        increase the contrast; make {it} high contrast; add more contrast; boost the contrast of {it}; give
+        {it} high contrast; turn up the contrast; make the contrast stronger
+        / add more contrast to {it}; give {it} more contrast; make {it} stronger in contrast"""),
+    "faded": Effect(faded, "in faded colors", """
+        make {it} faded; fade the colors; make {it} pale; make the colors pale; give {it} faded colors;
+        reduce the saturation of {it}; wash out the colors; apply a faded filter
+        / give {it} pale colors; fade {it}; wash out {it}"""),
+    "blurry": Effect(blurry, "out of focus", """
+        make {it} blurry; blur {it}; put {it} out of focus; add blur; make {it} soft and blurry; apply a
+        blur filter; take {it} out of focus; give {it} a soft focus
+        / add blur to {it}; make {it} out of focus; give {it} a soft blur"""),
+}
+STYLES = {
+    "pixel art": Effect(pixel_art, "as pixel art", """
+        make {it} pixel art; turn {it} into pixel art; make {it} look like an old video game; pixelate {it};
+        change the style to pixel art; draw {it} as pixel art; show {it} in big pixels; convert {it} to a
+        pixel art style
+        / convert {it} to pixel art; make {it} look like pixel art; draw {it} in big pixels"""),
+    "sketch": Effect(sketch, "as a pencil sketch", """
+        make {it} a pencil sketch; turn {it} into a pencil sketch; make {it} a sketch; change the style to a
+        pencil drawing; draw {it} with a pencil; turn {it} into a pencil drawing; make {it} look like a
+        sketch; convert {it} to a sketch
+        / change the style to a pencil sketch; draw {it} as a sketch; make {it} look like a pencil drawing"""),
+    "cartoon": Effect(poster, "as a cartoon", """
+        make {it} a cartoon; turn {it} into a cartoon; make {it} look like a poster; change the style to
+        cartoon; draw {it} as a cartoon; turn {it} into a poster; make {it} a comic; convert {it} to a comic
+        style
+        / convert {it} to a cartoon style; make {it} look like a comic; change the style to a poster"""),
+    "neon": Effect(neon, "as a neon drawing", """
+        make {it} neon; turn {it} into neon lights; make {it} glow in neon; change the style to neon; draw
+        {it} with neon light; give {it} glowing neon edges; make {it} a neon drawing; show {it} in neon
+        style
+        / turn {it} into a neon drawing; make {it} look like neon; draw {it} in glowing neon"""),
+    "watercolor": Effect(watercolor, "as a watercolor painting", """
+        make {it} a watercolor; turn {it} into a watercolor painting; make {it} a painting; change the style
+        to watercolor; paint {it} with watercolor; make {it} look like a watercolor painting; draw {it} as a
+        soft painting; convert {it} to a painting
+        / convert {it} to a watercolor; paint {it} as a watercolor painting; turn {it} into a soft painting"""),
+}
+OPERATIONS = EFFECTS | STYLES
+RANDOM_EFFECTS = tuple(name for name, x in OPERATIONS.items() if x.random)
 
-POST_CAPTION = {
-    "grayscale": "in black and white", "sepia": "in sepia tones", "night": "at night", "snow": "in the snow",
-    "rain": "in the rain", "fog": "in the fog", "sunset": "at sunset", "winter": "in winter",
-    "invert": "in negative colors", "brighter": "in bright light", "darker": "in dark light",
-    "vivid": "in vivid colors", "contrast": "with high contrast", "faded": "in faded colors",
-    "blurry": "out of focus", "pixel art": "as pixel art", "sketch": "as a pencil sketch",
-    "cartoon": "as a cartoon", "neon": "as a neon drawing", "watercolor": "as a watercolor painting"}
 
-# {it} the clip, {o} the object, {c} colour, {a} new object with article, {p} place, {b} background, {x}
-# texture noun, {d} texture adjective. Training wordings / held-out ones, which use the same words.
-_WORDINGS = """
-grayscale: make {it} grayscale; make {it} black and white; turn {it} into black and white; convert {it} to
-    grayscale; remove all color; desaturate {it}; make {it} monochrome; take the color out of {it}; change
-    {it} to black and white; make {it} a black and white film; make {it} gray; show {it} without color; drop
-    the colors / convert {it} to black and white; turn {it} into grayscale; take away all color
-sepia: make {it} sepia; turn {it} sepia; apply a sepia filter; give {it} sepia tones; make {it} look like an
-    old photo; add a sepia tone to {it}; convert {it} to sepia; make {it} vintage; make {it} look like a
-    vintage film; give {it} an old brown tone; sepia / change {it} to sepia; add a sepia filter to {it};
-    give {it} an old sepia look
-night: make {it} night; make it night time; turn day into night; change {it} to night; make {it} look like
-    night; set {it} at night; show {it} at night; let it be night; make it a dark night; make {it} happen at
-    night; change the time to night; turn {it} into a night scene; night / turn {it} into night; change the
-    time of day to night; make it look like night time
-snow: make it snow; add snow; let it snow; add falling snow to {it}; put snow in {it}; make {it} snowy; add
-    snow flakes; give {it} snow; cover {it} with falling snow; change the weather to snow; make it a snowy
-    day; turn {it} into a snowy day; add a snow storm; make it snow hard; give {it} snowy weather; it should
-    snow; make {it} look like it is snowing; snow / add snow to {it}; make snow fall; let snow flakes fall
-    in {it}
-rain: make it rain; add rain; let it rain; add falling rain to {it}; put rain in {it}; make {it} rainy; add
-    rain drops; make rain fall in {it}; give {it} a rainy day; change the weather to rain; turn {it} into a
-    rainy day; add a rain storm; add heavy rain; give {it} rainy weather; it should rain; make {it} look
-    like it is raining; rain / add rain to {it}; make it a rainy day; let rain drops fall
-fog: make it foggy; add fog; put fog in {it}; cover {it} with fog; add thick fog to {it}; make {it} misty;
-    fill {it} with mist; let fog fall over {it}; change the weather to fog; make it a foggy day; give {it}
-    foggy weather; add some mist; fog / add fog to {it}; fill {it} with fog; give {it} thick mist
-sunset: make it sunset; make {it} warm; make {it} warmer; give {it} a warm light; make {it} look like
-    sunset; set {it} at sunset; turn {it} into a sunset; add warm evening light; change {it} to golden hour
-    / change the time of day to sunset; add a warm sunset light to {it}; show {it} at golden hour
-winter: make {it} cold; make it winter; make {it} colder; give {it} a cold light; make {it} look like
-    winter; turn {it} into winter; add cold blue light; set {it} in winter; make {it} cool / change {it} to
-    winter; add a cold winter light to {it}; show {it} in winter
-invert: invert the colors; invert {it}; make {it} a negative; turn {it} into a negative; show the negative
-    of {it}; apply a negative filter; flip all colors to their opposite / convert {it} to a negative; invert
-    all colors of {it}; change all colors to their opposite
-brighter: make {it} brighter; make {it} bright; brighten {it}; add more light; turn up the light; increase
-    the brightness; give {it} more light; make {it} lighter / increase the light in {it}; turn up the
-    brightness; add more light to {it}
-darker: make {it} darker; make {it} dark; darken {it}; turn down the light; reduce the brightness; lower the
-    brightness of {it}; give {it} less light; make {it} dim / reduce the light in {it}; turn down the
-    brightness; lower the light
-vivid: make {it} vivid; make the colors vivid; make {it} more colorful; saturate {it}; increase the
-    saturation; boost the colors of {it}; give {it} vivid colors; make the colors stronger; make the colors
-    more vivid; make {it} more saturated / boost the saturation; give {it} stronger colors; turn up the
-    colors
-contrast: increase the contrast; make {it} high contrast; add more contrast; boost the contrast of {it};
-    give {it} high contrast; turn up the contrast; make the contrast stronger / add more contrast to {it};
-    give {it} more contrast; make {it} stronger in contrast
-faded: make {it} faded; fade the colors; make {it} pale; make the colors pale; give {it} faded colors;
-    reduce the saturation of {it}; wash out the colors; apply a faded filter / give {it} pale colors; fade
-    {it}; wash out {it}
-blurry: make {it} blurry; blur {it}; put {it} out of focus; add blur; make {it} soft and blurry; apply a
-    blur filter; take {it} out of focus; give {it} a soft focus / add blur to {it}; make {it} out of focus;
-    give {it} a soft blur
-pixel art: make {it} pixel art; turn {it} into pixel art; make {it} look like an old video game; pixelate
-    {it}; change the style to pixel art; draw {it} as pixel art; show {it} in big pixels; convert {it} to a
-    pixel art style / convert {it} to pixel art; make {it} look like pixel art; draw {it} in big pixels
-sketch: make {it} a pencil sketch; turn {it} into a pencil sketch; make {it} a sketch; change the style to a
-    pencil drawing; draw {it} with a pencil; turn {it} into a pencil drawing; make {it} look like a sketch;
-    convert {it} to a sketch / change the style to a pencil sketch; draw {it} as a sketch; make {it} look
-    like a pencil drawing
-cartoon: make {it} a cartoon; turn {it} into a cartoon; make {it} look like a poster; change the style to
-    cartoon; draw {it} as a cartoon; turn {it} into a poster; make {it} a comic; convert {it} to a comic
-    style / convert {it} to a cartoon style; make {it} look like a comic; change the style to a poster
-neon: make {it} neon; turn {it} into neon lights; make {it} glow in neon; change the style to neon; draw
-    {it} with neon light; give {it} glowing neon edges; make {it} a neon drawing; show {it} in neon style /
-    turn {it} into a neon drawing; make {it} look like neon; draw {it} in glowing neon
-watercolor: make {it} a watercolor; turn {it} into a watercolor painting; make {it} a painting; change the
-    style to watercolor; paint {it} with watercolor; make {it} look like a watercolor painting; draw {it} as
-    a soft painting; convert {it} to a painting / convert {it} to a watercolor; paint {it} as a watercolor
-    painting; turn {it} into a soft painting
-recolor: make {o} {c}; change {o} to {c}; turn {o} {c}; paint {o} {c}; change the color of {o} to {c}; color
-    {o} {c}; make the color of {o} {c}; recolor {o} to {c}; give {o} a {c} color; can {o} be {c}?; {o}
-    should be {c}; make {o} look {c}; dye {o} {c} / turn the color of {o} to {c}; paint {o} in a {c} color;
-    let {o} be {c}
-swap: turn {o} into {a}; replace {o} with {a}; change {o} into {a}; swap {o} for {a}; make {o} {a};
-    transform {o} into {a}; put {a} in place of {o}; what if {o} were {a}?; {o} should be {a}; make {o} look
-    like {a}; use {a} instead of {o} / change {o} to be {a}; swap {o} with {a}; let {o} be {a}
-removal: remove {o}; delete {o}; erase {o}; get rid of {o}; take away {o}; take {o} out of {it}; remove {o}
-    from {it}; make {o} disappear; cut out {o}; hide {o}; clear {o} away; {o} should not be there; drop {o};
-    make {it} without {o} / get {o} out of {it}; delete {o} from {it}; let {o} disappear
-addition: add {a} at the {p}; put {a} at the {p}; place {a} in the {p}; insert {a} at the {p}; draw {a} in
-    the {p}; add {a} to the {p}; show {a} in the {p}; put {a} in the {p} of {it}; i want {a} at the {p} /
-    place {a} at the {p}; insert {a} in the {p} of {it}; let {a} be at the {p}
-texture: give {o} {x}; make {o} {d}; add {x} to {o}; put {x} on {o}; cover {o} with {x}; turn {o} {d}; paint
-    {x} on {o}; change the texture of {o} to {x}; draw {x} on {o} / turn the texture of {o} to {x}; let {o}
-    be {d}; change {o} to be {d}
-untexture: make {o} plain; remove the pattern from {o}; take the texture off {o}; give {o} a plain color;
-    make the texture of {o} plain; remove the {x} from {o}; erase the {x} on {o}; turn {o} plain / change
-    {o} to plain; take the {x} off {o}; erase the pattern on {o}
-background: change the background to {b}; replace the background with {b}; put {b} in the background; set
-    the background to {b}; make the background {b}; swap the background for {b}; turn the background into
-    {b}; use {b} as the background; what if the background were {b}? / swap the background with {b}; use {b}
-    for the background; let the background be {b}
-backdrop: make the background {c}; change the background to {c}; paint the background {c}; turn the
-    background {c}; set the background to plain {c}; change the background color to {c}; replace the
-    background with a {c} one; put {it} on a {c} background; color the background {c} / set the background
-    color to {c}; let the background be {c}; paint a plain {c} background
-"""
-WORDINGS = {}           # edit -> (training wordings, held-out wordings)
-for _line in re.sub(r"\s*\n    ", " ", _WORDINGS).strip().splitlines():
-    _key, _both = _line.split(": ")
-    WORDINGS[_key] = tuple(tuple(part.split("; ")) for part in _both.split(" / "))
+# ---- captions and instructions ---------------------------------------------------------------------------
 
 IT = ("it",) * 6 + ("the video", "the clip", "the scene", "the picture", "this video", "this clip", "this",
                     "the whole video", "everything")
@@ -922,61 +920,127 @@ POLITE = ("please {}", "can you {}?", "could you {}?", "{} please", "i want you 
 JOINTS = (" and ", ", and ", ", ", " and then ", ", then ")
 
 
-def _article(phrase):
+def article(phrase):
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def _describe(s):
+def describe(s):
     return " ".join(w for w in ("" if s.texture == "plain" else s.texture, s.colour, s.kind) if w)
+
+
+def backdrop(bg):
+    """A background's name with the right article."""
+    return re.sub(r"^a (?=[aeiou])", "an ", bg.name)
 
 
 def caption(scene):
     """One sentence, at most about 30 words: objects, background, effects and styles."""
-    names = [_article(_describe(s)) for s in scene.objects]
-    things = " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
-    bg = scene.background
-    on = "on" if bg.kind in ("plain", "stripes", "checkerboard", "sand", "grass") else "in front of"
-    name = re.sub(r"^a (?=[aeiou])", "an ", bg.name)
-    return " ".join([f"{things} {on} {name}" if things else name] + [POST_CAPTION[p] for p, _ in scene.post])
+    *names, last = [article(describe(s)) for s in scene.objects] or [""]
+    things = ", ".join(names) + " and " * bool(names) + last
+    on = "in front of" if scene.background.kind in ("gradient", "clouds", "leaves", "photo") else "on"
+    place = backdrop(scene.background)
+    return " ".join([f"{things} {on} {place}" if things else place] + [OPERATIONS[name].caption for name, _ in scene.post])
 
 
-def _say(rng, key, split, within=False, **words):
+def say(rng, key, split, within, **words):
     """One wording of WORDINGS[key] of the split; `within` a longer instruction, so no question."""
     options = [w for w in WORDINGS[key][split == "held"] if not (within and w.endswith("?"))]
     return rng.choice(options).format(it=rng.choice(IT), **words)
 
 
-def _finish(rng, text, split):
+def finish(rng, text, split):
     """Politeness and British spelling, by chance."""
     if split == "train" and not text.endswith("?") and not text.startswith("i want") and rng.random() < .15:
         text = rng.choice(POLITE).format(text)
     if rng.random() < .4:
         text = text.replace("color", "colour").replace("gray", "grey")
-    return text[0].upper() + text[1:] + "." * (text[-1] != "?") if rng.random() < .08 else text
+    if rng.random() < .08:
+        text = text[0].upper() + text[1:]
+        return text if text.endswith("?") else text + "."
+    return text
 
 
-def _refer(rng, s, alone):
+def refer(rng, s, alone):
     """A name for s that fits nothing else in the scene: kinds and colours are unique in a scene."""
     names = (s.kind,) + (f"{s.colour} {s.kind}",) * 2 + (f"{s.colour} {rng.choice(('shape', 'object'))}",)
     return "the " + rng.choice((s.kind, "shape", "object") if alone and rng.random() < .3 else names)
 
 
-# ---- edits -----------------------------------------------------------------------------------------------
+# ---- edits: a function a task ----------------------------------------------------------------------------
+# Each takes (scene, rng, split, within, avoid). within: the text becomes a part of a longer instruction; avoid: kinds of
+# objects that it leaves alone, since another part of the instruction speaks of them.
 
-def _free_places(scene, radius=.13):
+@dataclass(frozen=True)
+class Change:
+    text: str                       # the instruction, before `finish`
+    target: Scene
+    known: bool                     # the target follows from source and instruction alone
+    touched: tuple = ()             # kinds of objects that it speaks of
+    is_global: bool = False         # every pixel may change
+
+
+def edit_effect(scene, rng, split, within, avoid, table=EFFECTS):
+    name = rng.choice([n for n in table if n not in dict(scene.post)])
+    target = replace(scene, post=scene.post + ((name, rng.getrandbits(31)),))
+    return Change(say(rng, name, split, within), target, not table[name].random, is_global=True)
+
+
+def edit_style(scene, rng, split, within, avoid):
+    return edit_effect(scene, rng, split, within, avoid, STYLES)
+
+
+def edit_background(scene, rng, split, within, avoid):
+    """Another background; a painted one is exactly what its name says."""
+    bg = scene.background
+    taken = {s.colour for s in scene.objects}
+    if bg.kind == "plain":
+        taken.add(bg.name.split()[1])
+    if rng.random() < .72:
+        new = _flat_background(rng, rng.choice(OFTEN), exact=True, avoid=taken)
+    else:
+        new = _natural_background(rng, rng.choice([k for k in ("clouds", "leaves", "sand", "grass") if k != bg.kind]))
+    if new.kind == "plain":
+        text = say(rng, "backdrop", split, within, c=new.name.split()[1])
+    else:
+        text = say(rng, "background", split, within, b=backdrop(new))
+    return Change(text, replace(scene, background=new, clutter=()), new.kind in PAINT)
+
+
+def free_places(scene, radius=.13):
     return [p for p, (u, v) in PLACES.items()
             if all(math.hypot(u - s.u, v - s.v) > radius + s.radius for s in scene.objects)]
 
 
-def possible_tasks(scene):
-    """The tasks that fit a scene: without objects only style, background and effect."""
-    if not scene.objects:
-        return "style", "background", "effect"
-    free = len(scene.objects) < 3 and _free_places(scene)
-    return tuple(t for t in TASKS if t != "addition" or free)
+def edit_addition(scene, rng, split, within, avoid):
+    """A new object at a named place, which the camera does not move."""
+    kinds = [k for k in KINDS if k not in avoid and all(k != s.kind for s in scene.objects)]
+    colours = [c for c in COLOURS if all(c != s.colour for s in scene.objects)]
+    kind, colour = _pick_pair(rng, split, kinds, colours, scene.background.rgb)
+    place = rng.choice(free_places(scene) or list(PLACES))
+    new = Shape(kind, colour, COLOURS[colour], *PLACES[place], .13, screen=True)
+    text = say(rng, "addition", split, within, a=article(f"{colour} {kind}"), p=place)
+    return Change(text, replace(scene, objects=scene.objects + (new,)), True, (kind,))
 
 
-def _same_turn(old, new):
+def choose_object(scene, rng, within, avoid):
+    """(index, Shape, what the instruction calls it) of the object that an edit is about."""
+    at = rng.choice([i for i, s in enumerate(scene.objects) if s.kind not in avoid])
+    s = scene.objects[at]
+    return at, s, refer(rng, s, alone=len(scene.objects) == 1 and not within)
+
+
+def put_object(scene, at, *new):
+    """The scene with `new`, one Shape or none, in place of object `at`."""
+    return replace(scene, objects=scene.objects[:at] + new + scene.objects[at + 1:])
+
+
+def known_behind(scene, s):
+    """What lies behind an object can be told on painted backgrounds, unless a piece of clutter hides there."""
+    hides = any(math.hypot(c.u - s.u, c.v - s.v) < s.radius + c.radius for c in scene.clutter)
+    return scene.background.kind in PAINT and not hides
+
+
+def same_turn(old, new):
     """True where `new`, which takes over the turn of `old`, can be drawn without knowing more of it than `old` shows.
 
     Nobody sees how far a plain disc is turned, so that the direction of the stripes it gets is anybody's guess; of a
@@ -988,98 +1052,155 @@ def _same_turn(old, new):
     return not old.spin or needs % shows == 0
 
 
-def _one_edit(scene, rng, task, split, within=False, avoid=()):
-    """One simple edit -> (text, target, deterministic, kinds touched); kinds in `avoid` are left alone."""
-    bg = scene.background
-    if task in ("effect", "style"):
-        name = rng.choice([n for n in (EFFECTS if task == "effect" else STYLES) if n not in dict(scene.post)])
-        target = replace(scene, post=scene.post + ((name, rng.getrandbits(31)),))
-        return _say(rng, name, split, within), target, name not in RANDOM_EFFECTS, ()
-    if task == "background":
-        taken = {s.colour for s in scene.objects} | ({bg.name.split()[1]} if bg.kind == "plain" else set())
-        if rng.random() < .72:
-            new = _flat_background(rng, rng.choice(OFTEN), exact=True, avoid=taken)
-        else:
-            kinds = [k for k in ("clouds", "leaves", "sand", "grass") if k != bg.kind]
-            new = _natural_background(rng, rng.choice(kinds))
-        text = (_say(rng, "backdrop", split, within, c=new.name.split()[1]) if new.kind == "plain" else
-                _say(rng, "background", split, within, b=re.sub(r"^a (?=[aeiou])", "an ", new.name)))
-        return text, replace(scene, background=new, clutter=()), new.kind in PAINT, ()
+def edit_removal(scene, rng, split, within, avoid):
+    at, s, name = choose_object(scene, rng, within, avoid)
+    return Change(say(rng, "removal", split, within, o=name), put_object(scene, at), known_behind(scene, s), (s.kind,))
 
-    if task == "addition":
-        kinds = [k for k in KINDS if k not in avoid and all(k != s.kind for s in scene.objects)]
-        colours = [c for c in COLOURS if all(c != s.colour for s in scene.objects)]
-        kind, colour = _pick_pair(rng, split, kinds, colours, bg.rgb)
-        place = rng.choice(_free_places(scene) or list(PLACES))
-        new = Shape(kind, colour, COLOURS[colour], *PLACES[place], .13, screen=True)
-        return (_say(rng, "addition", split, within, a=_article(f"{colour} {kind}"), p=place),
-                replace(scene, objects=scene.objects + (new,)), True, (kind,))
 
-    at = rng.choice([i for i, s in enumerate(scene.objects) if s.kind not in avoid])
-    s = scene.objects[at]
-    name = _refer(rng, s, alone=len(scene.objects) == 1 and not within)
-    rest = scene.objects[:at] + scene.objects[at + 1:]
-    # What lies behind an object can be told on painted backgrounds, unless a piece of clutter hides there.
-    hides = any(math.hypot(c.u - s.u, c.v - s.v) < s.radius + c.radius for c in scene.clutter)
-    behind_known = bg.kind in PAINT and not hides
-    if task == "removal":
-        text = _say(rng, "removal", split, within, o=name)
-        return text, replace(scene, objects=rest), behind_known, (s.kind,)
-    if task == "texture":
-        texture = rng.choice([t for t in TEXTURES if t != s.texture])
-        key, noun = "texture", TEXTURES[texture]
-        if texture == "plain":
-            key, noun = "untexture", TEXTURES[s.texture]
-        text = _say(rng, key, split, within, o=name, x=noun, d=texture)
-        new = replace(s, texture=texture)
-        known = _same_turn(s, new)
+def edit_texture(scene, rng, split, within, avoid):
+    at, s, name = choose_object(scene, rng, within, avoid)
+    texture = rng.choice([t for t in TEXTURES if t != s.texture])
+    key, noun = "texture", TEXTURES[texture]
+    if texture == "plain":
+        key, noun = "untexture", TEXTURES[s.texture]
+    new = replace(s, texture=texture)
+    text = say(rng, key, split, within, o=name, x=noun, d=texture)
+    return Change(text, put_object(scene, at, new), same_turn(s, new), (s.kind,))
+
+
+def edit_object(scene, rng, split, within, avoid):
+    """Another colour, another kind, or both."""
+    at, s, name = choose_object(scene, rng, within, avoid)
+    how = rng.choice(("recolor", "recolor", "swap", "both"))
+    kinds, colours, behind = [s.kind], [s.colour], ()
+    if how != "recolor":
+        kinds = [k for k in KINDS if k not in avoid and all(k != o.kind for o in scene.objects)]
+    if how != "swap":
+        colours = [c for c in COLOURS if all(c != o.colour for o in scene.objects)]
+        behind = scene.background.rgb
+    kind, colour = _pick_pair(rng, split, kinds, colours, behind)
+    new = replace(s, kind=kind, colour=colour, rgb=s.rgb if how == "swap" else COLOURS[colour])
+    if how == "recolor":
+        text = say(rng, "recolor", split, within, o=name, c=colour)
+        known = True
     else:
-        how = rng.choice(("recolor", "recolor", "swap", "both"))
-        kinds, colours = [s.kind], [s.colour]
-        if how != "recolor":
-            kinds = [k for k in KINDS if k not in avoid and all(k != o.kind for o in scene.objects)]
-        if how != "swap":
-            colours = [c for c in COLOURS if all(c != o.colour for o in scene.objects)]
-        kind, colour = _pick_pair(rng, split, kinds, colours, bg.rgb if how != "swap" else ())
-        new = replace(s, kind=kind, colour=colour, rgb=s.rgb if how == "swap" else COLOURS[colour])
-        known = how == "recolor" or behind_known and _same_turn(s, new)
-        called = _article(kind if how == "swap" else f"{colour} {kind}")
-        text = (_say(rng, "recolor", split, within, o=name, c=colour) if how == "recolor" else
-                _say(rng, "swap", split, within, o=name, a=called))
-    objects = scene.objects[:at] + (new,) + scene.objects[at + 1:]
-    return text, replace(scene, objects=objects), known, (s.kind, new.kind)
+        text = say(rng, "swap", split, within, o=name, a=article(kind if how == "swap" else f"{colour} {kind}"))
+        known = known_behind(scene, s) and same_turn(s, new)
+    return Change(text, put_object(scene, at, new), known, (s.kind, new.kind))
 
 
-TASK_WEIGHTS = {"style": 1.2, "object": 2, "background": 1.3, "multiple": 1, "removal": 1.3, "addition": 1.2,
-                "texture": 1, "effect": 2}
+def edit_multiple(scene, rng, split, within, avoid):
+    """Two edits in one instruction."""
+    first, second = rng.sample([t for t in possible_tasks(scene) if t != "multiple"], 2)
+    if len(scene.objects) == 1 and TASKS[first].on_object and TASKS[second].on_object:
+        second = rng.choice(("effect", "background"))   # one object cannot take two edits
+    a = TASKS[first].edit(scene, rng, split, True, avoid)
+    if second == "addition" and not free_places(a.target):
+        second = "effect"
+    b = TASKS[second].edit(a.target, rng, split, True, a.touched)
+    return Change(a.text + rng.choice(JOINTS) + b.text, b.target, a.known and b.known, a.touched + b.touched,
+                  a.is_global or b.is_global)
+
+
+def has_objects(scene):
+    return len(scene.objects) > 0
+
+
+def has_room(scene):
+    return 0 < len(scene.objects) < 3 and len(free_places(scene)) > 0
+
+
+def anything(scene):
+    return True
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of edit: how it is drawn, how often, how people ask for it."""
+    edit: object                    # one of the functions above
+    curated: float                  # odds among the tasks that fit a scene: in curation,
+    drawn: float                    # in the pairs that `tiny` is trained on: local edits are harder to learn,
+    trained: float = 1              # and how often the image editor takes such a pair: shapes that no pixel shows
+    fits: object = has_objects      # scene -> bool
+    on_object: bool = True          # changes an object that is there
+    wordings: dict = field(default_factory=dict)        # key -> training wordings / held-out ones
+
+
+# A new kind of edit is one function above and one entry here. In wordings {it} is the clip, {o} the object, {c} a colour,
+# {a} a new object with its article, {p} a place, {b} a background, {x} and {d} a texture's noun and adjective.
+TASKS = {
+    "style": Task(edit_style, 1.2, 1, fits=anything, on_object=False),
+    "object": Task(edit_object, 2, 2.4, 1.5, wordings={
+        "recolor": """
+            make {o} {c}; change {o} to {c}; turn {o} {c}; paint {o} {c}; change the color of {o} to {c};
+            color {o} {c}; make the color of {o} {c}; recolor {o} to {c}; give {o} a {c} color; can {o} be
+            {c}?; {o} should be {c}; make {o} look {c}; dye {o} {c}
+            / turn the color of {o} to {c}; paint {o} in a {c} color; let {o} be {c}""",
+        "swap": """
+            turn {o} into {a}; replace {o} with {a}; change {o} into {a}; swap {o} for {a}; make {o} {a};
+            transform {o} into {a}; put {a} in place of {o}; what if {o} were {a}?; {o} should be {a}; make
+            {o} look like {a}; use {a} instead of {o}
+            / change {o} to be {a}; swap {o} with {a}; let {o} be {a}"""}),
+    "background": Task(edit_background, 1.3, 1.3, 1.7, fits=anything, on_object=False, wordings={
+        "background": """
+            change the background to {b}; replace the background with {b}; put {b} in the background; set
+            the background to {b}; make the background {b}; swap the background for {b}; turn the background
+            into {b}; use {b} as the background; what if the background were {b}?
+            / swap the background with {b}; use {b} for the background; let the background be {b}""",
+        "backdrop": """
+            make the background {c}; change the background to {c}; paint the background {c}; turn the
+            background {c}; set the background to plain {c}; change the background color to {c}; replace the
+            background with a {c} one; put {it} on a {c} background; color the background {c}
+            / set the background color to {c}; let the background be {c}; paint a plain {c} background"""}),
+    "multiple": Task(edit_multiple, 1, 1.2),
+    "removal": Task(edit_removal, 1.3, 2, wordings={
+        "removal": """
+            remove {o}; delete {o}; erase {o}; get rid of {o}; take away {o}; take {o} out of {it}; remove
+            {o} from {it}; make {o} disappear; cut out {o}; hide {o}; clear {o} away; {o} should not be
+            there; drop {o}; make {it} without {o}
+            / get {o} out of {it}; delete {o} from {it}; let {o} disappear"""}),
+    "addition": Task(edit_addition, 1.2, 1.6, 1.5, fits=has_room, on_object=False, wordings={
+        "addition": """
+            add {a} at the {p}; put {a} at the {p}; place {a} in the {p}; insert {a} at the {p}; draw {a} in
+            the {p}; add {a} to the {p}; show {a} in the {p}; put {a} in the {p} of {it}; i want {a} at the
+            {p}
+            / place {a} at the {p}; insert {a} in the {p} of {it}; let {a} be at the {p}"""}),
+    "texture": Task(edit_texture, 1, 1.3, 2, wordings={
+        "texture": """
+            give {o} {x}; make {o} {d}; add {x} to {o}; put {x} on {o}; cover {o} with {x}; turn {o} {d};
+            paint {x} on {o}; change the texture of {o} to {x}; draw {x} on {o}
+            / turn the texture of {o} to {x}; let {o} be {d}; change {o} to be {d}""",
+        "untexture": """
+            make {o} plain; remove the pattern from {o}; take the texture off {o}; give {o} a plain color;
+            make the texture of {o} plain; remove the {x} from {o}; erase the {x} on {o}; turn {o} plain
+            / change {o} to plain; take the {x} off {o}; erase the pattern on {o}"""}),
+    "effect": Task(edit_effect, 2, 1.4, fits=anything, on_object=False)}
+
+WORDINGS = {}           # key -> (training wordings, held-out wordings)
+for _texts in [{name: x.wordings for name, x in OPERATIONS.items()}] + [task.wordings for task in TASKS.values()]:
+    for _key, _text in _texts.items():
+        WORDINGS[_key] = tuple(tuple(part.split("; ")) for part in " ".join(_text.split()).split(" / "))
+
+
+def possible_tasks(scene):
+    """The tasks that fit a scene: without objects only style, background and effect."""
+    return tuple(name for name, task in TASKS.items() if task.fits(scene))
 
 
 def propose_edit(scene, seed, task=None, split="train"):
     """A random Edit of a scene, the same for the same arguments.
 
-    task: one of TASKS, or None for any of possible_tasks(scene); one that does not fit raises ValueError.
+    task: one of possible_tasks(scene), or None for any of them.
     split "held" speaks in held-out wordings and may ask for (kind, colour) pairs that training never shows.
     """
     rng = Random(f"edit {split} {scene.domain} {scene.seed} {seed}")
     fits = possible_tasks(scene)
     if task is None:
-        task = rng.choices(fits, [TASK_WEIGHTS[t] for t in fits])[0]
-    if task not in fits:
-        raise ValueError(f"task {task!r} does not fit this scene; one of {', '.join(fits)} does")
-    if task == "multiple":
-        first, second = rng.sample([t for t in fits if t != "multiple"], 2)
-        if len(scene.objects) == 1 and not {first, second} & {"effect", "style", "background", "addition"}:
-            second = rng.choice(("effect", "background"))   # one object cannot take two edits
-        text, target, known, touched = _one_edit(scene, rng, first, split, within=True)
-        if second == "addition" and not _free_places(target):
-            second = "effect"
-        also, target, known_too, _ = _one_edit(target, rng, second, split, within=True, avoid=touched)
-        text, known, parts = text + rng.choice(JOINTS) + also, known and known_too, (first, second)
-    else:
-        text, target, known, _ = _one_edit(scene, rng, task, split)
-        parts = (task,)
-    return Edit(_finish(rng, text, split), task, target, caption(scene), caption(target), known,
-                any(t in ("effect", "style") for t in parts))
+        task = rng.choices(fits, [TASKS[t].curated for t in fits])[0]
+    assert task in fits, f"task {task!r} does not fit this scene; one of {', '.join(fits)} does"
+    change = TASKS[task].edit(scene, rng, split, False, ())
+    return Edit(finish(rng, change.text, split), task, change.target, caption(scene), caption(change.target), change.known,
+                change.is_global)
 
 
 def words_of(text):
@@ -1088,7 +1209,7 @@ def words_of(text):
 
 def known_words():
     """Sorted list of every word that training texts can contain."""
-    nouns = [*COLOURS, *KINDS, *PLACES, *SKIES, *TEXTURES, *TEXTURES.values(), *POST_CAPTION.values()]
+    nouns = [*COLOURS, *KINDS, *PLACES, *SKIES, *TEXTURES, *TEXTURES.values(), *(x.caption for x in OPERATIONS.values())]
     # Words of captions and backgrounds, and the British spellings.
     fixed = ("a an the and on in front of background gradient from to stripes checkerboard clouds leaves "
              "sand grass natural scene shape object grey greyscale colour colours recolour watercolour "
@@ -1106,6 +1227,8 @@ def examples():
             "remove the circle and make it sepia"]
 
 
+# ---- pairs and clips for training, curation and tests ----------------------------------------------------
+
 def quantise(frames):
     """float (F, H, W, 3) in [0, 1] -> uint8."""
     return np.rint(frames * 255).astype(np.uint8)
@@ -1114,3 +1237,54 @@ def quantise(frames):
 def true_region(source, truth, is_global):
     """(F, H, W) bool: where the true edit changes the picture by more than 4 %, or everywhere for a global one."""
     return np.abs(source.astype(int) - truth).max(-1) > (-1 if is_global else 10)
+
+
+def draw_pair(seed, domain, rng, height, width, n_frames=1):
+    """One scene and one edit of it: frames (2, H, W, 3), or (2, F, H, W, 3) of a clip, uint8, and their record."""
+    scene = draw_scene(seed, domain)
+    tasks = possible_tasks(scene)
+    edit = propose_edit(scene, seed, rng.choices(tasks, [TASKS[t].drawn for t in tasks])[0])
+    t0 = rng.uniform(0, 4)
+    frames = np.stack([render(s, n_frames, height, width, t0=t0) for s in (scene, edit.target)])
+    record = dict(seed=seed, domain=domain, task=edit.task, instruction=edit.instruction,
+                  source=edit.source_caption, target=edit.target_caption)
+    frames = (frames * 255 + .5).astype(np.uint8)
+    return frames[:, 0] if n_frames == 1 else frames, record
+
+
+def drawn_origin(number, domain):
+    """What a data set stores of a drawn source: enough to draw it again."""
+    return {"scene": number, "domain": domain, "t0": round(Random(f"t0 {number}").uniform(0, 4), 3)}
+
+
+def drawn_scene(origin):
+    """(Scene, Edit, time of its first frame in seconds) of a drawn source."""
+    scene = draw_scene(origin["scene"], origin["domain"])
+    return scene, propose_edit(scene, origin["scene"]), origin["t0"]
+
+
+def drawn_clip(origin, n_frames, size, fps=8.0):
+    """The frames of a drawn source, uint8 (F, size, size, 3)."""
+    scene, _, t0 = drawn_scene(origin)
+    return quantise(render(scene, n_frames, size, size, fps, t0))
+
+
+def true_clip(origin, source, fps=8.0):
+    """(true edit of source (F, H, W, 3) uint8, mask), or None where the edit leaves something to chance."""
+    _, edit, t0 = drawn_scene(origin)
+    if not edit.deterministic:
+        return None
+    truth = quantise(render(edit.target, len(source), *source.shape[1:3], fps, t0))
+    return truth, true_region(source, truth, edit.is_global)
+
+
+def tune(path, seconds, seed, rate=44100):
+    """A small tune for a clip, as a wav file: plucked notes of a pentatonic scale, half a second each."""
+    rng = Random(seed)
+    sound = np.zeros(int(rate * (seconds + 1)), np.float32)
+    for beat in range(int(seconds * 2)):
+        t = np.arange(rate) / rate
+        pitch = 220 * 2 ** (rng.choice((0, 2, 4, 7, 9, 12, 14, 16)) / 12)
+        note = sum(np.sin(2 * np.pi * pitch * k * t) / k ** 2 for k in (1, 2, 3)) * np.exp(-5 * t)
+        sound[beat * rate // 2:beat * rate // 2 + rate] += 0.25 * note
+    wavfile.write(path, rate, (sound[:int(rate * seconds)] * 32767).clip(-32767, 32767).astype(np.int16))
