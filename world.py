@@ -10,7 +10,7 @@ import math
 import re
 import zlib
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from random import Random
 
 import numpy as np
@@ -180,25 +180,26 @@ def _flat_background(rng, kind, exact=False, avoid=()):
 def _natural_background(rng, kind):
     """Clouds, leaves, sand, grass, or a photo-like mix, with its own crop of a canvas and its own colours."""
     seed = rng.getrandbits(31)
+
+    def near(a, b, by_a=.06, by_b=.06):
+        return _jitter(rng, a, by_a), _jitter(rng, b, by_b)
+
     if kind == "clouds":
-        skies = (.30, .52, .85), (.45, .65, .90), (.35, .42, .60), (.55, .40, .55)
-        top = _jitter(rng, rng.choice(skies), .08)
-        white = _jitter(rng, (.93, .93, .95), .06)
-        return Background(kind, "clouds", (top, white), seed, contrast=.03, scale=rng.uniform(.2, .5))
+        top = rng.choice(((.30, .52, .85), (.45, .65, .90), (.35, .42, .60), (.55, .40, .55)))
+        return Background(kind, "clouds", near(top, (.93, .93, .95), .08), seed, contrast=.03,
+                          scale=rng.uniform(.2, .5))
     if kind == "sand":
-        tones = _jitter(rng, (.80, .69, .50), .06), _jitter(rng, (.66, .53, .36), .05)
-        return Background(kind, "sand", tones, seed, contrast=rng.uniform(.04, .09), chroma=.01,
-                          scale=rng.uniform(.5, .8))
+        return Background(kind, "sand", near((.80, .69, .50), (.66, .53, .36), .06, .05), seed,
+                          contrast=rng.uniform(.04, .09), chroma=.01, scale=rng.uniform(.5, .8))
     if kind == "grass":
-        tones = _jitter(rng, (.30, .48, .15), .06), _jitter(rng, (.46, .60, .22), .06)
-        return Background(kind, "grass", tones, seed, contrast=rng.uniform(.08, .14), chroma=.02,
-                          scale=rng.uniform(.4, .6))
+        return Background(kind, "grass", near((.30, .48, .15), (.46, .60, .22)), seed,
+                          contrast=rng.uniform(.08, .14), chroma=.02, scale=rng.uniform(.4, .6))
     if kind == "leaves":
-        a, b = rng.choice((((.25, .42, .14), (.50, .60, .22)),      # green, autumn, shade
-                           ((.55, .30, .10), (.82, .62, .20)),
-                           ((.16, .30, .18), (.36, .46, .24))))
-        return Background(kind, "leaves", (_jitter(rng, a, .06), _jitter(rng, b, .06)), seed,
-                          contrast=rng.uniform(.08, .16), chroma=.04, scale=rng.uniform(.3, .6))
+        tones = rng.choice((((.25, .42, .14), (.50, .60, .22)),     # green, autumn, shade
+                            ((.55, .30, .10), (.82, .62, .20)),
+                            ((.16, .30, .18), (.36, .46, .24))))
+        return Background(kind, "leaves", near(*tones), seed, contrast=rng.uniform(.08, .16), chroma=.04,
+                          scale=rng.uniform(.3, .6))
     # Photo-like: half of them muted, some colourful; dark and bright, sharp and blurred.
     tones = tuple(_jitter(rng, rng.choice(TONES), .08) for _ in range(3))
     if rng.random() < 0.35:                         # one family of tones, as in a close-up
@@ -225,8 +226,7 @@ def draw_scene(seed, domain="synthetic", split="train"):
     n_objects = 0 if rng.random() < 0.15 else rng.choice((1, 1, 2, 2, 2, 3, 3))
     # Scenes without objects teach the global edits, so they look like footage.
     if rng.random() < (0.28 if n_objects else 0.9):
-        kind = rng.choice(("photo", "photo", "photo", "leaves", "clouds", "sand", "grass") if n_objects else
-                          ("photo",) * 10 + ("leaves", "clouds", "sand", "grass"))
+        kind = rng.choice(("photo",) * (3 if n_objects else 10) + ("leaves", "clouds", "sand", "grass"))
         background = _natural_background(rng, kind)
     else:
         background = _flat_background(rng, rng.choice(OFTEN))
@@ -292,7 +292,7 @@ def _mips(x):
         x = (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def _leaf_canvas(i):
     """Dead leaves (Lee, Mumford & Huang 2001): opaque discs and polygons with radii of density r^-p, each
     with a random value on three axes and shading on the first. A scene maps the axes to its colours."""
@@ -321,7 +321,7 @@ def _leaf_canvas(i):
     return _mips((x - x.mean((0, 1))) / x.std((0, 1)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _noise_canvas(i):
     """Three channels of 1/f^p noise, p from 1 (rough) to 1.9 (soft)."""
     rng = np.random.default_rng([2, i])
@@ -360,24 +360,25 @@ def _square_wave(phase, soft):
     return np.clip((np.abs(np.mod(phase, 1) - .5) - .25) / max(soft, 1e-6) + .5, 0, 1)
 
 
+def _checks(x, y, soft):
+    a, b = _square_wave(x, soft), _square_wave(y, soft)
+    return a + b - 2 * a * b
+
+
 def _draw_background(bg, ys, xs, aspect):
     """bg at world coordinates ys (H,), xs (W,) -> (H, W, 3) float32."""
     height, width = len(ys), len(xs)
     c = np.asarray(bg.rgb, np.float32)
-    if bg.kind == "plain":
-        return np.broadcast_to(c[0], (height, width, 3)).copy()
-    if bg.kind == "gradient":
-        m = np.clip(ys, 0, 1).astype(np.float32)[:, None, None]
-        return np.broadcast_to(c[0] + m * (c[1] - c[0]), (height, width, 3)).copy()
-    if bg.kind in ("stripes", "checkerboard"):
+    if bg.kind in PAINT:                            # m: how much of the second colour
         soft = abs(ys[-1] - ys[0]) / max(height - 1, 1) / bg.period
+        m = np.clip(ys, 0, 1)[:, None]
         if bg.kind == "stripes":
             along = xs * math.cos(bg.angle) + ys[:, None] * math.sin(bg.angle)
             m = _square_wave(along / bg.period + .25, soft)
-        else:
-            a, b = _square_wave(xs / bg.period + .25, soft), _square_wave(ys / bg.period + .25, soft)
-            m = a + b[:, None] - 2 * a * b[:, None]
-        return c[0] + m[..., None].astype(np.float32) * (c[1] - c[0])
+        elif bg.kind == "checkerboard":
+            m = _checks(xs / bg.period + .25, ys[:, None] / bg.period + .25, soft)
+        m = np.broadcast_to(m, (height, width))[..., None].astype(np.float32)
+        return c[0] + m * (c[-1] - c[0])            # plain: there is one colour
 
     rng = Random(bg.seed)
     flip = rng.choice((-1, 1))
@@ -438,7 +439,7 @@ def _polygon_distance(points, x, y):
     return np.where(inside, -best, best)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sdf(kind):
     """The signed distance table of a kind, (SDF_SIZE, SDF_SIZE) float32, rows are y (down), unit radius."""
     axis = np.linspace(-SDF_REACH, SDF_REACH, SDF_SIZE)
@@ -449,29 +450,22 @@ def _sdf(kind):
         a = turn + np.arange(n) * 2 * math.pi / n
         return np.stack([np.cos(a), np.sin(a)], 1) * np.resize(radii, n)[:, None]
 
-    if kind == "circle":
+    turn = np.linspace(0, 2 * math.pi, 60, endpoint=False)      # the heart is the classic cosine curve
+    up = (13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)) / 16
+    outlines = {"square": np.array([(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)]),
+                "diamond": np.array([(0, -1.08), (.7, 0), (0, 1.08), (-.7, 0)]),
+                "triangle": corners(3, (1.1,)) + (0, .18), "star": corners(10, (1.08, .46)),
+                "hexagon": corners(6, turn=0.0), "heart": np.stack([np.sin(turn) ** 3, -up - .12], 1)}
+    if kind in outlines:
+        d = _polygon_distance(outlines[kind], x, y)
+    elif kind == "circle":
         d = disc - .95
     elif kind == "ring":
         d = abs(disc - .72) - .24
     elif kind == "moon":                            # a disc with a bite
         d = np.maximum(disc - .98, .82 - np.hypot(x - .48, y + .1))
-    elif kind == "square":
-        d = _polygon_distance(np.array([(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)]), x, y)
-    elif kind == "triangle":
-        d = _polygon_distance(corners(3, (1.1,)) + (0, .18), x, y)
-    elif kind == "star":
-        d = _polygon_distance(corners(10, (1.08, .46)), x, y)
-    elif kind == "diamond":
-        d = _polygon_distance(np.array([(0, -1.08), (.7, 0), (0, 1.08), (-.7, 0)]), x, y)
-    elif kind == "hexagon":
-        d = _polygon_distance(corners(6, (1.0,), 0.0), x, y)
-    elif kind == "cross":
-        a = .32
-        d = np.minimum(np.maximum(abs(x) - a, abs(y) - 1), np.maximum(abs(y) - a, abs(x) - 1))
-    else:
-        s = np.linspace(0, 2 * math.pi, 60, endpoint=False)     # heart: the classic cosine curve
-        up = (13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s)) / 16
-        d = _polygon_distance(np.stack([np.sin(s) ** 3, -up - .12], 1), x, y)
+    else:                                           # cross
+        d = np.minimum(np.maximum(abs(x) - .32, abs(y) - 1), np.maximum(abs(y) - .32, abs(x) - 1))
     return d.astype(np.float32)
 
 
@@ -522,19 +516,20 @@ def _draw_shape(img, s, t, view, light, aspect):
     if not s.screen:
         cx, cy = aspect / 2 + (cx - aspect / 2) * zoom - view[0], .5 + (cy - .5) * zoom - view[1]
         r *= zoom
-    reach = r * 1.15 + 1 / height
-    sx, sy = (-.22 * r * light[0], -.22 * r * light[1]) if s.shadow else (0.0, 0.0)
-    soft = .16 if s.shadow else 0.0                 # the shadow's half width, in radii
-    grow = soft * 1.5 * r
-    y0 = max(0, int((cy + min(sy - grow, 0) - reach) * height))
-    y1 = min(height, int((cy + max(sy + grow, 0) + reach) * height) + 2)
-    x0 = max(0, int((cx + min(sx - grow, 0) - reach) * height))
-    x1 = min(width, int((cx + max(sx + grow, 0) + reach) * height) + 2)
-    if y0 >= y1 or x0 >= x1:
+    sx, sy, soft = 0.0, 0.0, 0.0                    # the shadow's offset; its half width, in radii
+    if s.shadow:
+        sx, sy, soft = -.22 * r * light[0], -.22 * r * light[1], .16
+    reach, grow = r * 1.15 + 1 / height, soft * 1.5 * r
+
+    def span(centre, shift, n):                     # pixels that the shape or its shadow may touch
+        return np.arange(max(0, int((centre + min(shift - grow, 0) - reach) * height)),
+                         min(n, int((centre + max(shift + grow, 0) + reach) * height) + 2))
+    rows, cols = span(cy, sy, height), span(cx, sx, width)
+    if not (len(rows) and len(cols)):
         return
-    y = (((np.arange(y0, y1) + .5) / height - cy) / r).astype(np.float32)
-    x = (((np.arange(x0, x1) + .5) / height - cx) / r).astype(np.float32)
-    window = img[y0:y1, x0:x1]
+    window = img[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1]
+    y = (((rows + .5) / height - cy) / r).astype(np.float32)
+    x = (((cols + .5) / height - cx) / r).astype(np.float32)
     angle, px = s.angle + s.spin * t, 1 / (r * height)      # px: one pixel in radii
     if s.shadow:
         d = _distance(s.kind, x - sx / r, y - sy / r, angle)[0]
@@ -545,8 +540,7 @@ def _draw_shape(img, s, t, view, light, aspect):
         if s.texture == "striped":
             m = _square_wave(lx / .5, px / .5)
         elif s.texture == "checkered":
-            a, b = _square_wave(lx / .8, px / .8), _square_wave(ly / .8, px / .8)
-            m = a + b - 2 * a * b
+            m = _checks(lx / .8, ly / .8, px / .8)
         else:
             m = np.clip((.19 - np.hypot(np.mod(lx, .55) - .275, np.mod(ly, .55) - .275)) / px + .5, 0, 1)
         colour = colour + m[..., None] * (np.array(_texture_colour(s.rgb), np.float32) - colour)
@@ -563,7 +557,7 @@ def _degrade(img, how, seed, t):
     if how.blur:
         img = gaussian_filter(img, (how.blur * len(img), how.blur * len(img), 0), truncate=2.5)
     img = img * np.float32(1 + how.flicker * (math.sin(41.0 * t + seed % 7) + .6 * math.sin(23.0 * t)))
-    rng = np.random.default_rng([seed % 2 ** 32, int(round(t * 1000)) % 2 ** 32])
+    rng = np.random.default_rng([seed % 2 ** 32, round(t * 1000) % 2 ** 32])
     img = np.clip(img + rng.standard_normal(img.shape, np.float32) * np.float32(how.noise), 0, 1)
     file = io.BytesIO()
     Image.fromarray((img * 255 + .5).astype(np.uint8)).save(file, "JPEG", quality=how.jpeg)
@@ -619,12 +613,21 @@ def _blur(x, sigma):
     return gaussian_filter(x, (0, s, s, 0), truncate=2.5, mode="nearest")
 
 
-def _splat(shape, y, x, a):
-    """Alpha (H, W, 1) of many soft dots: pixel indices y, x and opacities a, all of one shape."""
-    height, width = shape
-    ok = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    density = np.bincount((y * width + x)[ok], -np.log1p(-np.minimum(a, .995))[ok], height * width)
-    return (1 - np.exp(-density)).reshape(height, width, 1).astype(np.float32)
+def _fall(x, times, dots, fade, gain, lift, colour):
+    """Soft dots of a colour over a picture that is faded, then scaled and lifted a channel.
+
+    dots(t) -> (pixel indices y, x, opacities), which broadcast.
+    """
+    out = np.empty_like(x)
+    _, height, width, _ = x.shape
+    for i, t in enumerate(times):
+        py, px, a = np.broadcast_arrays(*dots(t))
+        ok = (py >= 0) & (py < height) & (px >= 0) & (px < width)
+        density = np.bincount((py * width + px)[ok], -np.log1p(-np.minimum(a, .995))[ok], height * width)
+        alpha = (1 - np.exp(-density)).reshape(height, width, 1).astype(np.float32)
+        ground = (x[i] + fade * (_luma(x[i]) - x[i])) * gain + lift
+        out[i] = ground + alpha * (colour - ground)
+    return _unit(out)
 
 
 def grayscale(x, times, seed):
@@ -646,24 +649,18 @@ def snow(x, times, seed):
     n, span = 520, max(4.0, width / height)     # over a strip 4 heights wide: equally dense at any aspect
     px, py, depth, phase = rng.random(n) * span, rng.random(n), rng.random(n), rng.random(n) * 6.28
     r = .007 + .013 * depth ** 2                    # near flakes are larger, faster
-    out = np.empty_like(x)
-    for i, t in enumerate(times):
+    k = math.ceil(r.max() * height + 1)
+    o = np.arange(-k, k + 1)
+
+    def flakes(t):
         fy = np.mod(py * 1.1 + (.12 + .3 * depth) * t, 1.1) - .05
         fx = np.mod(px + .03 * np.sin(1.5 * t + phase) + .04 * t, span)
-        near = fx < width / height + .05
-        cy, cx, rr = fy[near] * height - .5, fx[near] * height - .5, r[near] * height
-        k = math.ceil(r.max() * height + 1)
-        o = np.arange(-k, k + 1)
-        gy, gx = np.rint(cy).astype(int)[:, None] + o, np.rint(cx).astype(int)[:, None] + o
-        d = np.hypot((gy - cy[:, None])[:, :, None], (gx - cx[:, None])[:, None, :])
-        rr, bright = rr[:, None, None], (.6 + .38 * depth[near])[:, None, None]
-        a = np.clip((rr - d) / np.maximum(.7 * rr, 1) + .5, 0, 1) * bright      # soft discs
-        gy, gx = np.broadcast_arrays(gy[:, :, None], gx[:, None, :])
-        alpha = _splat((height, width), gy, gx, a)
-        pale = x[i] + .3 * (_luma(x[i]) - x[i])
-        pale = pale * .78 + _rgb(.19, .20, .22)
-        out[i] = pale + alpha * (_rgb(.97, .98, 1) - pale)
-    return _unit(out)
+        values = np.stack([fy * height - .5, fx * height - .5, r * height, .6 + .38 * depth])
+        cy, cx, rr, bright = values[:, fx < width / height + .05, None, None]
+        gy, gx = np.rint(cy).astype(int) + o[:, None], np.rint(cx).astype(int) + o
+        a = np.clip((rr - np.hypot(gy - cy, gx - cx)) / np.maximum(.7 * rr, 1) + .5, 0, 1)     # soft discs
+        return gy, gx, a * bright
+    return _fall(x, times, flakes, .3, np.float32(.78), _rgb(.19, .20, .22), _rgb(.97, .98, 1))
 
 
 def rain(x, times, seed):
@@ -672,26 +669,21 @@ def rain(x, times, seed):
     rng = np.random.default_rng([4, seed % 2 ** 32])
     n, span, slant = 420, max(4.0, width / height), -.22
     px, py, depth = rng.random(n) * span, rng.random(n), rng.random(n)
-    length = .06 + .10 * depth
-    wide = np.maximum((.004 + .003 * depth) * height, .7)                       # half width in pixels
-    out = np.empty_like(x)
-    rows = np.arange(math.ceil(.16 * height) + 1)
-    k = np.arange(-math.ceil(wide.max()), math.ceil(wide.max()) + 1)
-    for i, t in enumerate(times):
-        top = np.mod(py * 1.2 + (1.2 + .8 * depth) * t, 1.2) - .18
-        left = np.mod(px + slant * (1.2 + .8 * depth) * t, span) - .1
-        near = left < width / height + .1
-        y = np.floor(top[near] * height).astype(int)[:, None] + rows            # (n, rows)
-        cx = left[near][:, None] * height + slant * rows                        # each row's centre
-        gx = np.rint(cx).astype(int)[..., None] + k                             # (n, rows, k)
-        along = np.clip((rows / height) / length[near][:, None], 0, 1)          # brightest at the lower end
-        a = np.clip(wide[near][:, None, None] - abs(gx - cx[..., None]) + .5, 0, 1)
-        a = a * (along * (along < 1))[..., None]
-        gy = np.broadcast_to(y[..., None], gx.shape)
-        alpha = _splat((height, width), gy, gx, a * (.35 + .35 * depth[near])[:, None, None])
-        wet = (x[i] + .25 * (_luma(x[i]) - x[i])) * _rgb(.66, .72, .80) + .02
-        out[i] = wet + alpha * (_rgb(.86, .90, .96) - wet)
-    return _unit(out)
+    half = np.maximum((.004 + .003 * depth) * height, .7)                   # half width in pixels
+    rows = np.arange(math.ceil(.16 * height) + 1)[:, None]
+    k = np.arange(-math.ceil(half.max()), math.ceil(half.max()) + 1)
+
+    def streaks(t):
+        fy = np.mod(py * 1.2 + (1.2 + .8 * depth) * t, 1.2) - .18
+        fx = np.mod(px + slant * (1.2 + .8 * depth) * t, span) - .1
+        values = np.stack([fy, fx, .06 + .10 * depth, half, .35 + .35 * depth])
+        top, left, length, wide, bright = values[:, fx < width / height + .1, None, None]
+        cx = left * height + slant * rows                                   # each row's centre
+        gx = np.rint(cx).astype(int) + k
+        along = np.clip(rows / height / length, 0, 1)                       # brightest at the lower end
+        a = np.clip(wide - abs(gx - cx) + .5, 0, 1) * (along * (along < 1))
+        return np.floor(top * height).astype(int) + rows, gx, a * bright
+    return _fall(x, times, streaks, .25, _rgb(.66, .72, .80), np.float32(.02), _rgb(.86, .90, .96))
 
 
 def fog(x, times, seed):
@@ -891,7 +883,8 @@ STYLES = {
         make {it} a pencil sketch; turn {it} into a pencil sketch; make {it} a sketch; change the style to a
         pencil drawing; draw {it} with a pencil; turn {it} into a pencil drawing; make {it} look like a
         sketch; convert {it} to a sketch
-        / change the style to a pencil sketch; draw {it} as a sketch; make {it} look like a pencil drawing"""),
+        / change the style to a pencil sketch; draw {it} as a sketch;
+        make {it} look like a pencil drawing"""),
     "cartoon": Effect(poster, "as a cartoon", """
         make {it} a cartoon; turn {it} into a cartoon; make {it} look like a poster; change the style to
         cartoon; draw {it} as a cartoon; turn {it} into a poster; make {it} a comic; convert {it} to a comic
@@ -906,7 +899,8 @@ STYLES = {
         make {it} a watercolor; turn {it} into a watercolor painting; make {it} a painting; change the style
         to watercolor; paint {it} with watercolor; make {it} look like a watercolor painting; draw {it} as a
         soft painting; convert {it} to a painting
-        / convert {it} to a watercolor; paint {it} as a watercolor painting; turn {it} into a soft painting"""),
+        / convert {it} to a watercolor; paint {it} as a watercolor painting; turn {it} into a
+        soft painting"""),
 }
 OPERATIONS = EFFECTS | STYLES
 RANDOM_EFFECTS = tuple(name for name, x in OPERATIONS.items() if x.random)
@@ -939,13 +933,8 @@ def caption(scene):
     things = ", ".join(names) + " and " * bool(names) + last
     on = "in front of" if scene.background.kind in ("gradient", "clouds", "leaves", "photo") else "on"
     place = backdrop(scene.background)
-    return " ".join([f"{things} {on} {place}" if things else place] + [OPERATIONS[name].caption for name, _ in scene.post])
-
-
-def say(rng, key, split, within, **words):
-    """One wording of WORDINGS[key] of the split; `within` a longer instruction, so no question."""
-    options = [w for w in WORDINGS[key][split == "held"] if not (within and w.endswith("?"))]
-    return rng.choice(options).format(it=rng.choice(IT), **words)
+    about = f"{things} {on} {place}" if things else place
+    return " ".join([about] + [OPERATIONS[name].caption for name, _ in scene.post])
 
 
 def finish(rng, text, split):
@@ -960,15 +949,31 @@ def finish(rng, text, split):
     return text
 
 
-def refer(rng, s, alone):
-    """A name for s that fits nothing else in the scene: kinds and colours are unique in a scene."""
-    names = (s.kind,) + (f"{s.colour} {s.kind}",) * 2 + (f"{s.colour} {rng.choice(('shape', 'object'))}",)
-    return "the " + rng.choice((s.kind, "shape", "object") if alone and rng.random() < .3 else names)
-
-
 # ---- edits: a function a task ----------------------------------------------------------------------------
-# Each takes (scene, rng, split, within, avoid). within: the text becomes a part of a longer instruction; avoid: kinds of
-# objects that it leaves alone, since another part of the instruction speaks of them.
+
+@dataclass
+class Ask:
+    """How an instruction is worded, by chance."""
+    rng: Random
+    split: str
+    within: bool = False            # as a part of a longer instruction
+    avoid: tuple = ()               # kinds of objects to leave alone, since another part speaks of them
+
+    def say(self, key, **words):
+        """One wording of WORDINGS[key] of the split; no question within a longer instruction."""
+        options = [w for w in WORDINGS[key][self.split == "held"] if not (self.within and w.endswith("?"))]
+        return self.rng.choice(options).format(it=self.rng.choice(IT), **words)
+
+    def choose(self, scene):
+        """The object that an edit is about: (index, Shape, a name that fits nothing else in the scene)."""
+        rng = self.rng
+        at = rng.choice([i for i, s in enumerate(scene.objects) if s.kind not in self.avoid])
+        s = scene.objects[at]                       # kinds and colours are unique in a scene
+        names = (s.kind,) + (f"{s.colour} {s.kind}",) * 2 + (f"{s.colour} {rng.choice(('shape', 'object'))}",)
+        if len(scene.objects) == 1 and not self.within and rng.random() < .3:
+            names = s.kind, "shape", "object"
+        return at, s, "the " + rng.choice(names)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -979,31 +984,37 @@ class Change:
     is_global: bool = False         # every pixel may change
 
 
-def edit_effect(scene, rng, split, within, avoid, table=EFFECTS):
-    name = rng.choice([n for n in table if n not in dict(scene.post)])
-    target = replace(scene, post=scene.post + ((name, rng.getrandbits(31)),))
-    return Change(say(rng, name, split, within), target, not table[name].random, is_global=True)
+def edit_effect(scene, ask, table=EFFECTS):
+    name = ask.rng.choice([n for n in table if n not in dict(scene.post)])
+    target = replace(scene, post=scene.post + ((name, ask.rng.getrandbits(31)),))
+    return Change(ask.say(name), target, not table[name].random, is_global=True)
 
 
-def edit_style(scene, rng, split, within, avoid):
-    return edit_effect(scene, rng, split, within, avoid, STYLES)
+def edit_style(scene, ask):
+    return edit_effect(scene, ask, STYLES)
 
 
-def edit_background(scene, rng, split, within, avoid):
+def edit_background(scene, ask):
     """Another background; a painted one is exactly what its name says."""
-    bg = scene.background
+    rng, bg = ask.rng, scene.background
     taken = {s.colour for s in scene.objects}
     if bg.kind == "plain":
         taken.add(bg.name.split()[1])
     if rng.random() < .72:
         new = _flat_background(rng, rng.choice(OFTEN), exact=True, avoid=taken)
     else:
-        new = _natural_background(rng, rng.choice([k for k in ("clouds", "leaves", "sand", "grass") if k != bg.kind]))
+        kinds = [k for k in ("clouds", "leaves", "sand", "grass") if k != bg.kind]
+        new = _natural_background(rng, rng.choice(kinds))
     if new.kind == "plain":
-        text = say(rng, "backdrop", split, within, c=new.name.split()[1])
+        text = ask.say("backdrop", c=new.name.split()[1])
     else:
-        text = say(rng, "background", split, within, b=backdrop(new))
+        text = ask.say("background", b=backdrop(new))
     return Change(text, replace(scene, background=new, clutter=()), new.kind in PAINT)
+
+
+def unused(names, field_name, scene, avoid=()):
+    """Those of the names that no object of the scene has as its kind or colour."""
+    return [x for x in names if x not in avoid and all(x != getattr(s, field_name) for s in scene.objects)]
 
 
 def free_places(scene, radius=.13):
@@ -1011,40 +1022,33 @@ def free_places(scene, radius=.13):
             if all(math.hypot(u - s.u, v - s.v) > radius + s.radius for s in scene.objects)]
 
 
-def edit_addition(scene, rng, split, within, avoid):
+def edit_addition(scene, ask):
     """A new object at a named place, which the camera does not move."""
-    kinds = [k for k in KINDS if k not in avoid and all(k != s.kind for s in scene.objects)]
-    colours = [c for c in COLOURS if all(c != s.colour for s in scene.objects)]
-    kind, colour = _pick_pair(rng, split, kinds, colours, scene.background.rgb)
-    place = rng.choice(free_places(scene) or list(PLACES))
+    kinds, colours = unused(KINDS, "kind", scene, ask.avoid), unused(COLOURS, "colour", scene)
+    kind, colour = _pick_pair(ask.rng, ask.split, kinds, colours, scene.background.rgb)
+    place = ask.rng.choice(free_places(scene) or list(PLACES))
     new = Shape(kind, colour, COLOURS[colour], *PLACES[place], .13, screen=True)
-    text = say(rng, "addition", split, within, a=article(f"{colour} {kind}"), p=place)
+    text = ask.say("addition", a=article(f"{colour} {kind}"), p=place)
     return Change(text, replace(scene, objects=scene.objects + (new,)), True, (kind,))
 
 
-def choose_object(scene, rng, within, avoid):
-    """(index, Shape, what the instruction calls it) of the object that an edit is about."""
-    at = rng.choice([i for i, s in enumerate(scene.objects) if s.kind not in avoid])
-    s = scene.objects[at]
-    return at, s, refer(rng, s, alone=len(scene.objects) == 1 and not within)
-
-
-def put_object(scene, at, *new):
+def put(scene, at, *new):
     """The scene with `new`, one Shape or none, in place of object `at`."""
     return replace(scene, objects=scene.objects[:at] + new + scene.objects[at + 1:])
 
 
 def known_behind(scene, s):
-    """What lies behind an object can be told on painted backgrounds, unless a piece of clutter hides there."""
+    """Painted backgrounds are known behind an object, unless a piece of clutter hides there."""
     hides = any(math.hypot(c.u - s.u, c.v - s.v) < s.radius + c.radius for c in scene.clutter)
     return scene.background.kind in PAINT and not hides
 
 
 def same_turn(old, new):
-    """True where `new`, which takes over the turn of `old`, can be drawn without knowing more of it than `old` shows.
+    """True where `new`, turned as `old` is, can be drawn from what `old` shows.
 
-    Nobody sees how far a plain disc is turned, so that the direction of the stripes it gets is anybody's guess; of a
-    square that spins one cannot tell which side was up. A little turn, without spin, shows on all but round shapes.
+    Nobody sees how far a plain disc is turned, so that the direction of the stripes it gets is anybody's guess;
+    of a square that spins one cannot tell which side was up. A little turn, without spin, shows on all but round
+    shapes.
     """
     shows, needs = (math.gcd(TURNS[s.kind], TURNS[s.texture]) for s in (old, new))
     if shows == 0:
@@ -1052,84 +1056,68 @@ def same_turn(old, new):
     return not old.spin or needs % shows == 0
 
 
-def edit_removal(scene, rng, split, within, avoid):
-    at, s, name = choose_object(scene, rng, within, avoid)
-    return Change(say(rng, "removal", split, within, o=name), put_object(scene, at), known_behind(scene, s), (s.kind,))
+def edit_removal(scene, ask):
+    at, s, name = ask.choose(scene)
+    return Change(ask.say("removal", o=name), put(scene, at), known_behind(scene, s), (s.kind,))
 
 
-def edit_texture(scene, rng, split, within, avoid):
-    at, s, name = choose_object(scene, rng, within, avoid)
-    texture = rng.choice([t for t in TEXTURES if t != s.texture])
-    key, noun = "texture", TEXTURES[texture]
-    if texture == "plain":
-        key, noun = "untexture", TEXTURES[s.texture]
+def edit_texture(scene, ask):
+    at, s, name = ask.choose(scene)
+    texture = ask.rng.choice([t for t in TEXTURES if t != s.texture])
     new = replace(s, texture=texture)
-    text = say(rng, key, split, within, o=name, x=noun, d=texture)
-    return Change(text, put_object(scene, at, new), same_turn(s, new), (s.kind,))
+    if texture == "plain":
+        text = ask.say("untexture", o=name, x=TEXTURES[s.texture])
+    else:
+        text = ask.say("texture", o=name, x=TEXTURES[texture], d=texture)
+    return Change(text, put(scene, at, new), same_turn(s, new), (s.kind,))
 
 
-def edit_object(scene, rng, split, within, avoid):
+def edit_object(scene, ask):
     """Another colour, another kind, or both."""
-    at, s, name = choose_object(scene, rng, within, avoid)
-    how = rng.choice(("recolor", "recolor", "swap", "both"))
-    kinds, colours, behind = [s.kind], [s.colour], ()
-    if how != "recolor":
-        kinds = [k for k in KINDS if k not in avoid and all(k != o.kind for o in scene.objects)]
+    at, s, name = ask.choose(scene)
+    how = ask.rng.choice(("recolor", "recolor", "swap", "both"))
+    kinds = [s.kind] if how == "recolor" else unused(KINDS, "kind", scene, ask.avoid)
+    colours, behind = [s.colour], ()
     if how != "swap":
-        colours = [c for c in COLOURS if all(c != o.colour for o in scene.objects)]
-        behind = scene.background.rgb
-    kind, colour = _pick_pair(rng, split, kinds, colours, behind)
+        colours, behind = unused(COLOURS, "colour", scene), scene.background.rgb
+    kind, colour = _pick_pair(ask.rng, ask.split, kinds, colours, behind)
     new = replace(s, kind=kind, colour=colour, rgb=s.rgb if how == "swap" else COLOURS[colour])
     if how == "recolor":
-        text = say(rng, "recolor", split, within, o=name, c=colour)
-        known = True
+        text, known = ask.say("recolor", o=name, c=colour), True
     else:
-        text = say(rng, "swap", split, within, o=name, a=article(kind if how == "swap" else f"{colour} {kind}"))
+        text = ask.say("swap", o=name, a=article(kind if how == "swap" else f"{colour} {kind}"))
         known = known_behind(scene, s) and same_turn(s, new)
-    return Change(text, put_object(scene, at, new), known, (s.kind, new.kind))
+    return Change(text, put(scene, at, new), known, (s.kind, kind))
 
 
-def edit_multiple(scene, rng, split, within, avoid):
+def edit_multiple(scene, ask):
     """Two edits in one instruction."""
-    first, second = rng.sample([t for t in possible_tasks(scene) if t != "multiple"], 2)
-    if len(scene.objects) == 1 and TASKS[first].on_object and TASKS[second].on_object:
-        second = rng.choice(("effect", "background"))   # one object cannot take two edits
-    a = TASKS[first].edit(scene, rng, split, True, avoid)
+    first, second = ask.rng.sample([t for t in possible_tasks(scene) if t != "multiple"], 2)
+    if len(scene.objects) == 1 and TASKS[first].needs == TASKS[second].needs == "object":
+        second = ask.rng.choice(("effect", "background"))   # one object cannot take two edits
+    a = TASKS[first].edit(scene, replace(ask, within=True))
     if second == "addition" and not free_places(a.target):
         second = "effect"
-    b = TASKS[second].edit(a.target, rng, split, True, a.touched)
-    return Change(a.text + rng.choice(JOINTS) + b.text, b.target, a.known and b.known, a.touched + b.touched,
-                  a.is_global or b.is_global)
-
-
-def has_objects(scene):
-    return len(scene.objects) > 0
-
-
-def has_room(scene):
-    return 0 < len(scene.objects) < 3 and len(free_places(scene)) > 0
-
-
-def anything(scene):
-    return True
+    b = TASKS[second].edit(a.target, replace(ask, within=True, avoid=a.touched))
+    text = a.text + ask.rng.choice(JOINTS) + b.text
+    return Change(text, b.target, a.known and b.known, a.touched + b.touched, a.is_global or b.is_global)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of edit: how it is drawn, how often, how people ask for it."""
-    edit: object                    # one of the functions above
+    """A kind of edit: how it is made, how often, in which words."""
+    edit: object                    # (scene, ask) -> Change
     curated: float                  # odds among the tasks that fit a scene: in curation,
     drawn: float                    # in the pairs that `tiny` is trained on: local edits are harder to learn,
-    trained: float = 1              # and how often the image editor takes such a pair: shapes that no pixel shows
-    fits: object = has_objects      # scene -> bool
-    on_object: bool = True          # changes an object that is there
-    wordings: dict = field(default_factory=dict)        # key -> training wordings / held-out ones
+    trained: float = 1              # and among these for the image editor: shapes that no pixel shows; what is hard
+    needs: str = "object"           # what a scene must have: an object to change, room for one more, or nothing
+    wordings: dict = field(default_factory=dict)        # key -> wordings as Effect has them
 
 
-# A new kind of edit is one function above and one entry here. In wordings {it} is the clip, {o} the object, {c} a colour,
-# {a} a new object with its article, {p} a place, {b} a background, {x} and {d} a texture's noun and adjective.
+# A new kind of edit is one function above and one entry here. In wordings {it} is the clip, {o} the object, {c} a
+# colour, {a} a new object with article, {p} a place, {b} a background, {x} and {d} a texture's noun and adjective.
 TASKS = {
-    "style": Task(edit_style, 1.2, 1, fits=anything, on_object=False),
+    "style": Task(edit_style, 1.2, 1, needs=""),
     "object": Task(edit_object, 2, 2.4, 1.5, wordings={
         "recolor": """
             make {o} {c}; change {o} to {c}; turn {o} {c}; paint {o} {c}; change the color of {o} to {c};
@@ -1141,7 +1129,7 @@ TASKS = {
             transform {o} into {a}; put {a} in place of {o}; what if {o} were {a}?; {o} should be {a}; make
             {o} look like {a}; use {a} instead of {o}
             / change {o} to be {a}; swap {o} with {a}; let {o} be {a}"""}),
-    "background": Task(edit_background, 1.3, 1.3, 1.7, fits=anything, on_object=False, wordings={
+    "background": Task(edit_background, 1.3, 1.3, 1.7, needs="", wordings={
         "background": """
             change the background to {b}; replace the background with {b}; put {b} in the background; set
             the background to {b}; make the background {b}; swap the background for {b}; turn the background
@@ -1159,7 +1147,7 @@ TASKS = {
             {o} from {it}; make {o} disappear; cut out {o}; hide {o}; clear {o} away; {o} should not be
             there; drop {o}; make {it} without {o}
             / get {o} out of {it}; delete {o} from {it}; let {o} disappear"""}),
-    "addition": Task(edit_addition, 1.2, 1.6, 1.5, fits=has_room, on_object=False, wordings={
+    "addition": Task(edit_addition, 1.2, 1.6, 1.5, needs="room", wordings={
         "addition": """
             add {a} at the {p}; put {a} at the {p}; place {a} in the {p}; insert {a} at the {p}; draw {a} in
             the {p}; add {a} to the {p}; show {a} in the {p}; put {a} in the {p} of {it}; i want {a} at the
@@ -1174,17 +1162,22 @@ TASKS = {
             make {o} plain; remove the pattern from {o}; take the texture off {o}; give {o} a plain color;
             make the texture of {o} plain; remove the {x} from {o}; erase the {x} on {o}; turn {o} plain
             / change {o} to plain; take the {x} off {o}; erase the pattern on {o}"""}),
-    "effect": Task(edit_effect, 2, 1.4, fits=anything, on_object=False)}
+    "effect": Task(edit_effect, 2, 1.4, needs="")}
 
-WORDINGS = {}           # key -> (training wordings, held-out wordings)
-for _texts in [{name: x.wordings for name, x in OPERATIONS.items()}] + [task.wordings for task in TASKS.values()]:
-    for _key, _text in _texts.items():
-        WORDINGS[_key] = tuple(tuple(part.split("; ")) for part in " ".join(_text.split()).split(" / "))
+def _split(text):
+    return tuple(tuple(part.split("; ")) for part in " ".join(text.split()).split(" / "))
+
+
+# key -> (training wordings, held-out wordings)
+WORDINGS = {name: _split(x.wordings) for name, x in OPERATIONS.items()}
+WORDINGS |= {key: _split(text) for task in TASKS.values() for key, text in task.wordings.items()}
 
 
 def possible_tasks(scene):
     """The tasks that fit a scene: without objects only style, background and effect."""
-    return tuple(name for name, task in TASKS.items() if task.fits(scene))
+    room = 0 < len(scene.objects) < 3 and free_places(scene)
+    there = {"": True, "object": scene.objects, "room": room}
+    return tuple(name for name, task in TASKS.items() if there[task.needs])
 
 
 def propose_edit(scene, seed, task=None, split="train"):
@@ -1198,9 +1191,9 @@ def propose_edit(scene, seed, task=None, split="train"):
     if task is None:
         task = rng.choices(fits, [TASKS[t].curated for t in fits])[0]
     assert task in fits, f"task {task!r} does not fit this scene; one of {', '.join(fits)} does"
-    change = TASKS[task].edit(scene, rng, split, False, ())
-    return Edit(finish(rng, change.text, split), task, change.target, caption(scene), caption(change.target), change.known,
-                change.is_global)
+    change = TASKS[task].edit(scene, Ask(rng, split))
+    return Edit(finish(rng, change.text, split), task, change.target, caption(scene), caption(change.target),
+                change.known, change.is_global)
 
 
 def words_of(text):
@@ -1209,7 +1202,8 @@ def words_of(text):
 
 def known_words():
     """Sorted list of every word that training texts can contain."""
-    nouns = [*COLOURS, *KINDS, *PLACES, *SKIES, *TEXTURES, *TEXTURES.values(), *(x.caption for x in OPERATIONS.values())]
+    nouns = [*COLOURS, *KINDS, *PLACES, *SKIES, *TEXTURES, *TEXTURES.values()]
+    nouns += [operation.caption for operation in OPERATIONS.values()]
     # Words of captions and backgrounds, and the British spellings.
     fixed = ("a an the and on in front of background gradient from to stripes checkerboard clouds leaves "
              "sand grass natural scene shape object grey greyscale colour colours recolour watercolour "
@@ -1235,12 +1229,12 @@ def quantise(frames):
 
 
 def true_region(source, truth, is_global):
-    """(F, H, W) bool: where the true edit changes the picture by more than 4 %, or everywhere for a global one."""
+    """(F, H, W) bool: where the true edit changes more than 4 % of full scale, or everywhere for a global one."""
     return np.abs(source.astype(int) - truth).max(-1) > (-1 if is_global else 10)
 
 
 def draw_pair(seed, domain, rng, height, width, n_frames=1):
-    """One scene and one edit of it: frames (2, H, W, 3), or (2, F, H, W, 3) of a clip, uint8, and their record."""
+    """One scene and one edit of it: uint8 frames (2, H, W, 3), or (2, F, H, W, 3) of a clip, and their record."""
     scene = draw_scene(seed, domain)
     tasks = possible_tasks(scene)
     edit = propose_edit(scene, seed, rng.choices(tasks, [TASKS[t].drawn for t in tasks])[0])
