@@ -1,26 +1,27 @@
 """The world that `tiny` learns from: scenes drawn by code, with the exact target video of every edit.
 
-Needs numpy, scipy and pillow only and imports nothing of the project. Contents: names and scenes, canvases, shapes,
-rendering, effects and styles, captions and wordings, edits, the words that all of it can say.
+Needs numpy, scipy and pillow only and imports nothing of the project. Contents: names and scenes, scenes at
+random, canvases, shapes, rendering, effects and styles (EFFECTS, STYLES), captions and instructions, edits
+(TASKS), the words that all of it can say, pairs and clips for training, curation and tests. `draw_scene` and
+`propose_edit` describe, `render` draws.
 """
 import io
 import math
 import re
 import zlib
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from random import Random
 
 import numpy as np
 from PIL import Image
+from scipy.io import wavfile
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 # ----------------------------------------------------------------------------------------------------------
 # The shapes world: procedurally drawn clips with captions, instructions and the true result of every edit.
 # Lengths are in heights of the frame; x runs over [0, aspect], y downwards over [0, 1]; time is in seconds.
 # ----------------------------------------------------------------------------------------------------------
-
-TASKS = ("style", "object", "background", "multiple", "removal", "addition", "texture", "effect")
 
 COLOURS = {"red": (.85, .12, .12), "orange": (.96, .55, .10), "yellow": (.97, .87, .15),
            "green": (.15, .65, .20), "cyan": (.10, .80, .85), "blue": (.13, .25, .85),
@@ -29,17 +30,18 @@ COLOURS = {"red": (.85, .12, .12), "orange": (.96, .55, .10), "yellow": (.97, .8
 KINDS = ("circle", "square", "triangle", "star", "heart", "ring", "diamond", "cross", "moon", "hexagon")
 TEXTURES = {"plain": "", "striped": "stripes", "dotted": "dots", "checkered": "checks"}    # adjective -> noun
 # By how many equal turns an outline or a pattern looks the same; 0: by any.
-TURNS = {"circle": 0, "ring": 0, "square": 4, "triangle": 3, "star": 5, "heart": 1, "diamond": 2, "cross": 4, "moon": 1,
-         "hexagon": 6, "plain": 0, "striped": 2, "dotted": 4, "checkered": 4}
+TURNS = {"circle": 0, "ring": 0, "square": 4, "triangle": 3, "star": 5, "heart": 1, "diamond": 2, "cross": 4,
+         "moon": 1, "hexagon": 6, "plain": 0, "striped": 2, "dotted": 4, "checkered": 4}
 PLACES = {f"{row} {col}".replace("middle middle", "middle").strip(): (u, v)
           for row, v in (("top", .2), ("middle", .5), ("bottom", .8))
           for col, u in (("left", .2), ("middle", .5), ("right", .8))}
 
 # Tones met in photographs; a natural background mixes two or three of them (chosen by eye, sRGB).
-TONES = ((.53, .70, .88), (.25, .45, .72), (.35, .47, .20), (.16, .25, .13), (.50, .35, .22), (.85, .66, .54),
-         (.45, .29, .21), (.80, .70, .52), (.50, .49, .47), (.25, .25, .27), (.90, .92, .95), (.60, .28, .20),
-         (.10, .35, .45), (.45, .30, .42), (.90, .70, .35), (.06, .07, .12), (.92, .88, .80), (.70, .40, .12),
-         (.20, .50, .48), (.75, .40, .45), (.62, .66, .70), (.72, .76, .45), (.32, .22, .14), (.97, .97, .97))
+TONES = tuple(tuple(map(float, tone.split())) for tone in re.split(",", """
+    .53 .70 .88,  .25 .45 .72,  .35 .47 .20,  .16 .25 .13,  .50 .35 .22,  .85 .66 .54,
+    .45 .29 .21,  .80 .70 .52,  .50 .49 .47,  .25 .25 .27,  .90 .92 .95,  .60 .28 .20,
+    .10 .35 .45,  .45 .30 .42,  .90 .70 .35,  .06 .07 .12,  .92 .88 .80,  .70 .40 .12,
+    .20 .50 .48,  .75 .40 .45,  .62 .66 .70,  .72 .76 .45,  .32 .22 .14,  .97 .97 .97"""))
 
 SKIES = {"a sunset sky": ((.35, .20, .50), (.98, .55, .20)), "a blue sky": ((.25, .50, .90), (.80, .92, 1.0)),
          "a night sky": ((.02, .02, .10), (.12, .16, .38)), "a pink sky": ((.62, .60, .90), (1.0, .75, .80))}
@@ -179,25 +181,26 @@ def _flat_background(rng, kind, exact=False, avoid=()):
 def _natural_background(rng, kind):
     """Clouds, leaves, sand, grass, or a photo-like mix, with its own crop of a canvas and its own colours."""
     seed = rng.getrandbits(31)
+
+    def near(a, b, by_a=.06, by_b=.06):
+        return _jitter(rng, a, by_a), _jitter(rng, b, by_b)
+
     if kind == "clouds":
-        skies = (.30, .52, .85), (.45, .65, .90), (.35, .42, .60), (.55, .40, .55)
-        top = _jitter(rng, rng.choice(skies), .08)
-        white = _jitter(rng, (.93, .93, .95), .06)
-        return Background(kind, "clouds", (top, white), seed, contrast=.03, scale=rng.uniform(.2, .5))
+        top = rng.choice(((.30, .52, .85), (.45, .65, .90), (.35, .42, .60), (.55, .40, .55)))
+        return Background(kind, "clouds", near(top, (.93, .93, .95), .08), seed, contrast=.03,
+                          scale=rng.uniform(.2, .5))
     if kind == "sand":
-        tones = _jitter(rng, (.80, .69, .50), .06), _jitter(rng, (.66, .53, .36), .05)
-        return Background(kind, "sand", tones, seed, contrast=rng.uniform(.04, .09), chroma=.01,
-                          scale=rng.uniform(.5, .8))
+        return Background(kind, "sand", near((.80, .69, .50), (.66, .53, .36), .06, .05), seed,
+                          contrast=rng.uniform(.04, .09), chroma=.01, scale=rng.uniform(.5, .8))
     if kind == "grass":
-        tones = _jitter(rng, (.30, .48, .15), .06), _jitter(rng, (.46, .60, .22), .06)
-        return Background(kind, "grass", tones, seed, contrast=rng.uniform(.08, .14), chroma=.02,
-                          scale=rng.uniform(.4, .6))
+        return Background(kind, "grass", near((.30, .48, .15), (.46, .60, .22)), seed,
+                          contrast=rng.uniform(.08, .14), chroma=.02, scale=rng.uniform(.4, .6))
     if kind == "leaves":
-        a, b = rng.choice((((.25, .42, .14), (.50, .60, .22)),      # green, autumn, shade
-                           ((.55, .30, .10), (.82, .62, .20)),
-                           ((.16, .30, .18), (.36, .46, .24))))
-        return Background(kind, "leaves", (_jitter(rng, a, .06), _jitter(rng, b, .06)), seed,
-                          contrast=rng.uniform(.08, .16), chroma=.04, scale=rng.uniform(.3, .6))
+        tones = rng.choice((((.25, .42, .14), (.50, .60, .22)),     # green, autumn, shade
+                            ((.55, .30, .10), (.82, .62, .20)),
+                            ((.16, .30, .18), (.36, .46, .24))))
+        return Background(kind, "leaves", near(*tones), seed, contrast=rng.uniform(.08, .16), chroma=.04,
+                          scale=rng.uniform(.3, .6))
     # Photo-like: half of them muted, some colourful; dark and bright, sharp and blurred.
     tones = tuple(_jitter(rng, rng.choice(TONES), .08) for _ in range(3))
     if rng.random() < 0.35:                         # one family of tones, as in a close-up
@@ -219,17 +222,18 @@ def draw_scene(seed, domain="synthetic", split="train"):
     domain "synthetic" is clean; "real" adds clutter, camera shake, flicker, sensor noise and JPEG blocks.
     split "held" has seeds of its own and also uses the (kind, colour) pairs that training never shows.
     """
-    if domain not in ("synthetic", "real") or split not in ("train", "held"):
-        raise ValueError(f"draw_scene: domain {domain!r} (synthetic, real), split {split!r} (train, held)")
+    assert domain in ("synthetic", "real") and split in ("train", "held"), (domain, split)
     rng = Random(f"scene {split} {domain} {seed}")
     n_objects = 0 if rng.random() < 0.15 else rng.choice((1, 1, 2, 2, 2, 3, 3))
     # Scenes without objects teach the global edits, so they look like footage.
     if rng.random() < (0.28 if n_objects else 0.9):
-        kind = rng.choice(("photo", "photo", "photo", "leaves", "clouds", "sand", "grass") if n_objects else
-                          ("photo",) * 10 + ("leaves", "clouds", "sand", "grass"))
+        kind = rng.choice(("photo",) * (3 if n_objects else 10) + ("leaves", "clouds", "sand", "grass"))
         background = _natural_background(rng, kind)
     else:
         background = _flat_background(rng, rng.choice(OFTEN))
+
+    def sometimes(chance, low, high):
+        return rng.uniform(low, high) if rng.random() < chance else 0.0
 
     objects = []
     kinds, colours = list(KINDS), list(COLOURS)
@@ -239,7 +243,6 @@ def draw_scene(seed, domain="synthetic", split="train"):
         kinds.remove(kind)
         colours.remove(colour)
         radius = rng.uniform(.11, .21 if n_objects < 3 else .16)
-        u = v = 0.5
         for _ in range(12):                         # apart from the others at t = 0, where there is room
             u, v = rng.uniform(.17, .83), rng.uniform(.17, .83)
             if all(math.hypot(u - o.u, v - o.v) > radius + o.radius + .02 for o in objects):
@@ -253,13 +256,13 @@ def draw_scene(seed, domain="synthetic", split="train"):
         objects.append(Shape(
             kind, colour, _jitter(rng, COLOURS[colour], .05), u, v, radius,
             texture=rng.choice(("plain",) * 5 + ("striped", "dotted", "checkered")),
-            angle=rng.uniform(-.4, .4), spin=rng.uniform(-1.5, 1.5) if rng.random() < .35 else 0.0,
+            angle=rng.uniform(-.4, .4), spin=sometimes(.35, -1.5, 1.5),
             motion=motion, speed=speed, phase=rng.uniform(0, 2 * math.pi),
-            shade=rng.uniform(.1, .35) if rng.random() < .5 else 0.0,
-            shadow=rng.uniform(.25, .5) if rng.random() < .35 else 0.0))
+            shade=sometimes(.5, .1, .35), shadow=sometimes(.35, .25, .5)))
 
-    pan, turn = (rng.uniform(.01, .07), rng.uniform(0, 2 * math.pi)) if rng.random() < .5 else (0.0, 0.0)
-    zoom = rng.uniform(.02, .1) if rng.random() < .3 else 0.0
+    pan = sometimes(.5, .01, .07)
+    turn = rng.uniform(0, 2 * math.pi) if pan else 0.0
+    zoom = sometimes(.3, .02, .1)
     camera = Camera((pan * math.cos(turn), pan * math.sin(turn)), zoom, rng.uniform(.5, 1.5),
                     rng.uniform(0, 2 * math.pi))
     around = rng.uniform(math.pi, 2 * math.pi)      # light comes from above
@@ -283,7 +286,8 @@ CANVAS, N_LEAVES, N_NOISE = 512, 40, 16
 
 
 def _mips(x):
-    """x (S, S, 3), unit variance -> [uint8 at S, S/2, ..., 16]: value = (byte - 128) / 36."""
+    """x (S, S, 3), brought to unit variance -> [uint8 at S, S/2, ..., 16]: value = (byte - 128) / 36."""
+    x = ((x - x.mean((0, 1))) / x.std((0, 1))).astype(np.float32)
     levels = []
     while True:
         levels.append(np.clip(np.rint(x * 36 + 128), 0, 255).astype(np.uint8))
@@ -292,7 +296,7 @@ def _mips(x):
         x = (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def _leaf_canvas(i):
     """Dead leaves (Lee, Mumford & Huang 2001): opaque discs and polygons with radii of density r^-p, each
     with a random value on three axes and shading on the first. A scene maps the axes to its colours."""
@@ -304,31 +308,27 @@ def _leaf_canvas(i):
     x = np.zeros((n, n, 3), np.float32)
     for k in range(count):
         cy, cx, a = rng.uniform(0, n), rng.uniform(0, n), rng.uniform(0, np.pi)
-        y0, y1 = max(0, int(cy - r[k])), min(n, int(cy + r[k]) + 1)
-        x0, x1 = max(0, int(cx - r[k])), min(n, int(cx + r[k]) + 1)
-        dy, dx = (np.arange(y0, y1)[:, None] - cy) / r[k], (np.arange(x0, x1) - cx) / r[k]
+        rows, cols = (slice(max(0, int(c - r[k])), int(c + r[k]) + 1) for c in (cy, cx))
+        dy, dx = (np.arange(n)[rows, None] - cy) / r[k], (np.arange(n)[cols] - cx) / r[k]
         p, q = dx * np.cos(a) + dy * np.sin(a), dy * np.cos(a) - dx * np.sin(a)
         form, thin = rng.integers(3), rng.uniform(.35, 1)
         inside = (p * p + q * q / thin ** 2 < 1 if form == 0 else
                   np.maximum(abs(p), abs(q) / thin) < .72 if form == 1 else
                   (q < .5) & (abs(p) * 1.7 - q < .9))
-        value = rng.standard_normal(3)
+        window = x[rows, cols]
+        window[inside] = rng.standard_normal(3)
         shade = rng.uniform(-.6, .6) * p + rng.uniform(-.6, .6) * q
-        patch = np.broadcast_to(value.astype(np.float32), inside.shape + (3,)).copy()
-        patch[..., 0] += shade
-        x[y0:y1, x0:x1][inside] = patch[inside]
-    x = gaussian_filter(x, (.7, .7, 0))
-    return _mips((x - x.mean((0, 1))) / x.std((0, 1)))
+        window[inside, 0] += shade[inside]
+    return _mips(gaussian_filter(x, (.7, .7, 0)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _noise_canvas(i):
     """Three channels of 1/f^p noise, p from 1 (rough) to 1.9 (soft)."""
     rng = np.random.default_rng([2, i])
     f = np.hypot(np.fft.fftfreq(CANVAS)[:, None], np.fft.rfftfreq(CANVAS)) + .5 / CANVAS
     spectrum = np.fft.rfft2(rng.standard_normal((3, CANVAS, CANVAS))) / f ** (1 + .9 * i / (N_NOISE - 1))
-    x = np.fft.irfft2(spectrum).transpose(1, 2, 0)
-    return _mips(((x - x.mean((0, 1))) / x.std((0, 1))).astype(np.float32))
+    return _mips(np.fft.irfft2(spectrum).transpose(1, 2, 0))
 
 
 def _sample(mips, ys, xs):
@@ -360,24 +360,25 @@ def _square_wave(phase, soft):
     return np.clip((np.abs(np.mod(phase, 1) - .5) - .25) / max(soft, 1e-6) + .5, 0, 1)
 
 
+def _checks(x, y, soft):
+    a, b = _square_wave(x, soft), _square_wave(y, soft)
+    return a + b - 2 * a * b
+
+
 def _draw_background(bg, ys, xs, aspect):
     """bg at world coordinates ys (H,), xs (W,) -> (H, W, 3) float32."""
     height, width = len(ys), len(xs)
     c = np.asarray(bg.rgb, np.float32)
-    if bg.kind == "plain":
-        return np.broadcast_to(c[0], (height, width, 3)).copy()
-    if bg.kind == "gradient":
-        m = np.clip(ys, 0, 1).astype(np.float32)[:, None, None]
-        return np.broadcast_to(c[0] + m * (c[1] - c[0]), (height, width, 3)).copy()
-    if bg.kind in ("stripes", "checkerboard"):
+    if bg.kind in PAINT:                            # m: how much of the second colour
         soft = abs(ys[-1] - ys[0]) / max(height - 1, 1) / bg.period
+        m = np.clip(ys, 0, 1)[:, None]
         if bg.kind == "stripes":
             along = xs * math.cos(bg.angle) + ys[:, None] * math.sin(bg.angle)
             m = _square_wave(along / bg.period + .25, soft)
-        else:
-            a, b = _square_wave(xs / bg.period + .25, soft), _square_wave(ys / bg.period + .25, soft)
-            m = a + b[:, None] - 2 * a * b[:, None]
-        return c[0] + m[..., None].astype(np.float32) * (c[1] - c[0])
+        elif bg.kind == "checkerboard":
+            m = _checks(xs / bg.period + .25, ys[:, None] / bg.period + .25, soft)
+        m = np.broadcast_to(m, (height, width))[..., None].astype(np.float32)
+        return c[0] + m * (c[-1] - c[0])            # plain: there is one colour
 
     rng = Random(bg.seed)
     flip = rng.choice((-1, 1))
@@ -418,7 +419,7 @@ def _draw_background(bg, ys, xs, aspect):
         out *= gain[..., None].astype(np.float32)
     if bg.blur:
         out = gaussian_filter(out, (bg.blur * height, bg.blur * height, 0), truncate=2.5, mode="nearest")
-    return np.clip(out, 0, 1, out=out).astype(np.float32, copy=False)
+    return np.clip(out, 0, 1, out=out)
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------
@@ -438,7 +439,7 @@ def _polygon_distance(points, x, y):
     return np.where(inside, -best, best)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sdf(kind):
     """The signed distance table of a kind, (SDF_SIZE, SDF_SIZE) float32, rows are y (down), unit radius."""
     axis = np.linspace(-SDF_REACH, SDF_REACH, SDF_SIZE)
@@ -449,29 +450,22 @@ def _sdf(kind):
         a = turn + np.arange(n) * 2 * math.pi / n
         return np.stack([np.cos(a), np.sin(a)], 1) * np.resize(radii, n)[:, None]
 
-    if kind == "circle":
+    turn = np.linspace(0, 2 * math.pi, 60, endpoint=False)      # the heart is the classic cosine curve
+    up = (13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)) / 16
+    outlines = {"square": np.array([(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)]),
+                "diamond": np.array([(0, -1.08), (.7, 0), (0, 1.08), (-.7, 0)]),
+                "triangle": corners(3, (1.1,)) + (0, .18), "star": corners(10, (1.08, .46)),
+                "hexagon": corners(6, turn=0.0), "heart": np.stack([np.sin(turn) ** 3, -up - .12], 1)}
+    if kind in outlines:
+        d = _polygon_distance(outlines[kind], x, y)
+    elif kind == "circle":
         d = disc - .95
     elif kind == "ring":
         d = abs(disc - .72) - .24
     elif kind == "moon":                            # a disc with a bite
         d = np.maximum(disc - .98, .82 - np.hypot(x - .48, y + .1))
-    elif kind == "square":
-        d = _polygon_distance(np.array([(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)]), x, y)
-    elif kind == "triangle":
-        d = _polygon_distance(corners(3, (1.1,)) + (0, .18), x, y)
-    elif kind == "star":
-        d = _polygon_distance(corners(10, (1.08, .46)), x, y)
-    elif kind == "diamond":
-        d = _polygon_distance(np.array([(0, -1.08), (.7, 0), (0, 1.08), (-.7, 0)]), x, y)
-    elif kind == "hexagon":
-        d = _polygon_distance(corners(6, (1.0,), 0.0), x, y)
-    elif kind == "cross":
-        a = .32
-        d = np.minimum(np.maximum(abs(x) - a, abs(y) - 1), np.maximum(abs(y) - a, abs(x) - 1))
-    else:
-        s = np.linspace(0, 2 * math.pi, 60, endpoint=False)     # heart: the classic cosine curve
-        up = (13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s)) / 16
-        d = _polygon_distance(np.stack([np.sin(s) ** 3, -up - .12], 1), x, y)
+    else:                                           # cross
+        d = np.minimum(np.maximum(abs(x) - .32, abs(y) - 1), np.maximum(abs(y) - .32, abs(x) - 1))
     return d.astype(np.float32)
 
 
@@ -510,11 +504,6 @@ def _view(camera, t):
             1 + camera.zoom * wave / 2)
 
 
-def _texture_colour(rgb):
-    """The second colour of stripes, dots and checks: white on dark colours, dark on light ones."""
-    return (.96, .96, .96) if .299 * rgb[0] + .587 * rgb[1] + .114 * rgb[2] < .6 else (.12, .12, .14)
-
-
 def _draw_shape(img, s, t, view, light, aspect):
     """Paint shape s over img (H, W, 3) in place, inside its bounding window only."""
     height, width = img.shape[:2]
@@ -522,19 +511,20 @@ def _draw_shape(img, s, t, view, light, aspect):
     if not s.screen:
         cx, cy = aspect / 2 + (cx - aspect / 2) * zoom - view[0], .5 + (cy - .5) * zoom - view[1]
         r *= zoom
-    reach = r * 1.15 + 1 / height
-    sx, sy = (-.22 * r * light[0], -.22 * r * light[1]) if s.shadow else (0.0, 0.0)
-    soft = .16 if s.shadow else 0.0                 # the shadow's half width, in radii
-    grow = soft * 1.5 * r
-    y0 = max(0, int((cy + min(sy - grow, 0) - reach) * height))
-    y1 = min(height, int((cy + max(sy + grow, 0) + reach) * height) + 2)
-    x0 = max(0, int((cx + min(sx - grow, 0) - reach) * height))
-    x1 = min(width, int((cx + max(sx + grow, 0) + reach) * height) + 2)
-    if y0 >= y1 or x0 >= x1:
+    sx, sy, soft = 0.0, 0.0, 0.0                    # the shadow's offset; its half width, in radii
+    if s.shadow:
+        sx, sy, soft = -.22 * r * light[0], -.22 * r * light[1], .16
+    reach, grow = r * 1.15 + 1 / height, soft * 1.5 * r
+
+    def span(centre, shift):                        # pixels that the shape or its shadow may touch
+        return slice(max(0, int((centre + min(shift - grow, 0) - reach) * height)),
+                     max(0, int((centre + max(shift + grow, 0) + reach) * height) + 2))
+    rows, cols = span(cy, sy), span(cx, sx)
+    window = img[rows, cols]
+    if not window.size:
         return
-    y = (((np.arange(y0, y1) + .5) / height - cy) / r).astype(np.float32)
-    x = (((np.arange(x0, x1) + .5) / height - cx) / r).astype(np.float32)
-    window = img[y0:y1, x0:x1]
+    y = (((np.arange(height)[rows] + .5) / height - cy) / r).astype(np.float32)
+    x = (((np.arange(width)[cols] + .5) / height - cx) / r).astype(np.float32)
     angle, px = s.angle + s.spin * t, 1 / (r * height)      # px: one pixel in radii
     if s.shadow:
         d = _distance(s.kind, x - sx / r, y - sy / r, angle)[0]
@@ -545,11 +535,11 @@ def _draw_shape(img, s, t, view, light, aspect):
         if s.texture == "striped":
             m = _square_wave(lx / .5, px / .5)
         elif s.texture == "checkered":
-            a, b = _square_wave(lx / .8, px / .8), _square_wave(ly / .8, px / .8)
-            m = a + b - 2 * a * b
+            m = _checks(lx / .8, ly / .8, px / .8)
         else:
             m = np.clip((.19 - np.hypot(np.mod(lx, .55) - .275, np.mod(ly, .55) - .275)) / px + .5, 0, 1)
-        colour = colour + m[..., None] * (np.array(_texture_colour(s.rgb), np.float32) - colour)
+        second = _rgb(.96, .96, .96) if np.dot(s.rgb, LUMA) < .6 else _rgb(.12, .12, .14)    # on light: dark
+        colour = colour + m[..., None] * (second - colour)
     if s.shade:
         colour = colour * (1 + s.shade * (light[0] * x + (light[1] * y)[:, None]))[..., None]
     window += np.clip(.5 - d / px, 0, 1)[..., None] * (colour - window)
@@ -561,9 +551,10 @@ def _degrade(img, how, seed, t):
     """Flicker, blur, sensor noise and JPEG blocks on one frame (H, W, 3). Noise and blocks live on the pixel
     grid, so they are finer in a larger picture, as with a real camera."""
     if how.blur:
-        img = gaussian_filter(img, (how.blur * len(img), how.blur * len(img), 0), truncate=2.5)
+        sigma = how.blur * len(img)
+        img = gaussian_filter(img, (sigma, sigma, 0), truncate=2.5)
     img = img * np.float32(1 + how.flicker * (math.sin(41.0 * t + seed % 7) + .6 * math.sin(23.0 * t)))
-    rng = np.random.default_rng([seed % 2 ** 32, int(round(t * 1000)) % 2 ** 32])
+    rng = np.random.default_rng([seed % 2 ** 32, round(t * 1000) % 2 ** 32])
     img = np.clip(img + rng.standard_normal(img.shape, np.float32) * np.float32(how.noise), 0, 1)
     file = io.BytesIO()
     Image.fromarray((img * 255 + .5).astype(np.uint8)).save(file, "JPEG", quality=how.jpeg)
@@ -590,7 +581,7 @@ def render(scene, n_frames=1, height=96, width=96, fps=8.0, t0=0.0):
         frames[i] = img
     np.clip(frames, 0, 1, out=frames)
     for name, seed in scene.post:
-        frames = (EFFECTS.get(name) or STYLES[name])(frames, times, seed)
+        frames = OPERATIONS[name](frames, times, seed)
     return frames
 
 
@@ -619,12 +610,21 @@ def _blur(x, sigma):
     return gaussian_filter(x, (0, s, s, 0), truncate=2.5, mode="nearest")
 
 
-def _splat(shape, y, x, a):
-    """Alpha (H, W, 1) of many soft dots: pixel indices y, x and opacities a, all of one shape."""
-    height, width = shape
-    ok = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    density = np.bincount((y * width + x)[ok], -np.log1p(-np.minimum(a, .995))[ok], height * width)
-    return (1 - np.exp(-density)).reshape(height, width, 1).astype(np.float32)
+def _fall(x, times, dots, fade, gain, lift, colour):
+    """Soft dots of a colour over a picture that is faded, then scaled and lifted a channel.
+
+    dots(t) -> (pixel indices y, x, opacities), which broadcast.
+    """
+    out = np.empty_like(x)
+    _, height, width, _ = x.shape
+    for i, t in enumerate(times):
+        py, px, a = np.broadcast_arrays(*dots(t))
+        ok = (py >= 0) & (py < height) & (px >= 0) & (px < width)
+        density = np.bincount((py * width + px)[ok], -np.log1p(-np.minimum(a, .995))[ok], height * width)
+        alpha = (1 - np.exp(-density)).reshape(height, width, 1).astype(np.float32)
+        ground = (x[i] + fade * (_luma(x[i]) - x[i])) * gain + lift
+        out[i] = ground + alpha * (colour - ground)
+    return _unit(out)
 
 
 def grayscale(x, times, seed):
@@ -646,24 +646,18 @@ def snow(x, times, seed):
     n, span = 520, max(4.0, width / height)     # over a strip 4 heights wide: equally dense at any aspect
     px, py, depth, phase = rng.random(n) * span, rng.random(n), rng.random(n), rng.random(n) * 6.28
     r = .007 + .013 * depth ** 2                    # near flakes are larger, faster
-    out = np.empty_like(x)
-    for i, t in enumerate(times):
+    k = math.ceil(r.max() * height + 1)
+    o = np.arange(-k, k + 1)
+
+    def flakes(t):
         fy = np.mod(py * 1.1 + (.12 + .3 * depth) * t, 1.1) - .05
         fx = np.mod(px + .03 * np.sin(1.5 * t + phase) + .04 * t, span)
-        near = fx < width / height + .05
-        cy, cx, rr = fy[near] * height - .5, fx[near] * height - .5, r[near] * height
-        k = math.ceil(r.max() * height + 1)
-        o = np.arange(-k, k + 1)
-        gy, gx = np.rint(cy).astype(int)[:, None] + o, np.rint(cx).astype(int)[:, None] + o
-        d = np.hypot((gy - cy[:, None])[:, :, None], (gx - cx[:, None])[:, None, :])
-        rr, bright = rr[:, None, None], (.6 + .38 * depth[near])[:, None, None]
-        a = np.clip((rr - d) / np.maximum(.7 * rr, 1) + .5, 0, 1) * bright      # soft discs
-        gy, gx = np.broadcast_arrays(gy[:, :, None], gx[:, None, :])
-        alpha = _splat((height, width), gy, gx, a)
-        pale = x[i] + .3 * (_luma(x[i]) - x[i])
-        pale = pale * .78 + _rgb(.19, .20, .22)
-        out[i] = pale + alpha * (_rgb(.97, .98, 1) - pale)
-    return _unit(out)
+        values = np.stack([fy * height - .5, fx * height - .5, r * height, .6 + .38 * depth])
+        cy, cx, rr, bright = values[:, fx < width / height + .05][..., None, None]
+        gy, gx = np.rint(cy).astype(int) + o[:, None], np.rint(cx).astype(int) + o
+        a = np.clip((rr - np.hypot(gy - cy, gx - cx)) / np.maximum(.7 * rr, 1) + .5, 0, 1)     # soft discs
+        return gy, gx, a * bright
+    return _fall(x, times, flakes, .3, .78, _rgb(.19, .20, .22), _rgb(.97, .98, 1))
 
 
 def rain(x, times, seed):
@@ -672,26 +666,21 @@ def rain(x, times, seed):
     rng = np.random.default_rng([4, seed % 2 ** 32])
     n, span, slant = 420, max(4.0, width / height), -.22
     px, py, depth = rng.random(n) * span, rng.random(n), rng.random(n)
-    length = .06 + .10 * depth
-    wide = np.maximum((.004 + .003 * depth) * height, .7)                       # half width in pixels
-    out = np.empty_like(x)
-    rows = np.arange(math.ceil(.16 * height) + 1)
-    k = np.arange(-math.ceil(wide.max()), math.ceil(wide.max()) + 1)
-    for i, t in enumerate(times):
-        top = np.mod(py * 1.2 + (1.2 + .8 * depth) * t, 1.2) - .18
-        left = np.mod(px + slant * (1.2 + .8 * depth) * t, span) - .1
-        near = left < width / height + .1
-        y = np.floor(top[near] * height).astype(int)[:, None] + rows            # (n, rows)
-        cx = left[near][:, None] * height + slant * rows                        # each row's centre
-        gx = np.rint(cx).astype(int)[..., None] + k                             # (n, rows, k)
-        along = np.clip((rows / height) / length[near][:, None], 0, 1)          # brightest at the lower end
-        a = np.clip(wide[near][:, None, None] - abs(gx - cx[..., None]) + .5, 0, 1)
-        a = a * (along * (along < 1))[..., None]
-        gy = np.broadcast_to(y[..., None], gx.shape)
-        alpha = _splat((height, width), gy, gx, a * (.35 + .35 * depth[near])[:, None, None])
-        wet = (x[i] + .25 * (_luma(x[i]) - x[i])) * _rgb(.66, .72, .80) + .02
-        out[i] = wet + alpha * (_rgb(.86, .90, .96) - wet)
-    return _unit(out)
+    half = np.maximum((.004 + .003 * depth) * height, .7)                   # half width in pixels
+    rows = np.arange(math.ceil(.16 * height) + 1)[:, None]
+    k = np.arange(-math.ceil(half.max()), math.ceil(half.max()) + 1)
+
+    def streaks(t):
+        fy = np.mod(py * 1.2 + (1.2 + .8 * depth) * t, 1.2) - .18
+        fx = np.mod(px + slant * (1.2 + .8 * depth) * t, span) - .1
+        values = np.stack([fy, fx, .06 + .10 * depth, half, .35 + .35 * depth])
+        top, left, length, wide, bright = values[:, fx < width / height + .1][..., None, None]
+        cx = left * height + slant * rows                                   # each row's centre
+        gx = np.rint(cx).astype(int) + k
+        along = np.clip(rows / height / length, 0, 1)                       # brightest at the lower end
+        a = np.clip(wide - abs(gx - cx) + .5, 0, 1) * (along * (along < 1))
+        return np.floor(top * height).astype(int) + rows, gx, a * bright
+    return _fall(x, times, streaks, .25, _rgb(.66, .72, .80), .02, _rgb(.86, .90, .96))
 
 
 def fog(x, times, seed):
@@ -795,126 +784,126 @@ def watercolor(x, times, seed):
     return _unit(.28 + .72 * wash - rim)
 
 
-EFFECTS = {f.__name__: f for f in (grayscale, sepia, night, snow, rain, fog, sunset, winter, invert, brighter,
-                                   darker, vivid, contrast, faded, blurry)}
-STYLES = {"pixel art": pixel_art, "sketch": sketch, "cartoon": poster, "neon": neon, "watercolor": watercolor}
-RANDOM_EFFECTS = ("snow", "rain")
+@dataclass(frozen=True)
+class Effect:
+    """A global edit: an exact operation on any footage, and how people speak of it."""
+    operation: object               # (frames (F, H, W, 3) in [0, 1], times (F,) in seconds, seed) -> frames
+    caption: str                    # what it adds to a caption
+    wordings: str                   # for training / held out, of the same words; {it}: the clip
+    random: bool = False            # it depends on its seed, so nobody can know the exact target
+
+    def __call__(self, frames, times, seed):
+        return self.operation(frames, times, seed)
 
 
-# ---- captions and wordings -------------------------------------------------------------------------------
+# A new effect is one function above and one entry here.
+EFFECTS = {
+    "grayscale": Effect(grayscale, "in black and white", """
+        make {it} grayscale; make {it} black and white; turn {it} into black and white; convert {it} to
+        grayscale; remove all color; desaturate {it}; make {it} monochrome; take the color out of {it};
+        change {it} to black and white; make {it} a black and white film; make {it} gray; show {it} without
+        color; drop the colors
+        / convert {it} to black and white; turn {it} into grayscale; take away all color"""),
+    "sepia": Effect(sepia, "in sepia tones", """
+        make {it} sepia; turn {it} sepia; apply a sepia filter; give {it} sepia tones; make {it} look like
+        an old photo; add a sepia tone to {it}; convert {it} to sepia; make {it} vintage; make {it} look
+        like a vintage film; give {it} an old brown tone; sepia
+        / change {it} to sepia; add a sepia filter to {it}; give {it} an old sepia look"""),
+    "night": Effect(night, "at night", """
+        make {it} night; make it night time; turn day into night; change {it} to night; make {it} look like
+        night; set {it} at night; show {it} at night; let it be night; make it a dark night; make {it}
+        happen at night; change the time to night; turn {it} into a night scene; night
+        / turn {it} into night; change the time of day to night; make it look like night time"""),
+    "snow": Effect(snow, "in the snow", """
+        make it snow; add snow; let it snow; add falling snow to {it}; put snow in {it}; make {it} snowy;
+        add snow flakes; give {it} snow; cover {it} with falling snow; change the weather to snow; make it a
+        snowy day; turn {it} into a snowy day; add a snow storm; make it snow hard; give {it} snowy weather;
+        it should snow; make {it} look like it is snowing; snow
+        / add snow to {it}; make snow fall; let snow flakes fall in {it}""", random=True),
+    "rain": Effect(rain, "in the rain", """
+        make it rain; add rain; let it rain; add falling rain to {it}; put rain in {it}; make {it} rainy;
+        add rain drops; make rain fall in {it}; give {it} a rainy day; change the weather to rain; turn {it}
+        into a rainy day; add a rain storm; add heavy rain; give {it} rainy weather; it should rain; make
+        {it} look like it is raining; rain
+        / add rain to {it}; make it a rainy day; let rain drops fall""", random=True),
+    "fog": Effect(fog, "in the fog", """
+        make it foggy; add fog; put fog in {it}; cover {it} with fog; add thick fog to {it}; make {it}
+        misty; fill {it} with mist; let fog fall over {it}; change the weather to fog; make it a foggy day;
+        give {it} foggy weather; add some mist; fog
+        / add fog to {it}; fill {it} with fog; give {it} thick mist"""),
+    "sunset": Effect(sunset, "at sunset", """
+        make it sunset; make {it} warm; make {it} warmer; give {it} a warm light; make {it} look like
+        sunset; set {it} at sunset; turn {it} into a sunset; add warm evening light; change {it} to golden
+        hour
+        / change the time of day to sunset; add a warm sunset light to {it}; show {it} at golden hour"""),
+    "winter": Effect(winter, "in winter", """
+        make {it} cold; make it winter; make {it} colder; give {it} a cold light; make {it} look like
+        winter; turn {it} into winter; add cold blue light; set {it} in winter; make {it} cool
+        / change {it} to winter; add a cold winter light to {it}; show {it} in winter"""),
+    "invert": Effect(invert, "in negative colors", """
+        invert the colors; invert {it}; make {it} a negative; turn {it} into a negative; show the negative
+        of {it}; apply a negative filter; flip all colors to their opposite
+        / convert {it} to a negative; invert all colors of {it}; change all colors to their opposite"""),
+    "brighter": Effect(brighter, "in bright light", """
+        make {it} brighter; make {it} bright; brighten {it}; add more light; turn up the light; increase the
+        brightness; give {it} more light; make {it} lighter
+        / increase the light in {it}; turn up the brightness; add more light to {it}"""),
+    "darker": Effect(darker, "in dark light", """
+        make {it} darker; make {it} dark; darken {it}; turn down the light; reduce the brightness; lower the
+        brightness of {it}; give {it} less light; make {it} dim
+        / reduce the light in {it}; turn down the brightness; lower the light"""),
+    "vivid": Effect(vivid, "in vivid colors", """
+        make {it} vivid; make the colors vivid; make {it} more colorful; saturate {it}; increase the
+        saturation; boost the colors of {it}; give {it} vivid colors; make the colors stronger; make the
+        colors more vivid; make {it} more saturated
+        / boost the saturation; give {it} stronger colors; turn up the colors"""),
+    "contrast": Effect(contrast, "with high contrast", """
+        increase the contrast; make {it} high contrast; add more contrast; boost the contrast of {it}; give
+        {it} high contrast; turn up the contrast; make the contrast stronger
+        / add more contrast to {it}; give {it} more contrast; make {it} stronger in contrast"""),
+    "faded": Effect(faded, "in faded colors", """
+        make {it} faded; fade the colors; make {it} pale; make the colors pale; give {it} faded colors;
+        reduce the saturation of {it}; wash out the colors; apply a faded filter
+        / give {it} pale colors; fade {it}; wash out {it}"""),
+    "blurry": Effect(blurry, "out of focus", """
+        make {it} blurry; blur {it}; put {it} out of focus; add blur; make {it} soft and blurry; apply a
+        blur filter; take {it} out of focus; give {it} a soft focus
+        / add blur to {it}; make {it} out of focus; give {it} a soft blur"""),
+}
+STYLES = {
+    "pixel art": Effect(pixel_art, "as pixel art", """
+        make {it} pixel art; turn {it} into pixel art; make {it} look like an old video game; pixelate {it};
+        change the style to pixel art; draw {it} as pixel art; show {it} in big pixels; convert {it} to a
+        pixel art style
+        / convert {it} to pixel art; make {it} look like pixel art; draw {it} in big pixels"""),
+    "sketch": Effect(sketch, "as a pencil sketch", """
+        make {it} a pencil sketch; turn {it} into a pencil sketch; make {it} a sketch; change the style to a
+        pencil drawing; draw {it} with a pencil; turn {it} into a pencil drawing; make {it} look like a
+        sketch; convert {it} to a sketch
+        / change the style to a pencil sketch; draw {it} as a sketch;
+        make {it} look like a pencil drawing"""),
+    "cartoon": Effect(poster, "as a cartoon", """
+        make {it} a cartoon; turn {it} into a cartoon; make {it} look like a poster; change the style to
+        cartoon; draw {it} as a cartoon; turn {it} into a poster; make {it} a comic; convert {it} to a comic
+        style
+        / convert {it} to a cartoon style; make {it} look like a comic; change the style to a poster"""),
+    "neon": Effect(neon, "as a neon drawing", """
+        make {it} neon; turn {it} into neon lights; make {it} glow in neon; change the style to neon; draw
+        {it} with neon light; give {it} glowing neon edges; make {it} a neon drawing; show {it} in neon
+        style
+        / turn {it} into a neon drawing; make {it} look like neon; draw {it} in glowing neon"""),
+    "watercolor": Effect(watercolor, "as a watercolor painting", """
+        make {it} a watercolor; turn {it} into a watercolor painting; make {it} a painting; change the style
+        to watercolor; paint {it} with watercolor; make {it} look like a watercolor painting; draw {it} as a
+        soft painting; convert {it} to a painting
+        / convert {it} to a watercolor; paint {it} as a watercolor painting; turn {it} into a
+        soft painting"""),
+}
+OPERATIONS = EFFECTS | STYLES
+RANDOM_EFFECTS = tuple(name for name, x in OPERATIONS.items() if x.random)
 
-POST_CAPTION = {
-    "grayscale": "in black and white", "sepia": "in sepia tones", "night": "at night", "snow": "in the snow",
-    "rain": "in the rain", "fog": "in the fog", "sunset": "at sunset", "winter": "in winter",
-    "invert": "in negative colors", "brighter": "in bright light", "darker": "in dark light",
-    "vivid": "in vivid colors", "contrast": "with high contrast", "faded": "in faded colors",
-    "blurry": "out of focus", "pixel art": "as pixel art", "sketch": "as a pencil sketch",
-    "cartoon": "as a cartoon", "neon": "as a neon drawing", "watercolor": "as a watercolor painting"}
 
-# {it} the clip, {o} the object, {c} colour, {a} new object with article, {p} place, {b} background, {x}
-# texture noun, {d} texture adjective. Training wordings / held-out ones, which use the same words.
-_WORDINGS = """
-grayscale: make {it} grayscale; make {it} black and white; turn {it} into black and white; convert {it} to
-    grayscale; remove all color; desaturate {it}; make {it} monochrome; take the color out of {it}; change
-    {it} to black and white; make {it} a black and white film; make {it} gray; show {it} without color; drop
-    the colors / convert {it} to black and white; turn {it} into grayscale; take away all color
-sepia: make {it} sepia; turn {it} sepia; apply a sepia filter; give {it} sepia tones; make {it} look like an
-    old photo; add a sepia tone to {it}; convert {it} to sepia; make {it} vintage; make {it} look like a
-    vintage film; give {it} an old brown tone; sepia / change {it} to sepia; add a sepia filter to {it};
-    give {it} an old sepia look
-night: make {it} night; make it night time; turn day into night; change {it} to night; make {it} look like
-    night; set {it} at night; show {it} at night; let it be night; make it a dark night; make {it} happen at
-    night; change the time to night; turn {it} into a night scene; night / turn {it} into night; change the
-    time of day to night; make it look like night time
-snow: make it snow; add snow; let it snow; add falling snow to {it}; put snow in {it}; make {it} snowy; add
-    snow flakes; give {it} snow; cover {it} with falling snow; change the weather to snow; make it a snowy
-    day; turn {it} into a snowy day; add a snow storm; make it snow hard; give {it} snowy weather; it should
-    snow; make {it} look like it is snowing; snow / add snow to {it}; make snow fall; let snow flakes fall
-    in {it}
-rain: make it rain; add rain; let it rain; add falling rain to {it}; put rain in {it}; make {it} rainy; add
-    rain drops; make rain fall in {it}; give {it} a rainy day; change the weather to rain; turn {it} into a
-    rainy day; add a rain storm; add heavy rain; give {it} rainy weather; it should rain; make {it} look
-    like it is raining; rain / add rain to {it}; make it a rainy day; let rain drops fall
-fog: make it foggy; add fog; put fog in {it}; cover {it} with fog; add thick fog to {it}; make {it} misty;
-    fill {it} with mist; let fog fall over {it}; change the weather to fog; make it a foggy day; give {it}
-    foggy weather; add some mist; fog / add fog to {it}; fill {it} with fog; give {it} thick mist
-sunset: make it sunset; make {it} warm; make {it} warmer; give {it} a warm light; make {it} look like
-    sunset; set {it} at sunset; turn {it} into a sunset; add warm evening light; change {it} to golden hour
-    / change the time of day to sunset; add a warm sunset light to {it}; show {it} at golden hour
-winter: make {it} cold; make it winter; make {it} colder; give {it} a cold light; make {it} look like
-    winter; turn {it} into winter; add cold blue light; set {it} in winter; make {it} cool / change {it} to
-    winter; add a cold winter light to {it}; show {it} in winter
-invert: invert the colors; invert {it}; make {it} a negative; turn {it} into a negative; show the negative
-    of {it}; apply a negative filter; flip all colors to their opposite / convert {it} to a negative; invert
-    all colors of {it}; change all colors to their opposite
-brighter: make {it} brighter; make {it} bright; brighten {it}; add more light; turn up the light; increase
-    the brightness; give {it} more light; make {it} lighter / increase the light in {it}; turn up the
-    brightness; add more light to {it}
-darker: make {it} darker; make {it} dark; darken {it}; turn down the light; reduce the brightness; lower the
-    brightness of {it}; give {it} less light; make {it} dim / reduce the light in {it}; turn down the
-    brightness; lower the light
-vivid: make {it} vivid; make the colors vivid; make {it} more colorful; saturate {it}; increase the
-    saturation; boost the colors of {it}; give {it} vivid colors; make the colors stronger; make the colors
-    more vivid; make {it} more saturated / boost the saturation; give {it} stronger colors; turn up the
-    colors
-contrast: increase the contrast; make {it} high contrast; add more contrast; boost the contrast of {it};
-    give {it} high contrast; turn up the contrast; make the contrast stronger / add more contrast to {it};
-    give {it} more contrast; make {it} stronger in contrast
-faded: make {it} faded; fade the colors; make {it} pale; make the colors pale; give {it} faded colors;
-    reduce the saturation of {it}; wash out the colors; apply a faded filter / give {it} pale colors; fade
-    {it}; wash out {it}
-blurry: make {it} blurry; blur {it}; put {it} out of focus; add blur; make {it} soft and blurry; apply a
-    blur filter; take {it} out of focus; give {it} a soft focus / add blur to {it}; make {it} out of focus;
-    give {it} a soft blur
-pixel art: make {it} pixel art; turn {it} into pixel art; make {it} look like an old video game; pixelate
-    {it}; change the style to pixel art; draw {it} as pixel art; show {it} in big pixels; convert {it} to a
-    pixel art style / convert {it} to pixel art; make {it} look like pixel art; draw {it} in big pixels
-sketch: make {it} a pencil sketch; turn {it} into a pencil sketch; make {it} a sketch; change the style to a
-    pencil drawing; draw {it} with a pencil; turn {it} into a pencil drawing; make {it} look like a sketch;
-    convert {it} to a sketch / change the style to a pencil sketch; draw {it} as a sketch; make {it} look
-    like a pencil drawing
-cartoon: make {it} a cartoon; turn {it} into a cartoon; make {it} look like a poster; change the style to
-    cartoon; draw {it} as a cartoon; turn {it} into a poster; make {it} a comic; convert {it} to a comic
-    style / convert {it} to a cartoon style; make {it} look like a comic; change the style to a poster
-neon: make {it} neon; turn {it} into neon lights; make {it} glow in neon; change the style to neon; draw
-    {it} with neon light; give {it} glowing neon edges; make {it} a neon drawing; show {it} in neon style /
-    turn {it} into a neon drawing; make {it} look like neon; draw {it} in glowing neon
-watercolor: make {it} a watercolor; turn {it} into a watercolor painting; make {it} a painting; change the
-    style to watercolor; paint {it} with watercolor; make {it} look like a watercolor painting; draw {it} as
-    a soft painting; convert {it} to a painting / convert {it} to a watercolor; paint {it} as a watercolor
-    painting; turn {it} into a soft painting
-recolor: make {o} {c}; change {o} to {c}; turn {o} {c}; paint {o} {c}; change the color of {o} to {c}; color
-    {o} {c}; make the color of {o} {c}; recolor {o} to {c}; give {o} a {c} color; can {o} be {c}?; {o}
-    should be {c}; make {o} look {c}; dye {o} {c} / turn the color of {o} to {c}; paint {o} in a {c} color;
-    let {o} be {c}
-swap: turn {o} into {a}; replace {o} with {a}; change {o} into {a}; swap {o} for {a}; make {o} {a};
-    transform {o} into {a}; put {a} in place of {o}; what if {o} were {a}?; {o} should be {a}; make {o} look
-    like {a}; use {a} instead of {o} / change {o} to be {a}; swap {o} with {a}; let {o} be {a}
-removal: remove {o}; delete {o}; erase {o}; get rid of {o}; take away {o}; take {o} out of {it}; remove {o}
-    from {it}; make {o} disappear; cut out {o}; hide {o}; clear {o} away; {o} should not be there; drop {o};
-    make {it} without {o} / get {o} out of {it}; delete {o} from {it}; let {o} disappear
-addition: add {a} at the {p}; put {a} at the {p}; place {a} in the {p}; insert {a} at the {p}; draw {a} in
-    the {p}; add {a} to the {p}; show {a} in the {p}; put {a} in the {p} of {it}; i want {a} at the {p} /
-    place {a} at the {p}; insert {a} in the {p} of {it}; let {a} be at the {p}
-texture: give {o} {x}; make {o} {d}; add {x} to {o}; put {x} on {o}; cover {o} with {x}; turn {o} {d}; paint
-    {x} on {o}; change the texture of {o} to {x}; draw {x} on {o} / turn the texture of {o} to {x}; let {o}
-    be {d}; change {o} to be {d}
-untexture: make {o} plain; remove the pattern from {o}; take the texture off {o}; give {o} a plain color;
-    make the texture of {o} plain; remove the {x} from {o}; erase the {x} on {o}; turn {o} plain / change
-    {o} to plain; take the {x} off {o}; erase the pattern on {o}
-background: change the background to {b}; replace the background with {b}; put {b} in the background; set
-    the background to {b}; make the background {b}; swap the background for {b}; turn the background into
-    {b}; use {b} as the background; what if the background were {b}? / swap the background with {b}; use {b}
-    for the background; let the background be {b}
-backdrop: make the background {c}; change the background to {c}; paint the background {c}; turn the
-    background {c}; set the background to plain {c}; change the background color to {c}; replace the
-    background with a {c} one; put {it} on a {c} background; color the background {c} / set the background
-    color to {c}; let the background be {c}; paint a plain {c} background
-"""
-WORDINGS = {}           # edit -> (training wordings, held-out wordings)
-for _line in re.sub(r"\s*\n    ", " ", _WORDINGS).strip().splitlines():
-    _key, _both = _line.split(": ")
-    WORDINGS[_key] = tuple(tuple(part.split("; ")) for part in _both.split(" / "))
+# ---- captions and instructions ---------------------------------------------------------------------------
 
 IT = ("it",) * 6 + ("the video", "the clip", "the scene", "the picture", "this video", "this clip", "this",
                     "the whole video", "everything")
@@ -922,65 +911,135 @@ POLITE = ("please {}", "can you {}?", "could you {}?", "{} please", "i want you 
 JOINTS = (" and ", ", and ", ", ", " and then ", ", then ")
 
 
-def _article(phrase):
+def article(phrase):
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def _describe(s):
-    return " ".join(w for w in ("" if s.texture == "plain" else s.texture, s.colour, s.kind) if w)
+def describe(s):
+    return f"{s.texture} {s.colour} {s.kind}".removeprefix("plain ")
+
+
+def backdrop(bg):
+    """A background's name with the right article."""
+    return re.sub(r"^a (?=[aeiou])", "an ", bg.name)
 
 
 def caption(scene):
     """One sentence, at most about 30 words: objects, background, effects and styles."""
-    names = [_article(_describe(s)) for s in scene.objects]
-    things = " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
-    bg = scene.background
-    on = "on" if bg.kind in ("plain", "stripes", "checkerboard", "sand", "grass") else "in front of"
-    name = re.sub(r"^a (?=[aeiou])", "an ", bg.name)
-    return " ".join([f"{things} {on} {name}" if things else name] + [POST_CAPTION[p] for p, _ in scene.post])
+    *names, things = [article(describe(s)) for s in scene.objects] or [""]
+    if names:
+        things = f"{', '.join(names)} and {things}"
+    on = "in front of" if scene.background.kind in ("gradient", "clouds", "leaves", "photo") else "on"
+    place = backdrop(scene.background)
+    about = f"{things} {on} {place}" if things else place
+    return " ".join([about] + [OPERATIONS[name].caption for name, _ in scene.post])
 
 
-def _say(rng, key, split, within=False, **words):
-    """One wording of WORDINGS[key] of the split; `within` a longer instruction, so no question."""
-    options = [w for w in WORDINGS[key][split == "held"] if not (within and w.endswith("?"))]
-    return rng.choice(options).format(it=rng.choice(IT), **words)
-
-
-def _finish(rng, text, split):
+def finish(rng, text, split):
     """Politeness and British spelling, by chance."""
     if split == "train" and not text.endswith("?") and not text.startswith("i want") and rng.random() < .15:
         text = rng.choice(POLITE).format(text)
     if rng.random() < .4:
         text = text.replace("color", "colour").replace("gray", "grey")
-    return text[0].upper() + text[1:] + "." * (text[-1] != "?") if rng.random() < .08 else text
+    if rng.random() < .08:
+        text = text[0].upper() + text[1:]
+        return text if text.endswith("?") else text + "."
+    return text
 
 
-def _refer(rng, s, alone):
-    """A name for s that fits nothing else in the scene: kinds and colours are unique in a scene."""
-    names = (s.kind,) + (f"{s.colour} {s.kind}",) * 2 + (f"{s.colour} {rng.choice(('shape', 'object'))}",)
-    return "the " + rng.choice((s.kind, "shape", "object") if alone and rng.random() < .3 else names)
+# ---- edits: a function a task ----------------------------------------------------------------------------
+
+@dataclass
+class Ask:
+    """How an instruction is worded, by chance."""
+    rng: Random
+    split: str
+    within: bool = False            # as a part of a longer instruction
+    avoid: tuple = ()               # kinds of objects to leave alone, since another part speaks of them
+
+    def say(self, key, **words):
+        """One wording of WORDINGS[key] of the split; no question within a longer instruction."""
+        options = [w for w in WORDINGS[key][self.split == "held"] if not (self.within and w.endswith("?"))]
+        return self.rng.choice(options).format(it=self.rng.choice(IT), **words)
+
+    def choose(self, scene):
+        """The object that an edit is about: (index, Shape, a name that fits nothing else in the scene)."""
+        rng = self.rng
+        at = rng.choice([i for i, s in enumerate(scene.objects) if s.kind not in self.avoid])
+        s = scene.objects[at]                       # kinds and colours are unique in a scene
+        names = (s.kind,) + (f"{s.colour} {s.kind}",) * 2 + (f"{s.colour} {rng.choice(('shape', 'object'))}",)
+        if len(scene.objects) == 1 and not self.within and rng.random() < .3:
+            names = s.kind, "shape", "object"
+        return at, s, "the " + rng.choice(names)
 
 
-# ---- edits -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Change:
+    text: str                       # the instruction, before `finish`
+    target: Scene
+    known: bool                     # the target follows from source and instruction alone
+    touched: tuple = ()             # kinds of objects that it speaks of
+    is_global: bool = False         # every pixel may change
 
-def _free_places(scene, radius=.13):
+
+def edit_effect(scene, ask, table=EFFECTS):
+    name = ask.rng.choice([n for n in table if n not in dict(scene.post)])
+    target = replace(scene, post=scene.post + ((name, ask.rng.getrandbits(31)),))
+    return Change(ask.say(name), target, not table[name].random, is_global=True)
+
+
+def edit_background(scene, ask):
+    """Another background; a painted one is exactly what its name says."""
+    rng, bg = ask.rng, scene.background
+    taken = {s.colour for s in scene.objects} | set(bg.name.split() if bg.kind == "plain" else ())
+    if rng.random() < .72:
+        new = _flat_background(rng, rng.choice(OFTEN), exact=True, avoid=taken)
+    else:
+        kinds = [k for k in ("clouds", "leaves", "sand", "grass") if k != bg.kind]
+        new = _natural_background(rng, rng.choice(kinds))
+    if new.kind == "plain":
+        text = ask.say("backdrop", c=new.name.split()[1])
+    else:
+        text = ask.say("background", b=backdrop(new))
+    return Change(text, replace(scene, background=new, clutter=()), new.kind in PAINT)
+
+
+def unused(names, field_name, scene, avoid=()):
+    """Those of the names that no object of the scene has as its kind or colour."""
+    return [x for x in names if x not in avoid and all(x != getattr(s, field_name) for s in scene.objects)]
+
+
+def free_places(scene, radius=.13):
     return [p for p, (u, v) in PLACES.items()
             if all(math.hypot(u - s.u, v - s.v) > radius + s.radius for s in scene.objects)]
 
 
-def possible_tasks(scene):
-    """The tasks that fit a scene: without objects only style, background and effect."""
-    if not scene.objects:
-        return "style", "background", "effect"
-    free = len(scene.objects) < 3 and _free_places(scene)
-    return tuple(t for t in TASKS if t != "addition" or free)
+def edit_addition(scene, ask):
+    """A new object at a named place, which the camera does not move."""
+    kinds, colours = unused(KINDS, "kind", scene, ask.avoid), unused(COLOURS, "colour", scene)
+    kind, colour = _pick_pair(ask.rng, ask.split, kinds, colours, scene.background.rgb)
+    place = ask.rng.choice(free_places(scene) or list(PLACES))
+    new = Shape(kind, colour, COLOURS[colour], *PLACES[place], .13, screen=True)
+    text = ask.say("addition", a=article(f"{colour} {kind}"), p=place)
+    return Change(text, replace(scene, objects=scene.objects + (new,)), True, (kind,))
 
 
-def _same_turn(old, new):
-    """True where `new`, which takes over the turn of `old`, can be drawn without knowing more of it than `old` shows.
+def put(scene, at, *new):
+    """The scene with `new`, one Shape or none, in place of object `at`."""
+    return replace(scene, objects=scene.objects[:at] + new + scene.objects[at + 1:])
 
-    Nobody sees how far a plain disc is turned, so that the direction of the stripes it gets is anybody's guess; of a
-    square that spins one cannot tell which side was up. A little turn, without spin, shows on all but round shapes.
+
+def known_behind(scene, s):
+    """Painted backgrounds are known behind an object, unless a piece of clutter hides there."""
+    hides = any(math.hypot(c.u - s.u, c.v - s.v) < s.radius + c.radius for c in scene.clutter)
+    return scene.background.kind in PAINT and not hides
+
+
+def same_turn(old, new):
+    """True where `new`, turned as `old` is, can be drawn from what `old` shows.
+
+    Nobody sees how far a plain disc is turned, so the direction of its new stripes is anybody's guess; of a
+    square that spins one cannot tell which side was up. A little turn, without spin, shows on all but discs.
     """
     shows, needs = (math.gcd(TURNS[s.kind], TURNS[s.texture]) for s in (old, new))
     if shows == 0:
@@ -988,98 +1047,144 @@ def _same_turn(old, new):
     return not old.spin or needs % shows == 0
 
 
-def _one_edit(scene, rng, task, split, within=False, avoid=()):
-    """One simple edit -> (text, target, deterministic, kinds touched); kinds in `avoid` are left alone."""
-    bg = scene.background
-    if task in ("effect", "style"):
-        name = rng.choice([n for n in (EFFECTS if task == "effect" else STYLES) if n not in dict(scene.post)])
-        target = replace(scene, post=scene.post + ((name, rng.getrandbits(31)),))
-        return _say(rng, name, split, within), target, name not in RANDOM_EFFECTS, ()
-    if task == "background":
-        taken = {s.colour for s in scene.objects} | ({bg.name.split()[1]} if bg.kind == "plain" else set())
-        if rng.random() < .72:
-            new = _flat_background(rng, rng.choice(OFTEN), exact=True, avoid=taken)
-        else:
-            kinds = [k for k in ("clouds", "leaves", "sand", "grass") if k != bg.kind]
-            new = _natural_background(rng, rng.choice(kinds))
-        text = (_say(rng, "backdrop", split, within, c=new.name.split()[1]) if new.kind == "plain" else
-                _say(rng, "background", split, within, b=re.sub(r"^a (?=[aeiou])", "an ", new.name)))
-        return text, replace(scene, background=new, clutter=()), new.kind in PAINT, ()
+def edit_removal(scene, ask):
+    at, s, name = ask.choose(scene)
+    return Change(ask.say("removal", o=name), put(scene, at), known_behind(scene, s), (s.kind,))
 
-    if task == "addition":
-        kinds = [k for k in KINDS if k not in avoid and all(k != s.kind for s in scene.objects)]
-        colours = [c for c in COLOURS if all(c != s.colour for s in scene.objects)]
-        kind, colour = _pick_pair(rng, split, kinds, colours, bg.rgb)
-        place = rng.choice(_free_places(scene) or list(PLACES))
-        new = Shape(kind, colour, COLOURS[colour], *PLACES[place], .13, screen=True)
-        return (_say(rng, "addition", split, within, a=_article(f"{colour} {kind}"), p=place),
-                replace(scene, objects=scene.objects + (new,)), True, (kind,))
 
-    at = rng.choice([i for i, s in enumerate(scene.objects) if s.kind not in avoid])
-    s = scene.objects[at]
-    name = _refer(rng, s, alone=len(scene.objects) == 1 and not within)
-    rest = scene.objects[:at] + scene.objects[at + 1:]
-    # What lies behind an object can be told on painted backgrounds, unless a piece of clutter hides there.
-    hides = any(math.hypot(c.u - s.u, c.v - s.v) < s.radius + c.radius for c in scene.clutter)
-    behind_known = bg.kind in PAINT and not hides
-    if task == "removal":
-        text = _say(rng, "removal", split, within, o=name)
-        return text, replace(scene, objects=rest), behind_known, (s.kind,)
-    if task == "texture":
-        texture = rng.choice([t for t in TEXTURES if t != s.texture])
-        key, noun = "texture", TEXTURES[texture]
-        if texture == "plain":
-            key, noun = "untexture", TEXTURES[s.texture]
-        text = _say(rng, key, split, within, o=name, x=noun, d=texture)
-        new = replace(s, texture=texture)
-        known = _same_turn(s, new)
+def edit_texture(scene, ask):
+    at, s, name = ask.choose(scene)
+    texture = ask.rng.choice([t for t in TEXTURES if t != s.texture])
+    new = replace(s, texture=texture)
+    if texture == "plain":
+        text = ask.say("untexture", o=name, x=TEXTURES[s.texture])
     else:
-        how = rng.choice(("recolor", "recolor", "swap", "both"))
-        kinds, colours = [s.kind], [s.colour]
-        if how != "recolor":
-            kinds = [k for k in KINDS if k not in avoid and all(k != o.kind for o in scene.objects)]
-        if how != "swap":
-            colours = [c for c in COLOURS if all(c != o.colour for o in scene.objects)]
-        kind, colour = _pick_pair(rng, split, kinds, colours, bg.rgb if how != "swap" else ())
-        new = replace(s, kind=kind, colour=colour, rgb=s.rgb if how == "swap" else COLOURS[colour])
-        known = how == "recolor" or behind_known and _same_turn(s, new)
-        called = _article(kind if how == "swap" else f"{colour} {kind}")
-        text = (_say(rng, "recolor", split, within, o=name, c=colour) if how == "recolor" else
-                _say(rng, "swap", split, within, o=name, a=called))
-    objects = scene.objects[:at] + (new,) + scene.objects[at + 1:]
-    return text, replace(scene, objects=objects), known, (s.kind, new.kind)
+        text = ask.say("texture", o=name, x=TEXTURES[texture], d=texture)
+    return Change(text, put(scene, at, new), same_turn(s, new), (s.kind,))
 
 
-TASK_WEIGHTS = {"style": 1.2, "object": 2, "background": 1.3, "multiple": 1, "removal": 1.3, "addition": 1.2,
-                "texture": 1, "effect": 2}
+def edit_object(scene, ask):
+    """Another colour, another kind, or both."""
+    at, s, name = ask.choose(scene)
+    how = ask.rng.choice(("recolor", "recolor", "swap", "both"))
+    kinds = [s.kind] if how == "recolor" else unused(KINDS, "kind", scene, ask.avoid)
+    colours, behind = [s.colour], ()
+    if how != "swap":
+        colours, behind = unused(COLOURS, "colour", scene), scene.background.rgb
+    kind, colour = _pick_pair(ask.rng, ask.split, kinds, colours, behind)
+    new = replace(s, kind=kind, colour=colour, rgb=s.rgb if how == "swap" else COLOURS[colour])
+    if how == "recolor":
+        text, known = ask.say("recolor", o=name, c=colour), True
+    else:
+        text = ask.say("swap", o=name, a=article(kind if how == "swap" else f"{colour} {kind}"))
+        known = known_behind(scene, s) and same_turn(s, new)
+    return Change(text, put(scene, at, new), known, (s.kind, kind))
+
+
+def edit_multiple(scene, ask):
+    """Two edits in one instruction."""
+    first, second = ask.rng.sample([t for t in possible_tasks(scene) if t != "multiple"], 2)
+    if len(scene.objects) == 1 and TASKS[first].needs == TASKS[second].needs == "object":
+        second = ask.rng.choice(("effect", "background"))   # one object cannot take two edits
+    a = TASKS[first].edit(scene, replace(ask, within=True))
+    if second == "addition" and not free_places(a.target):
+        second = "effect"
+    b = TASKS[second].edit(a.target, replace(ask, within=True, avoid=a.touched))
+    text = a.text + ask.rng.choice(JOINTS) + b.text
+    return Change(text, b.target, a.known and b.known, a.touched + b.touched, a.is_global or b.is_global)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of edit: how it is made, how often, in which words."""
+    edit: object                    # (scene, ask) -> Change
+    curated: float                  # odds among the tasks that fit a scene: in curation,
+    drawn: float                    # in the pairs that `tiny` learns from, where local edits come more often,
+    trained: float = 1              # and, of these, in the image editor's batches: what is hard
+    needs: str = "object"           # in a scene: an object to change, "room" for one more, or ""
+    wordings: dict = field(default_factory=dict)        # key -> wordings as Effect has them
+
+
+# A new kind of edit is one function above and one entry here. In wordings {it} is the clip, {o} the object,
+# {c} a colour, {a} a new object with article, {p} a place, {b} a background, {x} and {d} a texture's names.
+TASKS = {
+    "style": Task(partial(edit_effect, table=STYLES), 1.2, 1, needs=""),
+    "object": Task(edit_object, 2, 2.4, 1.5, wordings={
+        "recolor": """
+            make {o} {c}; change {o} to {c}; turn {o} {c}; paint {o} {c}; change the color of {o} to {c};
+            color {o} {c}; make the color of {o} {c}; recolor {o} to {c}; give {o} a {c} color; can {o} be
+            {c}?; {o} should be {c}; make {o} look {c}; dye {o} {c}
+            / turn the color of {o} to {c}; paint {o} in a {c} color; let {o} be {c}""",
+        "swap": """
+            turn {o} into {a}; replace {o} with {a}; change {o} into {a}; swap {o} for {a}; make {o} {a};
+            transform {o} into {a}; put {a} in place of {o}; what if {o} were {a}?; {o} should be {a}; make
+            {o} look like {a}; use {a} instead of {o}
+            / change {o} to be {a}; swap {o} with {a}; let {o} be {a}"""}),
+    "background": Task(edit_background, 1.3, 1.3, 1.7, needs="", wordings={
+        "background": """
+            change the background to {b}; replace the background with {b}; put {b} in the background; set
+            the background to {b}; make the background {b}; swap the background for {b}; turn the background
+            into {b}; use {b} as the background; what if the background were {b}?
+            / swap the background with {b}; use {b} for the background; let the background be {b}""",
+        "backdrop": """
+            make the background {c}; change the background to {c}; paint the background {c}; turn the
+            background {c}; set the background to plain {c}; change the background color to {c}; replace the
+            background with a {c} one; put {it} on a {c} background; color the background {c}
+            / set the background color to {c}; let the background be {c}; paint a plain {c} background"""}),
+    "multiple": Task(edit_multiple, 1, 1.2),
+    "removal": Task(edit_removal, 1.3, 2, wordings={
+        "removal": """
+            remove {o}; delete {o}; erase {o}; get rid of {o}; take away {o}; take {o} out of {it}; remove
+            {o} from {it}; make {o} disappear; cut out {o}; hide {o}; clear {o} away; {o} should not be
+            there; drop {o}; make {it} without {o}
+            / get {o} out of {it}; delete {o} from {it}; let {o} disappear"""}),
+    "addition": Task(edit_addition, 1.2, 1.6, 1.5, needs="room", wordings={
+        "addition": """
+            add {a} at the {p}; put {a} at the {p}; place {a} in the {p}; insert {a} at the {p}; draw {a} in
+            the {p}; add {a} to the {p}; show {a} in the {p}; put {a} in the {p} of {it}; i want {a} at the
+            {p}
+            / place {a} at the {p}; insert {a} in the {p} of {it}; let {a} be at the {p}"""}),
+    "texture": Task(edit_texture, 1, 1.3, 2, wordings={
+        "texture": """
+            give {o} {x}; make {o} {d}; add {x} to {o}; put {x} on {o}; cover {o} with {x}; turn {o} {d};
+            paint {x} on {o}; change the texture of {o} to {x}; draw {x} on {o}
+            / turn the texture of {o} to {x}; let {o} be {d}; change {o} to be {d}""",
+        "untexture": """
+            make {o} plain; remove the pattern from {o}; take the texture off {o}; give {o} a plain color;
+            make the texture of {o} plain; remove the {x} from {o}; erase the {x} on {o}; turn {o} plain
+            / change {o} to plain; take the {x} off {o}; erase the pattern on {o}"""}),
+    "effect": Task(edit_effect, 2, 1.4, needs="")}
+
+def _split(text):
+    return tuple(tuple(part.split("; ")) for part in " ".join(text.split()).split(" / "))
+
+
+# key -> (training wordings, held-out wordings)
+WORDINGS = {name: _split(x.wordings) for name, x in OPERATIONS.items()}
+WORDINGS |= {key: _split(text) for task in TASKS.values() for key, text in task.wordings.items()}
+
+
+def possible_tasks(scene):
+    """The tasks that fit a scene: without objects only style, background and effect."""
+    room = 0 < len(scene.objects) < 3 and free_places(scene)
+    there = {"": True, "object": scene.objects, "room": room}
+    return tuple(name for name, task in TASKS.items() if there[task.needs])
 
 
 def propose_edit(scene, seed, task=None, split="train"):
     """A random Edit of a scene, the same for the same arguments.
 
-    task: one of TASKS, or None for any of possible_tasks(scene); one that does not fit raises ValueError.
+    task: one of possible_tasks(scene), or None for any of them.
     split "held" speaks in held-out wordings and may ask for (kind, colour) pairs that training never shows.
     """
     rng = Random(f"edit {split} {scene.domain} {scene.seed} {seed}")
     fits = possible_tasks(scene)
     if task is None:
-        task = rng.choices(fits, [TASK_WEIGHTS[t] for t in fits])[0]
-    if task not in fits:
-        raise ValueError(f"task {task!r} does not fit this scene; one of {', '.join(fits)} does")
-    if task == "multiple":
-        first, second = rng.sample([t for t in fits if t != "multiple"], 2)
-        if len(scene.objects) == 1 and not {first, second} & {"effect", "style", "background", "addition"}:
-            second = rng.choice(("effect", "background"))   # one object cannot take two edits
-        text, target, known, touched = _one_edit(scene, rng, first, split, within=True)
-        if second == "addition" and not _free_places(target):
-            second = "effect"
-        also, target, known_too, _ = _one_edit(target, rng, second, split, within=True, avoid=touched)
-        text, known, parts = text + rng.choice(JOINTS) + also, known and known_too, (first, second)
-    else:
-        text, target, known, _ = _one_edit(scene, rng, task, split)
-        parts = (task,)
-    return Edit(_finish(rng, text, split), task, target, caption(scene), caption(target), known,
-                any(t in ("effect", "style") for t in parts))
+        task = rng.choices(fits, [TASKS[t].curated for t in fits])[0]
+    assert task in fits, f"task {task!r} does not fit this scene; one of {', '.join(fits)} does"
+    change = TASKS[task].edit(scene, Ask(rng, split))
+    return Edit(finish(rng, change.text, split), task, change.target, caption(scene), caption(change.target),
+                change.known, change.is_global)
 
 
 def words_of(text):
@@ -1088,13 +1193,15 @@ def words_of(text):
 
 def known_words():
     """Sorted list of every word that training texts can contain."""
-    nouns = [*COLOURS, *KINDS, *PLACES, *SKIES, *TEXTURES, *TEXTURES.values(), *POST_CAPTION.values()]
+    nouns = [*COLOURS, *KINDS, *PLACES, *SKIES, *TEXTURES, *TEXTURES.values()]
+    nouns += [operation.caption for operation in OPERATIONS.values()]
     # Words of captions and backgrounds, and the British spellings.
     fixed = ("a an the and on in front of background gradient from to stripes checkerboard clouds leaves "
              "sand grass natural scene shape object grey greyscale colour colours recolour watercolour "
              "colourful")
-    templates = [w for train, _ in WORDINGS.values() for w in train] + [*IT, *POLITE, *JOINTS]
-    return sorted(set(words_of(" ".join([*nouns, fixed] + [re.sub(r"\{\w*\}", " ", t) for t in templates]))))
+    templates = [wording for training, _ in WORDINGS.values() for wording in training]
+    text = " ".join([*nouns, fixed, *templates, *IT, *POLITE, *JOINTS])
+    return sorted(set(words_of(re.sub(r"\{\w*\}", " ", text))))
 
 
 def examples():
@@ -1106,11 +1213,64 @@ def examples():
             "remove the circle and make it sepia"]
 
 
+# ---- pairs and clips for training, curation and tests ----------------------------------------------------
+
 def quantise(frames):
     """float (F, H, W, 3) in [0, 1] -> uint8."""
     return np.rint(frames * 255).astype(np.uint8)
 
 
 def true_region(source, truth, is_global):
-    """(F, H, W) bool: where the true edit changes the picture by more than 4 %, or everywhere for a global one."""
+    """(F, H, W) bool: where the true edit changes the picture by more than 4 %; everywhere if global."""
     return np.abs(source.astype(int) - truth).max(-1) > (-1 if is_global else 10)
+
+
+def draw_pair(seed, domain, rng, height, width, n_frames=1):
+    """A scene and an edit of it: uint8 (2, H, W, 3), or (2, F, H, W, 3) of a clip, and their record."""
+    scene = draw_scene(seed, domain)
+    tasks = possible_tasks(scene)
+    edit = propose_edit(scene, seed, rng.choices(tasks, [TASKS[t].drawn for t in tasks])[0])
+    t0 = rng.uniform(0, 4)
+    frames = np.stack([render(s, n_frames, height, width, t0=t0) for s in (scene, edit.target)])
+    record = dict(seed=seed, domain=domain, task=edit.task, instruction=edit.instruction,
+                  source=edit.source_caption, target=edit.target_caption)
+    frames = (frames * 255 + .5).astype(np.uint8)
+    return frames[:, 0] if n_frames == 1 else frames, record
+
+
+def drawn_origin(number, domain):
+    """What a data set stores of a drawn source: enough to draw it again."""
+    return {"scene": number, "domain": domain, "t0": round(Random(f"t0 {number}").uniform(0, 4), 3)}
+
+
+def drawn_scene(origin):
+    """(Scene, Edit, time of its first frame in seconds) of a drawn source."""
+    scene = draw_scene(origin["scene"], origin["domain"])
+    return scene, propose_edit(scene, origin["scene"]), origin["t0"]
+
+
+def drawn_clip(origin, n_frames, size, fps=8.0):
+    """The frames of a drawn source, uint8 (F, size, size, 3)."""
+    scene, _, t0 = drawn_scene(origin)
+    return quantise(render(scene, n_frames, size, size, fps, t0))
+
+
+def true_clip(origin, source, fps=8.0):
+    """(true edit of source (F, H, W, 3) uint8, mask), or None where the edit leaves something to chance."""
+    _, edit, t0 = drawn_scene(origin)
+    if not edit.deterministic:
+        return None
+    truth = quantise(render(edit.target, len(source), *source.shape[1:3], fps, t0))
+    return truth, true_region(source, truth, edit.is_global)
+
+
+def tune(path, seconds, seed, rate=44100):
+    """A small tune for a clip, as a wav file: plucked notes of a pentatonic scale, half a second each."""
+    rng = Random(seed)
+    sound = np.zeros(int(rate * (seconds + 1)), np.float32)
+    for beat in range(int(seconds * 2)):
+        t = np.arange(rate) / rate
+        pitch = 220 * 2 ** (rng.choice((0, 2, 4, 7, 9, 12, 14, 16)) / 12)
+        note = sum(np.sin(2 * np.pi * pitch * k * t) / k ** 2 for k in (1, 2, 3)) * np.exp(-5 * t)
+        sound[beat * rate // 2:beat * rate // 2 + rate] += 0.25 * note
+    wavfile.write(path, rate, (sound[:int(rate * seconds)] * 32767).clip(-32767, 32767).astype(np.int16))
