@@ -177,8 +177,8 @@ def probe_file(path):
         need(frame, "holds no frames that can be decoded")
         decoded = [packet.decoded for packet in packets if packet.decoded is not None]
         restart = next((a for a, b in pairwise(decoded) if (a - b) * tick > 1), None)
-        need(restart is None, f"its time stamps start anew after {float((restart or 0) * tick):.1f} s, like those "
-             "of joined files; write it anew first (ffmpeg -i IN -c copy OUT.mp4)")
+        need(restart is None, f"its time stamps start anew after {float((restart or 0) * tick):.1f} s, like "
+             "those of joined files; write it anew first (ffmpeg -i IN -c copy OUT.mp4)")
     one, shown = max(1, round(1 / rate / tick)), [packet for packet in packets if packet.shown]
     timed = sorted((packet.stamp, packet.duration) for packet in shown if packet.stamp is not None)
     timed = timed or [(k * one, one) for k in range(len(shown))]    # a bare stream has no times
