@@ -1,14 +1,15 @@
 """Edit a video by instruction: python sample.py video.mp4 "make it snow"
 
 Contents:
-  reading    Clip, probe, decode, select, plan, read_frames, read_video     any file PyAV opens, or a folder of frames
-  writing    audio_packets, video_writer, write_video                       H.264 in mp4, the source's sound copied
-  editing    edit_stream, window_starts, seam_score                         any length in windows, constant memory
-  detail     carry_detail, edit_pictures                                    the edit at the source's resolution
-  command    Parser, editor_flags, settings, parse, choose_model, output_paths, grid_sheet, edit_file, main
+  reading    Clip, probe, plan, read_frames, read_video, read_image    any file PyAV opens, a folder of frames
+  writing    audio_packets, video_writer, write_video                  H.264 in mp4, the source's sound copied
+  editing    edit_stream                                               any length in windows, constant memory
+  detail     carry_detail, edit_pictures                               the edit at the source's resolution
+  flags      option, add_flags, between, editor_flags, choose_model    for the scripts above this one, too
+  command    parse, output_paths, grid_sheet, edit_file, main
 
-Videos are (1, F, 3, H, W) in [-1, 1], single frames (3, H, W) in [-1, 1], and rgb is (H, W, 3) uint8. Times inside a
-clip are whole ticks of its time base, counted from its first frame.
+Videos are (1, F, 3, H, W) in [-1, 1], single frames (3, H, W) in [-1, 1], and rgb is (H, W, 3) uint8. Times
+inside a clip are whole ticks of its time base, counted from its first frame.
 """
 import argparse
 import math
@@ -20,47 +21,50 @@ from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
+from itertools import chain, islice, pairwise, takewhile, tee
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import NamedTuple, get_args, get_origin
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import Interpolation
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from model import UserError, VideoEditor, aside, finished, out_of_memory, resize, run, to_rgb, to_tensor
+from model import N_FRAMES, ROOT, UserError, VideoEditor, aside, need, reading, resize, run, to_rgb, to_tensor
 
-WINDOW, REFERENCES = 16, 4          # frames per pass, and how many of them the previous pass has finished
-NAME_BYTES = 220                    # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
+WINDOW, REFERENCES = N_FRAMES, 4    # frames per pass, and how many of them the previous pass has finished
+NAME_BYTES = 220            # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-MP4_AUDIO = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "libopus", "flac")    # copied as they are
+VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp",
+          ".ogv")
+MP4_AUDIO = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "libopus", "flac")  # copied as they are
 EXACT = (Interpolation.BICUBIC | Interpolation.ACCURATE_RND         # when colours are converted
          | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP)
 
-# ---- reading ---------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Clip:
     """What `probe` finds in a file or folder: enough to plan the whole edit before a model is loaded."""
     path: Path
-    files: list             # the one file, or the frames of a folder in order
-    width: int              # upright, after the rotation that the metadata asks for
+    width: int                      # upright, after the rotation that the metadata asks for
     height: int
-    turns: int              # quarter turns counterclockwise that make a decoded frame upright
-    mirrored: bool          # and a flip after them
-    pixel: Fraction         # width / height of one pixel; 1 for nearly all files
-    rate: Fraction          # average frames per second
-    tick: Fraction          # seconds per tick
-    start: Fraction         # the first frame's time stamp in the file, seconds
-    times: list             # ticks of every frame, ascending from 0
-    last: int               # ticks that the last frame is shown
-    stamped: bool           # packets say when each frame is shown; else frames come in the order of `times`
-    hdr: bool               # PQ or HLG
-    audio: bool
-    missing: str            # "" or why the file's end cannot be read
+    rate: Fraction                  # average frames per second
+    tick: Fraction                  # seconds per tick
+    times: list                     # ticks of every frame, ascending from 0
+    last: int                       # ticks that the last frame is shown
+    pictures: list | None = None    # the files of a folder, in order
+    start: Fraction = Fraction(0)   # the first frame's time stamp in the file, seconds
+    stamped: bool = True      # packets say when each frame is shown; else frames come in the order of `times`
+    turns: int = 0                  # quarter turns counterclockwise that make a decoded frame upright
+    mirrored: bool = False          # and a flip after them
+    pixel: Fraction = Fraction(1)   # width / height of one pixel
+    hdr: bool = False               # PQ or HLG
+    audio: bool = False
+    missing: str = ""               # why the file's end cannot be read
 
     @property
     def seconds(self):
@@ -69,7 +73,7 @@ class Clip:
 
 @contextmanager
 def open_video(path):
-    """(PyAV container, its video stream). Raises UserError in one line for what cannot be opened or shows nothing."""
+    """(PyAV container, its video stream). Raises UserError for what cannot be opened or shows nothing."""
     try:
         container = av.open(f"file:{path}", metadata_errors="replace")
     except OSError as error:
@@ -78,7 +82,8 @@ def open_video(path):
         raise UserError(f"{path}: not a video, or cut off before its index ({error.strerror}); "
                         "pass an mp4, mov, webm, mkv or gif file, or a folder of numbered frames") from None
     with container:
-        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        cover = av.stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & cover]
         if not streams or container.format.name == "tty":           # FFmpeg would draw a text file as video
             kinds = ", ".join(sorted({s.type for s in container.streams} - {"video"})) or "nothing to show"
             raise UserError(f"{path}: no video in it, only {kinds}")
@@ -88,21 +93,12 @@ def open_video(path):
         yield container, streams[0]
 
 
-# EXIF's orientation -> (quarter turns counterclockwise, mirrored): what makes a picture upright
-EXIF_TURNS = {2: (2, True), 3: (2, False), 4: (0, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
-
-
-def orientation(file, frame):
-    """(quarter turns counterclockwise, mirrored) that make a decoded frame of `file` upright; see `upright`."""
-    if file.suffix.lower() in IMAGES:
-        try:
-            with Image.open(file) as picture:
-                return EXIF_TURNS.get(picture.getexif().get(0x0112), (0, False))
-        except (OSError, ValueError, SyntaxError):                  # FFmpeg reads it, so it is a picture nevertheless
-            return round(frame.rotation / 90) % 4, False
+def orientation(frame):
+    """(quarter turns counterclockwise, mirrored) that make a decoded frame of a video upright; see
+    `upright`."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:                                              # side data of a kind that PyAV does not know
+    except ValueError:                                           # side data of a kind that PyAV does not know
         matrix = None
     m = np.frombuffer(bytes(matrix), np.int32).astype(float) if matrix else np.ones(9)
     return round(frame.rotation / 90) % 4, bool(m[0] * m[4] - m[1] * m[3] < 0)
@@ -113,6 +109,17 @@ def upright(rgb, turns, mirrored):
     return np.ascontiguousarray(np.flip(rgb, turns % 2) if mirrored else rgb)
 
 
+def read_image(file, name=None):
+    """rgb of a path or file object, upright as its EXIF says; UserError naming it where it is missing or
+    broken."""
+    with reading(name or file), Image.open(file) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        need(picture.mode != "F", "holds floating point, of any range; save it with 8 or 16 bits")
+        if picture.mode.startswith("I"):                          # 16 bits, which Pillow's convert would clip
+            picture = Image.fromarray(np.rint(np.asarray(picture).clip(0, 65535) / 257).astype(np.uint8))
+        return np.array(picture.convert("RGB"))
+
+
 def frame_files(folder):
     """The pictures of a folder in the order of their numbers: 2.png before 10.png."""
     return sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != "."),
@@ -120,118 +127,138 @@ def frame_files(folder):
 
 
 def probe(path, rate=24):
-    """Clip of a file, or of a folder of frames, which play at `rate` per second. Reads packets, decodes one frame.
+    """Clip of a video, of a folder of frames, which play at `rate` per second, or of one picture.
 
-    Raises UserError for a path that is missing, empty, no video, without frames, or with time stamps that start anew.
-    """
+    Raises UserError for a path that is missing, empty, no video, without frames, or with times that start
+    anew. """
     path = Path(path)
-    try:
+    with reading(path):
         files = frame_files(path) if path.is_dir() else [path]
-        size = files[0].stat().st_size if files else 0
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if not files:
-        raise UserError(f"{path}: no frames in this folder; it should hold numbered png or jpg files")
-    if size == 0:
-        raise UserError(f"{files[0]}: an empty file (0 bytes)")
-    frame, times, final, cut, packets, stamped, decoding = None, [], 0.0, False, 0, True, None
-    with open_video(files[0]) as (container, stream):
-        try:
-            for packet in container.demux():
-                if packet.stream_index == stream.index and frame is None:
-                    frame = next(iter(packet.decode()), None)
-                stamp = packet.dts if packet.pts is None else packet.pts
-                if packet.stream_index == stream.index and packet.size:
-                    packets, stamped = packets + (not packet.is_discard), stamped and packet.pts is not None
-                    if None not in (decoding, packet.dts) and (decoding - packet.dts) * packet.time_base > 1:
-                        raise UserError(f"{path}: its time stamps start anew after {float(decoding * packet.time_base):.1f} s, like "
-                                        "those of files joined end to end; write it anew first (ffmpeg -i IN -c copy OUT.mp4)")
-                    decoding = packet.dts
-                if stamp is not None:
-                    final = max(final, float((stamp + (packet.duration or 0)) * packet.time_base))
-                    if packet.stream_index == stream.index and not packet.is_discard:
-                        times.append((stamp, packet.duration or 0))
-        except av.FFmpegError:                                      # what came so far can be used
-            cut = True
-        if frame is None:
-            raise UserError(f"{files[0]}: holds no frames" + " that can be decoded" * bool(times or cut))
-        tick, pixel = stream.time_base, stream.sample_aspect_ratio or Fraction(1)
-        average = stream.average_rate or stream.guessed_rate or Fraction(25)
-        stamped = stamped and container.format.name != "avi"        # which counts packets, not what they show
+        need(files, "no frames in this folder; it should hold numbered png or jpg files")
+        need(files[0].stat().st_size, "an empty file (0 bytes)")
+    if files[0].suffix.lower() not in IMAGES:
+        return probe_file(path)
+    rate, (height, width, _) = Fraction(rate), read_image(files[0]).shape
+    return Clip(path, width, height, rate, 1 / rate, times=list(range(len(files))), last=1, pictures=files)
+
+
+class Packet(NamedTuple):
+    """What a packet of a video tells before it is decoded, in ticks."""
+    stamp: int              # when it is shown, or else decoded
+    duration: int
+    decoded: int            # when
+    exact: bool             # it says when it is shown
+    shown: bool
+
+
+def read_packets(container, stream):
+    """(the stream's first frame, its packets, seconds until the last stream ends, whether reading broke
+    off)."""
+    frame, packets, end = None, [], 0.0
+    try:
+        for packet in container.demux():
+            ours = packet.stream_index == stream.index
+            if ours and frame is None:
+                frame = next(iter(packet.decode()), None)
+            stamp, duration = packet.dts if packet.pts is None else packet.pts, packet.duration or 0
+            if stamp is not None:
+                end = max(end, float((stamp + duration) * packet.time_base))
+            if ours and packet.size:
+                exact, shown = packet.pts is not None, not packet.is_discard
+                packets.append(Packet(stamp, duration, packet.dts, exact, shown))
+    except av.FFmpegError:                                          # what came so far can be used
+        return frame, packets, end, True
+    return frame, packets, end, False
+
+
+def probe_file(path):
+    """Clip of a video file: reads all its packets, decodes one frame."""
+    with open_video(path) as (container, stream):
+        frame, packets, end, cut = read_packets(container, stream)
+        kind, tick, pixel = container.format.name, stream.time_base, stream.sample_aspect_ratio or Fraction(1)
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         audio = any(s.codec_context is not None for s in container.streams.audio)
         length = ((container.duration or 0) + (container.start_time or 0)) / av.time_base
-        cut = cut or any(entry.pos + entry.size > size for entry in stream.index_entries)
-        if container.format.name.startswith("matroska"):            # has no table of frames, but tells its length
-            cut = cut or length - final > max(0.25, 1.5 / average)
-    (turns, mirrored), width, height = orientation(files[0], frame), frame.width, frame.height
-    if turns % 2:
-        width, height, pixel = height, width, 1 / pixel
-    if path.is_dir():
-        rate, times = Fraction(rate), list(range(len(files)))
-        return Clip(path, files, width, height, turns, mirrored, pixel, rate, 1 / rate, Fraction(0), times, 1, True, False, False, "")
-    last, one = max(times)[1] if times else 0, max(1, round(1 / average / tick))
-    times = sorted({t for t, _ in times}) or [k * one for k in range(packets)]              # a bare stream has no times
-    return Clip(path, files, width, height, turns, mirrored, pixel, average, tick, times[0] * tick,
-                [t - times[0] for t in times], last or one, stamped, frame.color_trc in (16, 18), audio,
-                f"cut short, it announces {length:.1f} s and ends at {final:.1f} s" if cut else "")
+        cut = cut or any(entry.pos + entry.size > path.stat().st_size for entry in stream.index_entries)
+        if kind.startswith("matroska"):                         # has no table of frames, but tells its length
+            cut = cut or length - end > max(0.25, 1.5 / rate)
+    if frame is None:
+        raise UserError(f"{path}: holds no frames that can be decoded")
+    for before, packet in pairwise(packets):
+        if None not in (before.decoded, packet.decoded) and (before.decoded - packet.decoded) * tick > 1:
+            raise UserError(f"{path}: its time stamps start anew after {float(before.decoded * tick):.1f} s, "
+                            "like those of joined files; write it anew (ffmpeg -i IN -c copy OUT.mp4)")
+    one, shown = max(1, round(1 / rate / tick)), [packet for packet in packets if packet.shown]
+    timed = sorted((packet.stamp, packet.duration) for packet in shown if packet.stamp is not None)
+    timed = timed or [(k * one, one) for k in range(len(shown))]    # a bare stream has no times
+    first, (turns, mirrored) = timed[0][0], orientation(frame)
+    width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
+    return Clip(
+        path, width, height, rate, tick, sorted({t - first for t, _ in timed}), last=timed[-1][1] or one,
+        stamped=kind != "avi" and all(packet.exact for packet in packets),     # avi counts packets, not times
+        start=first * tick, turns=turns, mirrored=mirrored, pixel=1 / pixel if turns % 2 else pixel,
+        hdr=frame.color_trc in (16, 18), audio=audio,
+        missing=f"cut short, it announces {length:.1f} s and ends at {end:.1f} s" if cut else "")
 
 
 def decode(clip, since=0):
-    """Yields (ticks, (av.VideoFrame, its `orientation`)) in display order; seeks to the key frame before `since` seconds where it can."""
+    """Yields (ticks, av.VideoFrame) of a video in display order, from the key frame before `since` seconds if
+    it can."""
     before = -1
-    for i, file in enumerate(clip.files):
-        with open_video(file) as (container, stream):
-            sought = since > 1 and container.format.name.startswith(("mov", "matroska"))
-            if sought:
-                container.seek(int((clip.start + since) * av.time_base))
-            try:
-                for k, frame in enumerate(container.decode(stream)):
-                    if clip.path.is_dir():
-                        ticks = i
-                    elif clip.stamped and frame.pts is not None:
-                        ticks = frame.pts - round(clip.start / clip.tick)
-                    else:
-                        ticks = clip.times[k] if k < len(clip.times) else before + 1
-                    if sought and k == 0 and ticks * clip.tick > since:     # some containers seek too far
-                        break
-                    before = max(ticks, before + 1)                 # broken files repeat time stamps
-                    yield before, (frame, orientation(file, frame) if clip.path.is_dir() else (clip.turns, clip.mirrored))
-                    if clip.path.is_dir():
-                        break
-            except av.FFmpegError as error:
-                raise UserError(f"{file}: damaged after {float((before + 1) * clip.tick):.2f} s ({error.strerror}); "
-                                "pass --end to edit what comes before") from None
-        if sought and before == -1:
-            yield from decode(clip)
+    with open_video(clip.path) as (container, stream):
+        sought = since > 1 and container.format.name.startswith(("mov", "matroska"))
+        if sought:
+            container.seek(int((clip.start + since) * av.time_base))
+        try:
+            for k, frame in enumerate(container.decode(stream)):
+                if clip.stamped and frame.pts is not None:
+                    ticks = frame.pts - round(clip.start / clip.tick)
+                else:
+                    ticks = clip.times[k] if k < len(clip.times) else before + 1
+                if sought and k == 0 and ticks * clip.tick > since:     # some containers seek too far
+                    break
+                before = max(ticks, before + 1)                     # broken files repeat time stamps
+                yield before, frame
+        except av.FFmpegError as error:
+            raise UserError(f"{clip.path}: damaged after {float((before + 1) * clip.tick):.2f} s "
+                            f"({error.strerror}); pass --end to edit what comes before") from None
+    if sought and before == -1:
+        yield from decode(clip)
 
 
 def select(frames, clip, start=0, end=None, fps=None, count=-1):
-    """The frames asked for. frames: iterable of (ticks, x) in order; start and end in seconds of the clip.
+    """The frames asked for, `count` at most. frames: iterable of (ticks, x) in order; start, end in seconds.
 
-    Yields (ticks, x) with start <= time < end as they are; with fps, (k, x) where x is shown at start + k / fps.
-    """
-    end, k, held = min(end or clip.seconds, clip.seconds), 0, None
-    slack = min(clip.tick, Fraction(1, 500))                        # webm rounds its times to milliseconds, mov to 1/600 s
+    Yields (ticks, x) with start <= time < end as they are; with fps, (k, x) where x is shown at start + k /
+    fps. """
+    end = min(end or clip.seconds, clip.seconds)
+    if fps:
+        chosen = resample(frames, clip.tick, start, end, fps)
+    else:
+        early = takewhile(lambda frame: frame[0] * clip.tick < end, frames)
+        chosen = (frame for frame in early if frame[0] * clip.tick >= start)
+    return chosen if count == -1 else islice(chosen, count)
+
+
+def resample(frames, tick, start, end, fps):
+    """Yields (k, x) where x is on screen at start + k / fps."""
+    slack = min(tick, Fraction(1, 500))             # webm rounds its times to milliseconds, mov to 1/600 s
+    k, held = 0, None
     for ticks, x in frames:
-        t = ticks * clip.tick
-        if fps:
-            due = min(t - slack, end)
-            while held is not None and start + k / fps < due and k != count:
-                yield k, held
-                k += 1
-            held = x
-        elif start <= t < end and k != count:
-            yield ticks, x
+        while held is not None and start + k / fps < min(ticks * tick - slack, end):
+            yield k, held
             k += 1
-        if t >= end or k == count:
+        held = x
+        if ticks * tick >= end:
             break
-    while fps and held is not None and start + k / fps < end and k != count:
+    while held is not None and start + k / fps < end:
         yield k, held
         k += 1
 
 
 def plan(clip, start=0, end=None, fps=None, count=-1):
-    """(times, tick, lengths) of all frames that `select` will give: ticks, seconds per tick, ticks each is shown.
+    """(times, tick, lengths) of all frames that `select` will give: ticks, seconds per tick, ticks each is
+    shown.
 
     Raises UserError for a range without frames, or one that reaches into the missing end of a file cut short.
     """
@@ -242,75 +269,97 @@ def plan(clip, start=0, end=None, fps=None, count=-1):
     if clip.missing:
         good = sum(1 for _ in select(decode(clip, start), clip, start, end, fps, count))
         if good < len(times) or (good != count and (end is None or end > clip.seconds)):
-            raise UserError(f"{clip.path}: {clip.missing}; {good} frames can be read" +
-                            (f", pass --frames {good} to edit those" if good else ""))
+            remedy = f", pass --frames {good} to edit those" if good else ""
+            raise UserError(f"{clip.path}: {clip.missing}; {good} frames can be read{remedy}")
+    if fps:
+        return times, 1 / fps, [1] * len(times)
     after = next((t for t in clip.times if t > times[-1]), clip.times[-1] + clip.last)
-    after = after if end is None else max(times[-1] + 1, min(after, math.ceil(end / clip.tick)))
-    lengths = [b - a for a, b in zip(times, times[1:])] + [1 if fps else after - times[-1]]
-    return times, 1 / fps if fps else clip.tick, lengths
+    if end is not None:
+        after = max(times[-1] + 1, min(after, math.ceil(end / clip.tick)))
+    return times, clip.tick, [b - a for a, b in pairwise([*times, after])]
 
 
 def read_frames(clip, start=0, end=None, fps=None, count=-1):
     """Yields (ticks, rgb) of the frames that `select` chooses, upright. One frame in memory at a time."""
-    for ticks, (frame, how) in select(decode(clip, start), clip, start, end, fps, count):
-        width, height = (clip.height, clip.width) if how[0] % 2 else (clip.width, clip.height)
-        if clip.path.is_dir() and (frame.width, frame.height) != (width, height):
-            raise UserError(f"{clip.files[ticks]}: {frame.width}x{frame.height}, where {clip.files[0].name} needs {width}x{height}; "
-                            "frames of one clip need one size")
-        untagged_hd = frame.colorspace == 2 and height > 576 and frame.format.name.startswith("yuv")
-        rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=EXACT,
-                               src_colorspace="itu709" if untagged_hd else None)
-        yield ticks, upright(rgb, *how)
+    frames = enumerate(clip.pictures) if clip.pictures else decode(clip, start)
+    for ticks, frame in select(frames, clip, start, end, fps, count):
+        yield ticks, folder_frame(clip, frame) if clip.pictures else video_frame(clip, frame)
+
+
+def folder_frame(clip, file):
+    rgb = read_image(file)
+    height, width, _ = rgb.shape
+    if (height, width) != (clip.height, clip.width):
+        raise UserError(f"{file}: {width}x{height}, where {clip.pictures[0].name} is "
+                        f"{clip.width}x{clip.height}; frames of one clip need one size")
+    return rgb
+
+
+def video_frame(clip, frame):
+    width, height = (clip.height, clip.width) if clip.turns % 2 else (clip.width, clip.height)
+    untagged_hd = frame.colorspace == 2 and height > 576 and frame.format.name.startswith("yuv")
+    rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=EXACT,
+                           src_colorspace="itu709" if untagged_hd else None)
+    return upright(rgb, clip.turns, clip.mirrored)
 
 
 def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple=8):
     """A short clip as a whole: (video (1, F, 3, H, W) in [-1, 1], frames per second as float).
 
-    size: short side in pixels to resize to, both sides multiples of `multiple`; None keeps the file's own. start, end
-    in seconds; fps resamples; frames limits their number (-1: all). Raises UserError for what cannot be read.
-    """
-    fps = Fraction(fps).limit_denominator(1001) if fps else None
-    start, end = (Fraction(x).limit_denominator(10 ** 6) if x else x for x in (start, end))    # 0.2 is not quite 1/5
+    size: short side in pixels to resize to, both sides multiples of `multiple`; None keeps the file's own.
+    start, end in seconds; fps resamples; frames limits their number (-1: all). Raises UserError for what
+    cannot be read. """
+    # 0.2 is not quite 1/5
+    start, end, fps = (Fraction(x).limit_denominator(10 ** 6) if x else x for x in (start, end, fps))
     clip, span = probe(path, fps or 24), (start, end, fps, frames)
     plan(clip, *span)
-    height, width = model_size(clip.height, clip.width * clip.pixel, size, multiple) if size else (clip.height, clip.width)
+    height, width = clip.height, clip.width
+    if size:
+        height, width = model_size(height, width * clip.pixel, size, multiple)
     video = [resize(to_tensor(rgb), height, width) for _, rgb in read_frames(clip, *span)]
     return torch.stack(video)[None], float(fps or clip.rate)
 
 
 def model_size(height, width, size, multiple):
-    """(height, width) of the model's frame: short side near `size`, multiples of `multiple`, the shape of a picture of
-    `height` x `width` square pixels."""
+    """(height, width) of the model's frame: short side near `size`, multiples of `multiple`, the shape of a
+    picture of `height` x `width` square pixels."""
     short, long = sorted((height, width))
     height, width = (max(1, round(side * size / short / multiple)) * multiple for side in (height, width))
     if max(height, width) > 4096:
         narrow = long > 128 * short
-        raise UserError(f"--size {size}: frames of {width}x{height} are too large; " +
-                        ("no side of a clip may be over 128 times the other" if narrow else "pass a lower --size"))
+        remedy = "no side of a clip may be over 128 times the other" if narrow else "pass a lower --size"
+        raise UserError(f"--size {size}: frames of {width}x{height} are too large; {remedy}")
     return height, width
 
-# ---- writing ---------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
+
+def add_sound(out, source):
+    """(track of `out` for the stream `source`, whether its packets go there as they are, else encoded to
+    AAC)."""
+    name, rate, layout = source.codec_context.name, source.rate, source.layout.name
+    if name in MP4_AUDIO and (rate >= 16000 or not name.startswith("mp3")):        # slower mp3 is not for mp4
+        return out.add_stream_from_template(source), True
+    if rate not in (16000, 22050, 24000, 32000, 44100, 48000):
+        rate = 48000
+    if source.channels == 1:
+        layout = "mono"
+    elif source.channels == 2 or layout.endswith("channels"):       # nobody says which: the first two
+        layout = "stereo"
+    return out.add_stream("aac", rate=rate, layout=layout), False
+
 
 def audio_packets(clip, out, begin=0, end=None):
     """The clip's first sound track between begin and end (seconds; None: all of it), shifted to start at 0.
 
-    Generator of (seconds, packet); its first item is (None, None), after the track has been added to `out`. Packets
-    that mp4 can hold are copied bit for bit, others encoded to AAC. A cut falls on the nearest packet (about 20 ms). What
-    cannot be decoded, or comes with a time that has passed, is left out and said: a picture is not lost for its sound.
-    """
+    Generator of (seconds, packet); its first item is (None, None), after the track has been added to `out`.
+    Packets that mp4 can hold are copied bit for bit, others encoded to AAC. A cut falls on the nearest packet
+    (about 20 ms). What cannot be decoded, or comes with a time that has passed, is left out and said: a
+    picture is not lost for its sound. """
     with av.open(f"file:{clip.path}", metadata_errors="replace") as container:
         source = next(s for s in container.streams.audio if s.codec_context is not None)
-        name, shift, before, lost = source.codec_context.name, clip.start + begin, None, 0
-        copied = name in MP4_AUDIO and (source.rate >= 16000 or not name.startswith("mp3"))        # slower mp3 is not for mp4
-        if copied:
-            track = out.add_stream_from_template(source)
-        else:
-            rate = source.rate if source.rate in (16000, 22050, 24000, 32000, 44100, 48000) else 48000
-            layout = {1: "mono", 2: "stereo"}.get(source.channels, source.layout.name)      # wav files leave it open
-            if layout.endswith("channels"):                         # nobody says which: the first two
-                layout = "stereo"
-            track = out.add_stream("aac", rate=rate, layout=layout)
+        track, copied = add_sound(out, source)
         yield None, None
+        shift, before, lost = clip.start + begin, None, 0
         for packet in container.demux(source):
             try:
                 found = [packet] if copied else packet.decode()     # a packet, or the frames in it
@@ -320,7 +369,7 @@ def audio_packets(clip, out, begin=0, end=None):
             for x in found:
                 if x.pts is None:
                     continue
-                if before is not None and (x.pts <= before if copied else x.pts < before):          # short frames share a time
+                if before is not None and x.pts < before + copied:  # short decoded frames share a time
                     lost += 1
                     continue
                 before = x.pts
@@ -332,39 +381,44 @@ def audio_packets(clip, out, begin=0, end=None):
                 if copied:
                     x.dts, x.stream = x.pts, track
                 yield from ((seconds, y) for y in ([x] if copied else track.encode(x)))
-        yield from () if copied else ((seconds, y) for y in track.encode(None))
+        if not copied:
+            yield from ((seconds, y) for y in track.encode(None))
     if lost:
-        print(f"warning: {clip.path}: {lost} packets of its sound cannot be used and are left out", file=sys.stderr)
+        print(f"warning: {clip.path}: {lost} unusable packets of its sound are left out", file=sys.stderr)
 
 
 @contextmanager
 def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
-    """H.264 in mp4: yields write(rgb, ticks, length in ticks). The file appears when all is written, never in part.
+    """H.264 in mp4: yields write(rgb, ticks, length in ticks). The file appears when all is written, never in
+    part.
 
-    rate: average frames per second; tick: seconds per tick; audio: (clip, begin, end) whose sound is added. 4:2:0
-    needs even sizes, so an odd last row or column is shown twice. Raises UserError where nothing can be written.
-    """
-    lengths = {}
+    rate: average frames per second; tick: seconds per tick; audio: (clip, begin, end) whose sound is added.
+    4:2:0 needs even sizes, so an odd last row or column is shown twice. Raises UserError where nothing can be
+    written. """
+    lengths, fast = {}, {"movflags": "+faststart"}
     try:
-        with aside(path) as part, av.open(f"file:{part}", "w", format="mp4", options={"movflags": "+faststart"}) as out:
+        with aside(path) as part, av.open(f"file:{part}", "w", format="mp4", options=fast) as out:
             stream = out.add_stream("libx264", rate=Fraction(rate).limit_denominator(60000),
-                                    options={"crf": "16", "bf": "0"})   # no B-frames: mp4 then holds each duration
+                                    options={"crf": "16", "bf": "0"})       # mp4 then holds each duration
             stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
             coder = stream.codec_context
             stream.time_base = coder.time_base = tick
             coder.sample_aspect_ratio = pixel
-            coder.color_primaries = coder.color_trc = coder.colorspace = 1      # bt709
-            coder.color_range = 1                                               # 16 to 235, as players expect
+            coder.color_primaries = coder.color_trc = coder.colorspace = 1  # bt709
+            coder.color_range = 1                                           # 16 to 235, as players expect
             sound = audio_packets(audio[0], out, *audio[1:]) if audio else iter(())
             next(sound, None)
             waiting = next(sound, None)
 
-            def mux(packets):
+            def write_sound(until):
                 nonlocal waiting
+                while waiting and waiting[0] <= until:
+                    out.mux(waiting[1])
+                    waiting = next(sound, None)
+
+            def mux(packets):
                 for packet in packets:
-                    while waiting and waiting[0] <= packet.dts * tick:          # sound keeps pace with the pictures
-                        out.mux(waiting[1])
-                        waiting = next(sound, None)
+                    write_sound(until=packet.dts * tick)                    # keeps pace with the pictures
                     packet.duration = lengths.pop(packet.pts)
                     out.mux(packet)
 
@@ -377,40 +431,39 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
 
             yield write
             mux(stream.encode(None))
-            while waiting:
-                out.mux(waiting[1])
-                waiting = next(sound, None)
+            write_sound(until=math.inf)
     except (OSError, av.FFmpegError) as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def write_video(path, video, fps, audio=None):
-    """Write video (1, F, 3, H, W) in [-1, 1] as H.264 mp4; audio: a Clip from `probe` whose sound is copied."""
+    """Write video (1, F, 3, H, W) in [-1, 1] as H.264 mp4; audio: a Clip from `probe` whose sound is
+    copied."""
     fps, (height, width) = Fraction(fps).limit_denominator(1001), video.shape[-2:]
-    with video_writer(path, width, height, fps, 1 / fps, audio=(audio,) if audio and audio.audio else None) as write:
+    sound = (audio,) if audio and audio.audio else None
+    with video_writer(path, width, height, fps, 1 / fps, audio=sound) as write:
         for i, frame in enumerate(video[0]):
             write(to_rgb(frame), i, 1)
 
-# ---- editing ---------------------------------------------------------------------------------------------------
+# ---- editing -----------------------------------------------------------------------------------------------
 
-def edit_stream(ed, frames, instruction, steps=None, s_txt=None, s_src=None, seed=0, mode="auto", sampler="ddim",
-                on_step=None, with_source=False):
+def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_source=False, on_step=None,
+                **scales):
     """Edit a clip of any length: iterable of source frames (3, H, W) in [-1, 1] -> generator of edited ones.
 
-    Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12 are new;
-    at the end, references fill the places that no new frame takes. A clip of up to 16 frames is one pass, `ed.edit`.
-    Where frames do not see each other there is nothing to refer to, and windows just follow one another.
-    with_source: yield (edited, source as the autoencoder returns it) instead, for `carry_detail`.
-    Source: InsV2V (Cheng et al. 2023), long video sampling correction; only for mode "video" with noise of each frame's
-    own. With "ffg" the first frame already ties windows together, or else the one noise does, and the correction, which
-    copies mean errors in place, made joins visible and drawn clips worse from window to window.
-    """
+    Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12
+    are new; at the end, references fill the places that no new frame takes. A clip of up to 16 frames is one
+    pass, `ed.edit`. Where frames do not see each other there is nothing to refer to, and windows just follow
+    one another. scales: s_txt, s_src. with_source: yield (edited, source as the autoencoder returns it), for
+    `carry_detail`. Source: InsV2V (Cheng et al. 2023), long video sampling correction; only for mode "video"
+    with noise of each frame's own. With "ffg" the first frame already ties windows together, or else the one
+    noise does, and the correction, which copies mean errors in place, made joins visible and clips worse from
+    window to window. """
     mode, together = ed.default_mode if mode == "auto" else mode, frames_interact(ed, mode)
     frames, done, anchor = iter(frames), 0, None
     known = deque(maxlen=WINDOW)                                    # (z_src, z0) of the last frames
     while True:
-        room = WINDOW - REFERENCES if done and together else WINDOW
-        new = [frame for _, frame in zip(range(room), frames)]      # zip asks the range first: none is lost
+        new = list(islice(frames, WINDOW - REFERENCES if done and together else WINDOW))
         if not new:
             return
         n_ref = min(done, WINDOW - len(new)) if together else 0
@@ -419,9 +472,11 @@ def edit_stream(ed, frames, instruction, steps=None, s_txt=None, s_src=None, see
         z_src = torch.cat([z for z, _ in refs] + [z_new], dim=1)    # references come first
         z_T = ed.noise(z_src.shape[1], *z_src.shape[3:], seed, first=done - n_ref, mode=mode)
         if mode == "ffg" and anchor is None:
-            anchor = ed.anchor(z_src[:, :1], instruction, z_T[:, :1], steps, s_txt, s_src, sampler)
-        z0_ref = torch.cat([z for _, z in refs], dim=1) if refs and mode == "video" and not ed.same_noise else None
-        z0 = ed.sample(z_src, instruction, z_T, steps, s_txt, s_src, mode, sampler, anchor=anchor, z0_ref=z0_ref,
+            anchor = ed.anchor(z_src[:, :1], instruction, z_T[:, :1], steps, **scales)
+        z0_ref = None
+        if refs and mode == "video" and not ed.same_noise:
+            z0_ref = torch.cat([z for _, z in refs], dim=1)
+        z0 = ed.sample(z_src, instruction, z_T, steps, **scales, mode=mode, anchor=anchor, z0_ref=z0_ref,
                        on_step=on_step)[:, n_ref:]
         known.extend(zip(z_new.split(1, dim=1), z0.split(1, dim=1)))
         done += len(new)
@@ -430,90 +485,81 @@ def edit_stream(ed, frames, instruction, steps=None, s_txt=None, s_src=None, see
 
 
 def frames_interact(ed, mode):
-    """Does a frame's edit depend on the others in its window? Not in "image", nor in "ffg" without motion modules."""
+    """Does a frame's edit depend on the others in its window? Not in "image", nor in "ffg" without motion
+    modules."""
     mode = ed.default_mode if mode == "auto" else mode
     return mode == "video" or (mode == "ffg" and hasattr(ed.unet, "motion_config"))
 
-
-def window_starts(n_frames, mode):
-    """First new frame of each window of `edit_stream`: 0, 16, 28, 40, ... ("image": 0, 16, 32, 48, ...)."""
-    return [0, *range(WINDOW, n_frames, WINDOW if mode == "image" else WINDOW - REFERENCES)]
-
-
-def seam_score(edit_change, source_change, joins):
-    """How much more the edit changes where two windows meet than elsewhere: 1 is no seam, lower is better.
-
-    edit_change, source_change: mean absolute change from frame i to i + 1 at index i (F - 1 values each); joins:
-    first frames of the later windows. Changes count relative to the source's own, so motion cancels. None: no joins.
-    """
-    ratio = [e / max(s, 1 / 255) for e, s in zip(edit_change, source_change)]
-    at, off = [[r for i, r in enumerate(ratio) if (i + 1 in joins) == is_join] for is_join in (True, False)]
-    return float(np.mean(at) / max(np.mean(off), 1e-6)) if at and off else None
-
-# ---- detail ----------------------------------------------------------------------------------------------------
+# ---- detail ------------------------------------------------------------------------------------------------
 
 def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.005, tau=0.08):
-    """Carry an edit up to the source's resolution: fit colours in small windows, apply the fit to the large source.
+    """Carry an edit up to the source's resolution: fit colours in small windows, apply the fit to the large
+    source.
 
-    source_low, edit_low (N, 3, h, w) and source_full (N, 3, H, W), all in [-1, 1] -> (N, 3, H, W). In each window of
-    2 radius + 1 pixels edit = A source + b by least squares, A 3x3, pulled by `ridge` towards the whole frame's fit
-    where the place follows it. Where the fit leaves much unexplained, against `tau` or against what it does explain,
-    the plainly resized edit shows. source_low is best taken through the autoencoder, whose errors then cancel.
-    Source: guided upsampling, after He et al. 2010 (Guided Image Filtering), eq. 14-16.
-    """
-    s, e, eye = source_low, edit_low, torch.eye(3, device=source_low.device)[..., None, None]
+    source_low, edit_low (N, 3, h, w) and source_full (N, 3, H, W), all in [-1, 1] -> (N, 3, H, W). In each
+    window of 2 radius + 1 pixels edit = A source + b by least squares, A 3x3, pulled by `ridge` towards the
+    whole frame's fit where the place follows it. Where the fit leaves much unexplained, against `tau` or
+    against what it does explain, the plainly resized edit shows. source_low is best taken through the
+    autoencoder, whose errors then cancel. Source: guided upsampling, after He et al. 2010 (Guided Image
+    Filtering), eq. 14-16. """
+    s, e = source_low, edit_low
+    eye = ridge * torch.eye(3, device=s.device)[..., None, None]
 
     def box(x):                                                     # mean over the window around each pixel
-        return F.avg_pool2d(x.flatten(1, -3), 2 * radius + 1, 1, radius, count_include_pad=False).view_as(x)
-
-    def fit(mean, pull):                                            # least squares under a mean, as A and e - A s
-        ms, me = mean(s), mean(e)
-        css = mean(s[:, :, None] * s[:, None]) - ms[:, :, None] * ms[:, None] + ridge * eye
-        ces = mean(e[:, :, None] * s[:, None]) - me[:, :, None] * ms[:, None] + ridge * pull
-        rows = css.unbind(1)                                        # inverse of a symmetric 3x3 in closed form
-        minors = torch.stack([torch.linalg.cross(rows[i - 2], rows[i - 1], dim=1) for i in range(3)], dim=1)
-        inverse = minors / (rows[0] * minors[:, 0]).sum(1)[:, None, None]
-        a = sum(ces[:, :, j, None] * inverse[:, None, j] for j in range(3))
-        return a, me - apply(a, ms)
-
-    def apply(a, x):                                                # a (N, 3, 3, h, w) on colours x (N, 3, h, w)
-        return sum(a[:, :, j] * x[:, j, None] for j in range(3))
+        x, shape = x.flatten(1, -3), x.shape
+        return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False).view(shape)
 
     weight = torch.ones_like(s[:, :1])
-    for _ in range(5):                                              # the whole frame's fit, outliers weighed down
-        def mean(x):
-            w = weight.view(len(x), *[1] * (x.ndim - 3), *x.shape[-2:])
-            return (w * x).sum((-2, -1), keepdim=True) / w.sum((-2, -1), keepdim=True)
-        whole, shift = fit(mean, eye)
-        off = (e - apply(whole, s) - shift).square().mean(1, keepdim=True)
+    for _ in range(5):                                          # the whole frame's fit, outliers weighed down
+        whole, shift = fit_colours(s, e, lambda x: frame_mean(x, weight), eye, eye)
+        off = (e - map_colours(whole, s) - shift).square().mean(1, keepdim=True)
         weight = 1 / (1 + off / tau ** 2) ** 2
 
-    a, b = fit(box, whole * box(torch.exp(-off / tau ** 2))[:, None])
-    a, b = box(a), box(b)                                           # every pixel averages the windows it is in
-    low = apply(a, s) + b
+    a, b = fit_colours(s, e, box, eye, ridge * (whole * box(torch.exp(-off / tau ** 2))[:, None]))
+    a, b = box(a), box(b)                                          # every pixel averages the windows it is in
+    low = map_colours(a, s) + b
     left = box((e - low).square().mean(1, keepdim=True))
     explained = (box(low.square()) - box(low).square()).mean(1, keepdim=True).clamp(min=0) + 1e-4
     trust = explained / (explained + left) * torch.exp(-left / tau ** 2)
 
     size = source_full.shape[-2:]
     a, b, trust = (F.interpolate(x.flatten(1, -3), size, mode="bilinear") for x in (a, b, trust))
-    full = apply(a.unflatten(1, (3, 3)), source_full) + b
+    full = map_colours(a.unflatten(1, (3, 3)), source_full) + b
     return F.interpolate(e, size, mode="bicubic").lerp(full, trust).clamp(-1, 1)
 
 
+def fit_colours(s, e, mean, ridge, pull):
+    """Least squares e = A s + b under a mean over pixels. s, e (N, 3, h, w) -> A (N, 3, 3, ...), b (N, 3,
+    ...)."""
+    ms, me = mean(s), mean(e)
+    css = mean(s[:, :, None] * s[:, None]) - ms[:, :, None] * ms[:, None] + ridge
+    ces = mean(e[:, :, None] * s[:, None]) - me[:, :, None] * ms[:, None] + pull
+    rows = css.unbind(1)                                           # inverse of a symmetric 3x3 in closed form
+    minors = torch.stack([torch.linalg.cross(rows[i - 2], rows[i - 1], dim=1) for i in range(3)], dim=1)
+    inverse = minors / (rows[0] * minors[:, 0]).sum(1)[:, None, None]
+    a = sum(ces[:, :, j, None] * inverse[:, None, j] for j in range(3))
+    return a, me - map_colours(a, ms)
+
+
+def map_colours(a, x):
+    """a (N, 3, 3, h, w) on colours x (N, 3, h, w)."""
+    return sum(a[:, :, j] * x[:, j, None] for j in range(3))
+
+
+def frame_mean(x, weight):
+    """Mean over a frame's pixels. x (N, ..., h, w), weight (N, 1, h, w) -> (N, ..., 1, 1)."""
+    w = weight.view(len(x), *[1] * (x.ndim - 3), *x.shape[-2:])
+    return (w * x).sum((-2, -1), keepdim=True) / w.sum((-2, -1), keepdim=True)
+
+
 def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
-    """Edit rgb frames (H, W, 3) uint8 of any size and number -> generator of (edited rgb of that size, the model's frame
-    of it and of the source (3, h, w) in [-1, 1]). size: (h, w) of the model's frame; detail: carry the edit up to the
-    source's resolution, else resize it; options as `edit_stream` takes them. What the commands deliver and score."""
-    waiting = deque()                                               # source frames inside the window
-
-    def small_frames():
-        for rgb in pictures:
-            waiting.append((rgb, resize(to_tensor(rgb), *size)))
-            yield waiting[-1][1]
-
-    for edit in edit_stream(ed, small_frames(), instruction, **options, with_source=detail):
-        rgb, small = waiting.popleft()
+    """Edit rgb frames (H, W, 3) uint8 of any size and number -> generator of (edited rgb of that size, the
+    model's frame of it and of the source (3, h, w) in [-1, 1]). size: (h, w) of the model's frame; detail:
+    carry the edit up to the source's resolution, else resize it; options as `edit_stream` takes them. What
+    the commands deliver. """
+    frames, sources = tee((rgb, resize(to_tensor(rgb), *size)) for rgb in pictures)        # holds one window
+    edits = edit_stream(ed, (small for _, small in frames), instruction, **options, with_source=detail)
+    for edit, (rgb, small) in zip(edits, sources):
         if detail:
             edit, source_low = edit
             full = carry_detail(source_low[None], edit[None], to_tensor(rgb)[None].to(edit.device))[0]
@@ -521,7 +567,7 @@ def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
             full = resize(edit, *rgb.shape[:2])
         yield to_rgb(full), edit.cpu(), small
 
-# ---- command ---------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """Its errors are UserErrors: one line, like every other mistake."""
@@ -534,46 +580,48 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """--help with the defaults that say something."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
+        nothing = action.default in (None, "") or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
 
 
 def option(default, help, low=None, high=None, choices=None, name=None):
-    """A field of a settings dataclass that is a flag as well, see `add_flags`. low, high: its range, in which the default
-    itself need not lie (-1: off); name: the flag, where it is not the field's own."""
+    """A field of a settings dataclass that is a flag as well, see `add_flags`. low, high: its range, in which
+    the default itself need not lie (-1: off); name: the flag, where it is not the field's own."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, name=name))
 
 
 def add_flags(parser, settings):
-    """A flag for every `option` of a dataclass; a truth value gets --sma and --no-sma, a tuple takes several values."""
+    """A flag for every `option` of a dataclass; a truth value gets --sma and --no-sma, a tuple takes
+    several."""
     for f in fields(settings):
         if not f.metadata:                                          # code sets it, no flag
             continue
-        value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
+        about, value = f.metadata, getattr(settings, f.name)
         kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))
-        how = dict(type=kind if low is None and high is None else between(low, high, kind, value))
+        how = dict(type=between(about["low"], about["high"], kind, value), choices=about["choices"])
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif get_origin(f.type) is tuple:
             how = dict(type=kind, nargs="+")
-        if kind is not bool:
-            how |= dict(choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else kind.__name__.upper())
-        shown = "" if value is None or value == "" or value is False or value == () else f" (default: {value})"
-        flag = "--" + (f.metadata["name"] or f.name).replace("_", "-")
-        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **how)
+        shown = "" if value in (None, "", ()) or value is False else f" (default: {value})"
+        parser.add_argument("--" + (about["name"] or f.name).replace("_", "-"), dest=f.name,
+                            default=argparse.SUPPRESS, help=about["help"] + shown, **how)
 
 
 def from_flags(settings, args):
     """`settings` with what was given on the command line."""
-    return replace(settings, **{f.name: getattr(args, f.name) for f in fields(settings) if f.metadata and hasattr(args, f.name)})
+    given = {f.name: getattr(args, f.name) for f in fields(settings) if f.metadata and hasattr(args, f.name)}
+    return replace(settings, **given)
 
 
 def between(low, high=None, kind=float, off=None):
     """The type of a flag whose value lies in a range, NaN outside; `off` is allowed besides."""
     def read(text):
         value = kind(text)
-        if value != off and not ((low is None or value >= low) and (high is None or value <= high)):
-            most = f" and {high:g} at most" if high is not None else ""
-            raise argparse.ArgumentTypeError(f"{text}: must be " + (f"at least {low:g}" if low is not None else "") + most)
+        if value != off and low is not None and not value >= low:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
+        if value != off and high is not None and not value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be {high:g} at most")
         return value
     read.__name__ = kind.__name__                                   # argparse names it: invalid int value
     return read
@@ -585,30 +633,64 @@ def number(text):
         value = Fraction(text)
     except ZeroDivisionError:
         raise ValueError(text) from None
-    if abs(value) > 1e9:
-        raise ValueError(text)
-    return value.limit_denominator(60000)                           # more digits of 30000/1001 than a container's clock takes
+    return value.limit_denominator(60000)           # more digits of 30000/1001 than a container's clock takes
+
+
+def known_device(name):
+    """The type of --device: one that this machine has."""
+    known = ["cpu"]
+    if torch.backends.mps.is_available():
+        known.append("mps")
+    if torch.cuda.is_available():
+        known += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{name}: this machine has {', '.join(known)}")
+    return name
 
 
 def editor_flags(parser):
     """Which editor, and how it edits: the same here and in metrics.py. See `settings`."""
     add = parser.add_argument
     add("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
-    add("--weights", help="directory in hub layout, or a trained run (directory or model.safetensors)")
-    add("--size", type=int, default=-1, help="short side of the model's frame, pixels (-1: the model's own)")
-    add("--steps", type=int, help="sampling steps; default the checkpoint's own: 20, tiny 5")
-    add("--text-cfg", type=float, help="how strongly to follow the instruction, 0 to 30 (default: the model's)")
-    add("--source-cfg", type=float, help="how closely to keep to the source, 0 to 10 (default: the model's)")
-    add("--seed", type=int, default=0, help="of the noise: same seed, same file")
+    add("--weights", help="hub id, directory in hub layout, or a trained run")
+    add("--size", type=between(32, 2048, int, -1), default=-1, help="short side of the model's frame, pixels "
+        "(-1: the model's own)")
+    add("--steps", type=between(1, 1000, int), help="sampling steps (default: the model's own: 20, tiny 5)")
+    add("--text-cfg", type=between(0, 30), help="how strongly to follow the text (default: the model's)")
+    add("--source-cfg", type=between(0, 10), help="how closely to keep to the source (default: the model's)")
+    add("--seed", type=between(0, 2 ** 32 - 1, int), default=0, help="of the noise: same seed, same file")
     add("--no-detail", action="store_true", help="resize the edit plainly, without the source's detail")
 
 
 def settings(args, ed):
-    """(short side of the model's frame, {steps, s_txt, s_src, seed} of `edit_stream`): as the flags say, else the editor's own."""
+    """(short side of the model's frame, {steps, s_txt, s_src, seed}): as the flags say, else the editor's
+    own."""
     asked, own = (args.steps, args.text_cfg, args.source_cfg), (ed.steps, *ed.guidance)
     steps, s_txt, s_src = (b if a is None else a for a, b in zip(asked, own))
-    return ed.size if args.size == -1 else args.size, dict(steps=steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
+    size = ed.size if args.size == -1 else args.size
+    return size, dict(steps=steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
 
+
+def choose_model(model, weights, device, root=ROOT):
+    """(source for VideoEditor.from_pretrained, why): what --weights or --model say, else the newest finished
+    run that the device can carry, else sd15 on a GPU, else tiny."""
+    if weights and model != "auto":
+        raise UserError(f"--model {model} --weights {weights}: pass one of them")
+    if weights:
+        return weights, "as --weights says"
+    if model != "auto":
+        return model, "as --model says"
+    gpu = device != "cpu" and (torch.cuda.is_available() or torch.backends.mps.is_available())
+    runs = [f for f in root.glob("runs/*/*/model_index.json")       # written last
+            if re.match("image|round", f.parent.name) and (gpu or f.parent.parent.name == "tiny")]
+    if runs:
+        newest = max(runs, key=lambda f: f.stat().st_mtime).parent
+        return str(newest), "the newest trained run here; choose with --model tiny, --model sd15 or --weights"
+    if gpu:
+        return "sd15", "there is a GPU; --model tiny is the small one"
+    return "tiny", "no GPU in use; --model sd15 is the large one"
+
+# ---- command -----------------------------------------------------------------------------------------------
 
 def parse(argv=None):
     parser = Parser(description="Edit a video by instruction.")
@@ -617,77 +699,30 @@ def parse(argv=None):
     add("instruction", nargs="+", help='what to change, e.g. "make it snow"; several make several videos')
     # model and edit
     editor_flags(parser)
-    add("--motion", help="motion modules instead of the model's own: hub id, directory in hub layout or AnimateDiff .ckpt")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--motion", help="motion modules instead of the model's own: hub id, directory or AnimateDiff .ckpt")
+    add("--device", type=known_device, help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, else float32")
-    add("--deadband", type=float, help="latent cells that change by less, 0 to 2, stay the source's; 0: off (default: the model's)")
-    add("--sampler", default="ddim", choices=["ddim", "dpm"], help="dpm is good with 10 to 12 steps")
-    add("--mode", default="auto", choices=["auto", "image", "ffg", "video"],
-        help="image: frame by frame; ffg: guided by the first frame, needs no training; video: trained video layers")
+    add("--mode", default="auto", choices=["auto", "image", "ffg", "video"], help="image: frame by frame; "
+        "ffg: guided by the first frame, needs no training; video: trained video layers")
     # clip
-    add("--start", type=number, default=0, metavar="S", help="seconds into the clip")
-    add("--end", type=number, default=-1, metavar="S", help="seconds into the clip (-1: to its end)")
-    add("--fps", type=number, default=-1, help="resample to this rate, e.g. 8 or 30000/1001 (-1: as it is)")
-    add("--frames", type=int, default=-1, help="edit this many frames at most (-1: all)")
+    seconds = between(0, 1e6, number, -1)
+    add("--start", type=seconds, default=0, metavar="S", help="seconds into the clip")
+    add("--end", type=seconds, metavar="S", help="seconds into the clip (-1: to its end)")
+    add("--fps", type=between(0.1, 240, number, -1), help="resample, e.g. to 8 or 30000/1001 (-1: as it is)")
+    add("--frames", type=between(1, 10 ** 7, int, -1), default=-1, help="edit this many at most (-1: all)")
     # output
     add("--out", help="file to write, or an existing folder (default: beside the source)")
     add("--compare", action="store_true", help="also write source and edit side by side")
-    add("--grid", action="store_true", help="a PNG of the first frame over both guidance scales, to choose them by")
-    add("--verbose", action="store_true", help="also print the seam score")
+    add("--grid", action="store_true", help="a PNG of the first frame over both guidance scales, to choose")
     args = parser.parse_args(argv)
-    check_ranges(parser, args)
     args.end, args.fps = (None if x == -1 else x for x in (args.end, args.fps))
     if args.end is not None and args.end <= args.start:
         raise UserError(f"--end {float(args.end):g}: must come after --start {float(args.start):g}")
     if not all(text.strip() for text in args.instruction):
         raise UserError('instruction "": is empty; say what to change, e.g. "make it snow"')
-    check_device(args.device or "cpu")
     if args.grid and (args.compare or args.no_detail or args.mode != "auto"):
-        raise UserError("--grid: shows the first frame, edited by itself; leave out --compare, --mode and --no-detail")
+        raise UserError("--grid: edits the first frame alone; leave out --compare, --mode and --no-detail")
     return args
-
-
-RANGES = dict(start=(0, 1e6), end=(0, 1e6), fps=(0.1, 240), frames=(1, 1e7), size=(32, 2048), steps=(1, 1000), text_cfg=(0, 30),
-              source_cfg=(0, 10), deadband=(0, 2), seed=(0, 2 ** 32 - 1))
-
-
-def check_ranges(parser, args, **other):
-    """UserError for a flag of RANGES, or of `other`, that is neither its default nor inside its range; NaN is outside."""
-    for name, (low, high) in (RANGES | other).items():
-        value, default = getattr(args, name, None), parser.get_default(name)
-        if value is not None and value != default and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {float(value):g}: must lie between {low:g} and {high:g}")
-
-
-def check_device(device):
-    """UserError for a --device that this machine does not have."""
-    known = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
-    name, colon, index = device.partition(":")
-    if not (index if colon else "0").isdecimal() or int(index or 0) >= known.get(name, 0):
-        raise UserError(f"--device {device}: this machine has {', '.join(k for k in known if known[k])}")
-
-
-def choose_model(model, weights, device, root=Path(__file__).parent):
-    """(source for VideoEditor.from_pretrained, why): what --weights or --model say, else the newest finished run that
-    the device can carry, else sd15 on a GPU, else tiny."""
-    if weights and model != "auto":
-        raise UserError(f"--model {model} --weights {weights}: pass one of them")
-    if weights:
-        if weights not in ("tiny", "sd15") and not Path(weights).exists():
-            raise UserError(f"--weights {weights}: no such file or directory; "
-                            "pass a directory in hub layout, a trained run or its model.safetensors")
-        return weights, "as --weights says"
-    if model != "auto":
-        return model, "as --model says"
-    gpu = device != "cpu" and (torch.cuda.is_available() or torch.backends.mps.is_available())
-    runs = [f for f in root.glob("runs/*/*/model.safetensors")
-            if re.match("image|round", f.parent.name) and (gpu or f.parent.parent.name == "tiny") and finished(f.parent)]
-    if runs:
-        newest = max(runs, key=lambda f: f.stat().st_mtime).parent
-        return str(newest), "the newest trained run here; choose with --model tiny, --model sd15 or --weights"
-    if gpu:
-        return "sd15", "there is a GPU; --model tiny is the small one"
-    return "tiny", "no GPU in use; --model sd15 is the large one"
 
 
 def comparison(path):
@@ -696,111 +731,98 @@ def comparison(path):
 
 def output_paths(clip, instructions, out, ending, compare=False):
     """One path per instruction: video_make-it-snow.mp4 beside the source, or where --out says."""
-    source, out = clip.path.resolve(), Path(out) if out else None
+    source, out, paths = clip.path.resolve(), Path(out) if out else None, []
     if out and not out.is_dir():
         if len(instructions) > 1 or out.suffix.lower() != ending[-4:]:
-            raise UserError(f"--out {out}: pass an existing folder or, for one instruction, a {ending[-4:]} file")
+            raise UserError(f"--out {out}: pass a folder or, for one instruction, a {ending[-4:]} file")
         paths = [out]
     else:
-        paths, folder, stem = [], out or clip.path.parent, source.name if source.is_dir() else source.stem
+        folder = out or (source.parent if source.is_dir() else clip.path.parent)
+        stem = source.name if source.is_dir() else source.stem
         for text in instructions:
             slug = re.sub(r"\W+", "-", text.lower())[:60].strip("-_") or "edit"
             while len(os.fsencode(f"{stem}_{slug}")) > NAME_BYTES:
                 stem = stem[:-1]
-            path = (source.parent if source.is_dir() and not out else folder) / f"{stem}_{slug}{ending}"
+            path = folder / f"{stem}_{slug}{ending}"
             paths.append(path if path not in paths else path.with_stem(f"{path.stem}-{len(paths) + 1}"))
     for path in [*paths, *map(comparison, paths if compare else ())]:
         if len(os.fsencode(path.stem)) > NAME_BYTES + 12:
             raise UserError(f"{path}: is too long a name; pass a shorter --out")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir() or path.resolve() == source:
-            raise UserError(f"{path}: cannot be written there (no such folder, read-only, or the source); see --out")
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()
+        if not writable or path.resolve() == source:
+            raise UserError(f"{path}: cannot be written there (no folder, read-only, the source); see --out")
     return paths
 
 
 def check_words(ed, instruction):
     """Print a warning for an instruction that the model cannot take as it is."""
     if len(ed.tokenizer.encode(instruction)) > 75:                   # and a start and an end
-        print(f'warning: "{instruction[:40]}..." has more than 77 tokens, its end is cut off', file=sys.stderr)
-    new = sorted({w for w in re.findall(r"[^\W\d]+", instruction.lower()) if ed.words and w not in ed.words})
-    if new:
-        print(f"warning: {ed.name} was not trained on: {', '.join(new)}; it knows, for example: "
-              + "; ".join(ed.examples or []), file=sys.stderr)
+        print(f'warning: "{instruction[:40]}..." has more than 77 tokens, its end is cut', file=sys.stderr)
+    words = set(re.findall(r"[^\W\d]+", instruction.lower()))
+    if ed.words and words - ed.words:
+        print(f"warning: {ed.name} was not trained on: {', '.join(sorted(words - ed.words))}; it knows, for "
+              f"example: {'; '.join(ed.examples)}", file=sys.stderr)
 
 
-def grid_sheet(ed, frame, instruction, path, s_txt, s_src, steps, seed, sampler):
-    """Write a labelled PNG: the edit of one frame (3, H, W) over text (rows) and source guidance (columns)."""
-    texts = [round(s_txt * k, 2) for k in (0.5, 0.75, 1, 1.5)]
-    sources = [round(max(s_src + d, 0), 2) for d in (-0.3, 0, 0.3, 0.6)]
-    width = max(160, frame.shape[-1])
-    height, left, top = round(frame.shape[-2] * width / frame.shape[-1]), 100, 44
-    sheet = Image.new("RGB", (left + len(sources) * (width + 4), top + len(texts) * (height + 4)), "white")
+def grid_sheet(ed, frame, instruction, path, options):
+    """Write a labelled PNG: the edit of one frame (3, H, W) over text (rows) and source guidance
+    (columns)."""
+    texts = [round(options["s_txt"] * k, 2) for k in (0.5, 0.75, 1, 1.5)]
+    sources = [round(max(options["s_src"] + d, 0), 2) for d in (-0.3, 0, 0.3, 0.6)]
+    width, top = max(256, frame.shape[-1]), 20                      # of a cell; room for its label
+    height = round(frame.shape[-2] * width / frame.shape[-1])
+    sheet = Image.new("RGB", (len(sources) * width, len(texts) * (height + top)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    draw.text((4, 4), instruction, fill="black", font=font)
-    for i, text in enumerate(tqdm(texts, desc="grid", unit="row")):
-        y = top + i * (height + 4)
-        draw.text((4, y + height // 2 - 16), f"--text-cfg\n{text:g}", fill="black", font=font)
-        for j, source in enumerate(sources):
-            x = left + j * (width + 4)
-            draw.text((x, top - 20), f"--source-cfg {source:g}", fill="black", font=font)
-            edit = ed.edit(frame[None, None], instruction, steps, text, source, seed, mode="image", sampler=sampler)
-            sheet.paste(Image.fromarray(to_rgb(edit[0, 0])).resize((width, height), Image.Resampling.BICUBIC), (x, y))
-    try:
-        with aside(path) as part:
-            sheet.save(part, format="PNG")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    cells = [(i, j) for i in range(len(texts)) for j in range(len(sources))]
+    for i, j in tqdm(cells, desc="grid", unit="edit"):
+        how = options | dict(s_txt=texts[i], s_src=sources[j], mode="image")
+        edit = Image.fromarray(to_rgb(ed.edit(frame[None, None], instruction, **how)[0, 0]))
+        x, y = j * width, i * (height + top)
+        label = f"--text-cfg {texts[i]:g} --source-cfg {sources[j]:g}"
+        draw.text((x + 4, y + 2), label, fill="black", font=font)
+        sheet.paste(edit.resize((width, height), Image.Resampling.BICUBIC), (x, y + top))
+    with aside(path) as part:
+        sheet.save(part, format="PNG")
 
 
-def edit_file(ed, clip, span, size, instruction, path, compare, detail, options):
-    """Edit one clip into one file (and a comparison, if a path is given), as a stream. Returns (frames, seam score).
+def edit_file(ed, clip, span, size, instruction, path, compare, options):
+    """Edit one clip into one file (and a comparison, if a path is given), as a stream. Returns how many
+    frames.
 
-    span: (start, end, fps, count) of the frames; size: (height, width) of the model's frame; options: steps, s_txt,
-    s_src, seed, mode, sampler as `edit_stream` takes them.
-    """
-    (start, end, fps, count), (times, tick, lengths) = span, plan(clip, *span)
-    first = times[0] if start and not fps else 0                    # a cut clip starts at 0
-    lasts = times[-1] + lengths[-1]
-    begin = start if fps else first * tick
-    until = None if end is None and count == -1 else begin + (times[-1] - first + lengths[-1]) * tick
-    joins = window_starts(len(times), "video" if frames_interact(ed, options["mode"]) else "image")[1:]
-    waiting, changes, before = deque(), ([], []), None              # waiting: (ticks, rgb) inside the window
-
-    def pictures():
-        for ticks, rgb in read_frames(clip, *span):
-            waiting.append((ticks, rgb))
-            yield rgb
+    span: (start, end, fps, count) of the frames; size: (height, width) of the model's frame; options: steps,
+    s_txt, s_src, seed, mode, detail as `edit_pictures` takes them. """
+    start, end, fps, count = span
+    times, tick, lengths = plan(clip, *span)
+    zero = times[0] if start and not fps else 0                     # a cut clip starts at 0
+    stop = times[-1] + lengths[-1]
+    begin = start if fps else zero * tick
+    until = None if end is None and count == -1 else begin + (stop - zero) * tick
+    sound = (clip, begin, until) if clip.audio else None
 
     def writer(path, width):
-        return video_writer(path, width, clip.height, fps or clip.rate, tick, clip.pixel,
-                            (clip, begin, until) if clip.audio else None)
+        return video_writer(path, width, clip.height, fps or clip.rate, tick, clip.pixel, sound)
 
-    bar = tqdm(total=(len(joins) + 1) * options["steps"], desc=instruction[:30], unit="step")
+    new = WINDOW - REFERENCES if frames_interact(ed, options["mode"]) else WINDOW
+    n_windows = 1 + math.ceil(max(0, len(times) - WINDOW) / new)
+    small, sources = tee(read_frames(clip, *span))                  # holds one window
+    n, bar = 0, tqdm(total=n_windows * options["steps"], desc=instruction[:30], unit="step")
     both = writer(compare, 2 * clip.width) if compare else nullcontext()
     with bar, writer(path, clip.width) as write, both as write_both:
-        edits = edit_pictures(ed, pictures(), size, instruction, detail, **options, on_step=lambda i: bar.update())
-        held = None                                                 # (ticks, frame, comparison): shown until the next one
-
-        def show(until):
-            ticks, full, pair = held
-            write(full, ticks - first, until - ticks)
+        edits = edit_pictures(ed, (rgb for _, rgb in small), size, instruction, **options,
+                              on_step=lambda i: bar.update())
+        frames = ((ticks, rgb, edit) for (edit, *_), (ticks, rgb) in zip(edits, sources))
+        # a frame is shown until the next comes; the first from the start, also where a stream begins mid-scene
+        for (ticks, rgb, edit), (later, *_) in pairwise(chain(frames, [(stop,)])):
+            ticks, n = ticks if n else times[0], n + 1
+            length = max(1, later - ticks)
+            write(edit, ticks - zero, length)
             if compare:
-                write_both(pair, ticks - first, until - ticks)
-        for n, (full, *now) in enumerate(edits, 1):                 # now: the model's frames, edit and source
-            ticks, rgb = waiting.popleft()
-            if held:
-                show(ticks)
-            else:                                                   # where a stream begins in the middle of a scene
-                ticks = min(ticks, times[0])
-            held = ticks, full, np.concatenate([rgb, full], axis=1) if compare else None
-            for change, a, b in zip(changes, before or (), now):
-                change.append(float((a - b).abs().mean()))
-            before = now
-        if held is None:
+                write_both(np.concatenate([rgb, edit], axis=1), ticks - zero, length)
+        if not n:
             raise UserError(f"{clip.path}: none of {len(times)} frames there could be decoded")
-        show(max(lasts, ticks + 1))
     if n < len(times):
         print(f"warning: {clip.path}: {n} of {len(times)} frames could be decoded", file=sys.stderr)
-    return n, seam_score(*changes, joins)
+    return n
 
 
 def peak_memory(device):
@@ -820,39 +842,30 @@ def main(argv=None):
     clip, span = probe(args.video, args.fps or 24), (args.start, args.end, args.fps, args.frames)
     n_frames = len(plan(clip, *span)[0])
     if clip.hdr:
-        print(f"warning: {clip.path}: is HDR, whose colours will look flat; convert it to SDR first", file=sys.stderr)
+        print(f"warning: {clip.path}: is HDR, its colours will look flat; convert it to SDR", file=sys.stderr)
     paths = output_paths(clip, args.instruction, args.out, "_grid.png" if args.grid else ".mp4", args.compare)
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
-    try:
-        ed = VideoEditor.from_pretrained(source, motion=args.motion, device=args.device, dtype=args.dtype)
-        if args.mode == "video" and ed.default_mode != "video":
-            raise UserError(f"--mode video: {source} has no trained video layers; use --mode ffg or image")
-        size, options = settings(args, ed)
-        height, width = model_size(clip.height, clip.width * clip.pixel, size, ed.multiple)
-        print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} "
-              f"on {ed.device}")
-        if args.deadband is not None:
-            ed.deadband = args.deadband
-        for instruction, path in zip(args.instruction, paths):
-            check_words(ed, instruction)
-            if args.grid:
-                frame = resize(to_tensor(next(read_frames(clip, *span))[1]), height, width)
-                grid_sheet(ed, frame, instruction, path, **options, sampler=args.sampler)
-                print(f"{path}: choose a cell and pass its --text-cfg and --source-cfg")
-                continue
-            compare = comparison(path) if args.compare else None
-            n, seam = edit_file(ed, clip, span, (height, width), instruction, path, compare, not args.no_detail,
-                                options | {"mode": args.mode, "sampler": args.sampler})
-            print(f"{path}: {n} frames in {time.time() - began:.1f} s, peak memory {peak_memory(ed.device)}"
-                  + (f"; side by side in {compare}" if compare else ""))
-            if args.verbose:
-                print("seams: none, a single window" if seam is None else f"seam score: {seam:.2f} (1 is no seam)")
-            began = time.time()
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError("out of memory: lower --size (the model's frame), or pass --device cpu") from None
+    ed = VideoEditor.from_pretrained(source, motion=args.motion, device=args.device, dtype=args.dtype)
+    if args.mode == "video" and ed.default_mode != "video":
+        raise UserError(f"--mode video: {source} has no trained video layers; use --mode ffg or image")
+    short, options = settings(args, ed)
+    height, width = size = model_size(clip.height, clip.width * clip.pixel, short, ed.multiple)
+    print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} "
+          f"on {ed.device}")
+    for instruction, path in zip(args.instruction, paths):
+        check_words(ed, instruction)
+        if args.grid:
+            _, rgb = next(read_frames(clip, *span))
+            grid_sheet(ed, resize(to_tensor(rgb), height, width), instruction, path, options)
+            print(f"{path}: choose a cell and pass its --text-cfg and --source-cfg")
+            continue
+        compare = comparison(path) if args.compare else None
+        how = options | dict(mode=args.mode, detail=not args.no_detail)
+        n = edit_file(ed, clip, span, size, instruction, path, compare, how)
+        print(f"{path}: {n} frames in {time.time() - began:.1f} s, peak memory {peak_memory(ed.device)}"
+              + (f"; side by side in {compare}" if compare else ""))
+        began = time.time()
 
 
 if __name__ == "__main__":
