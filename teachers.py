@@ -496,8 +496,8 @@ class CogVideoX:
         """source: a hub id, or a directory in hub layout (tokenizer text_encoder transformer vae scheduler).
 
         All names and shapes are checked now, against the files' headers; weights are read when needed.
-        device, dtype: by default CUDA in bf16, MPS or CPU in float32. UserError for a missing shard or another
-        model.
+        device, dtype: by default CUDA in bf16, MPS or CPU in float32. UserError for a missing shard or
+        another model.
         """
         self = cls()
         self.folder = hub_dir(source, [f"{part}/*" for part in (*cls.PARTS, "tokenizer", "scheduler")])
