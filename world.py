@@ -926,8 +926,9 @@ def backdrop(bg):
 
 def caption(scene):
     """One sentence, at most about 30 words: objects, background, effects and styles."""
-    *names, last = [article(describe(s)) for s in scene.objects] or [""]
-    things = ", ".join(names) + " and " * bool(names) + last
+    *names, things = [article(describe(s)) for s in scene.objects] or [""]
+    if names:
+        things = f"{', '.join(names)} and {things}"
     on = "in front of" if scene.background.kind in ("gradient", "clouds", "leaves", "photo") else "on"
     place = backdrop(scene.background)
     about = f"{things} {on} {place}" if things else place
