@@ -2,11 +2,11 @@
 
     python metrics.py edited.mp4 --source video.mp4 --instruction "make it snow" \\
                       --source-caption "a street" --target-caption "a street in the snow"
-    python metrics.py tgve DIR [--plus] [--outputs DIR]      the TGVE or TGVE+ benchmark as one table
-    python metrics.py shapes [--sweep | --agreement | --bare]    the same on drawn clips whose true edit is known
-    python metrics.py footage DIR                            the same on real clips, by effects that are exact
-    python metrics.py study DIR_A DIR_B [DIR_SOURCE]         a user study as one HTML page
-    python metrics.py votes *.json                           its answers as win rates
+    python metrics.py tgve DIR [--plus] [--outputs DIR]          the TGVE or TGVE+ benchmark as one table
+    python metrics.py shapes [--sweep] [--agreement] [--bare]    the same on drawn clips with a known true edit
+    python metrics.py footage DIR                                the same on real clips, by effects that are exact
+    python metrics.py study DIR_A DIR_B [DIR_SOURCE]             a user study as one HTML page
+    python metrics.py votes *.json                               its answers as win rates
 
 Contents
     images in    resize_crop, Preprocess
@@ -20,8 +20,8 @@ Contents
     known truth  drawn_item, drawn_scores, agreement_table, main_shapes, main_footage
     user study   main_study, main_votes
 
-Networks return un-normalised projected features, so that a clip is encoded once for all its scores. Between files
-and networks a clip is "frames", (F, H, W, 3) uint8.
+Networks return un-normalised projected features, so that a clip is encoded once for all its scores.
+Between files and networks a clip is "frames", (F, H, W, 3) uint8.
 """
 import argparse
 import base64
@@ -50,11 +50,11 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from tqdm import tqdm
 
 import world
-from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention, begin, build,
-                   find_tensors, fingerprint, hub_dir, load_weights, need, placement, read_json, read_tensors, reading,
-                   run, stretch, to_u8, to_video, write_json, write_text)
-from sample import (IMAGES, REFERENCES, VIDEOS, WINDOW, Parser, between, choose_model, edit_pictures, editor_flags, known_device,
-                    model_size, plan, probe, read_frames, read_video, settings, video_writer)
+from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention, begin,
+                   build, find_tensors, fingerprint, hub_dir, load_weights, need, placement, read_json,
+                   read_tensors, reading, run, stretch, to_u8, to_video, write_json, write_text)
+from sample import (IMAGES, REFERENCES, VIDEOS, WINDOW, Parser, between, choose_model, edit_pictures, editor_flags,
+                    known_device, model_size, plan, probe, read_frames, read_video, settings, video_writer)
 from teachers import LLAVA, LlavaOneVision, judge_edit
 
 # ------------------------------------------------------------------------------------------------------------
@@ -160,7 +160,8 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """OpenAI's initialisation: residual branches shrink with depth, so that their sum keeps its scale."""
-        for tower, proj in ((self.text_model, self.text_projection), (self.vision_model, self.visual_projection)):
+        for tower, proj in ((self.text_model, self.text_projection),
+                            (self.vision_model, self.visual_projection)):
             width = proj.in_features
             branch = (2 * width * len(tower.encoder.layers)) ** -0.5
             std = {"out_proj": branch, "fc2": branch, "fc1": (2 * width) ** -0.5}
@@ -203,9 +204,9 @@ class CLIP(nn.Module):
 def resize_positions(table, grid, antialias):
     """The square position table (1, 1 + n*n, D) for another grid (h, w), bicubic in float32.
 
-    antialias: in models with registers, as in both code bases; in others not, as in transformers' Dinov2Model. (There
-    facebookresearch/dinov2 resizes by the factors (h + 0.1)/n, (w + 0.1)/n.) All agree on the table's own grid and
-    differ by up to 0.3 in the features elsewhere.
+    antialias: in models with registers, as in both code bases; in others not, as in transformers' Dinov2Model.
+    (There facebookresearch/dinov2 resizes by the factors (h + 0.1)/n, (w + 0.1)/n.) All agree on the table's own
+    grid.
     """
     n = round((table.shape[1] - 1) ** 0.5)
     if tuple(grid) == (n, n):
@@ -396,7 +397,7 @@ class ViCLIP(nn.Module):
         return net.eval()
 
     def encode_video(self, video):
-        assert video.shape[1] in (1, self.n_frames), f"{video.shape[1]} frames; positions fit {self.n_frames} or 1"
+        assert video.shape[1] in (1, self.n_frames), f"{video.shape[1]} frames; fit {self.n_frames} or 1"
         return self.vision_encoder(video.to(self.text_encoder.text_projection)).float()
 
     def encode_text(self, ids):
@@ -518,8 +519,8 @@ def unit(x):
 
 
 def ssim(first, second, mask=None):
-    """Structural similarity of (..., H, W, 3) twice, the mean over R, G, B and all full 7x7 windows, or those whose centre is
-    in mask (..., H, W): -1 to 1, up, 1 for equal images; NaN for no windows.
+    """Structural similarity of (..., H, W, 3) twice, the mean over R, G, B and all full 7x7 windows, or those whose
+    centre is in mask (..., H, W): -1 to 1, up, 1 for equal images; NaN for no windows.
 
     Wang et al. 2004, as scikit-image has it by default: flat window, sample covariance (48ths, not 49ths),
     constants 0.01^2 and 0.03^2.
@@ -534,7 +535,8 @@ def ssim(first, second, mask=None):
     ma, mb = mean(a), mean(b)
     va, vb, cov = (49 / 48 * (mean(xy) - mx * my)
                    for xy, mx, my in ((a * a, ma, ma), (b * b, mb, mb), (a * b, ma, mb)))
-    windows = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))  # (..., H-6, W-6, 3)
+    alike = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+    windows = alike / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))   # (..., H - 6, W - 6, 3)
     windows = windows if mask is None else windows[mask[..., 3:-3, 3:-3]]
     return float(windows.mean()) if windows.size else math.nan
 
@@ -547,10 +549,11 @@ def psnr(first, second, mask=None):
 
 
 def flicker(edited, source):
-    """Flicker over the source's own: 1 is as steady, above flickers, below smears; NaN for fewer than three frames.
+    """Flicker over the source's own: 1 is as steady, above flickers, below smears; NaN for fewer than three
+    frames.
 
-    A clip's flicker is the mean distance of a frame from the mean of its two neighbours, in grey levels: steady motion
-    mostly cancels. A quarter of a level is added to both, since stills have none.
+    A clip's flicker is the mean distance of a frame from the mean of its two neighbours, in grey levels: steady
+    motion mostly cancels. A quarter of a level is added to both, since stills have none.
     """
     def bend(frames):
         x = [frame.astype(np.int16) for frame in frames]
@@ -560,8 +563,8 @@ def flicker(edited, source):
 
 
 def seam_score(edited, source):
-    """How much more the edit changes where two windows of `edit_stream` meet (16, 28, 40, ...) than elsewhere: 1 is
-    no seam; NaN for one window. Changes count relative to the source's own, so that motion cancels."""
+    """How much more the edit changes where two windows of `edit_stream` meet (16, 28, 40, ...) than elsewhere: 1
+    is no seam; NaN for one window. Changes count relative to the source's own, so that motion cancels."""
     def changes(frames):                                                # (F - 1,), in [0, 1]
         return np.array([np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(frames, frames[1:])])
     if len(edited) <= WINDOW:
@@ -878,12 +881,14 @@ def align(source, edited, source_times=None, edited_times=None):
             ends = [t[-1] + np.median(np.diff(t)) if len(t) > 1 else 0 for t in times]
             times = [t[t <= max(0, min(ends) - 0.002)] for t in times]  # 2 ms: as webm rounds
             when, how = min(times, key=len) + 0.002, "those shown at the same times,"
-            source, edited = (x[np.searchsorted(t, when, "right") - 1] for x, t in zip((source, edited), times))
+            source, edited = (x[np.searchsorted(t, when, "right") - 1]
+                              for x, t in zip((source, edited), times))
         notes.append(f"{found}: {how} {len(source)} of both are scored")
-    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # an odd last row or column, twice in mp4
+    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # mp4 shows an odd last row or column twice
         edited = edited[:, :height, :width]
     if edited.shape[1:3] != (height, width):
-        notes.append(f"edit stretched from {edited.shape[2]}x{edited.shape[1]} to the source's {width}x{height}")
+        old = f"{edited.shape[2]}x{edited.shape[1]}"
+        notes.append(f"edit stretched from {old} to the source's {width}x{height}")
         edited = np.stack([stretch(frame, width, height) for frame in edited])
     return source, edited, notes
 
@@ -904,7 +909,8 @@ def main_clip(argv):
     if args.start and not args.source:
         raise UserError(f"--start {args.start:g}: is a time of --source, which lacks")
     edited, times = load_frames(args.edited)
-    clip, notes = {key: getattr(args, key).strip() for key in ("instruction", "source_caption", "target_caption")}, []
+    clip = {key: getattr(args, key).strip() for key in ("instruction", "source_caption", "target_caption")}
+    notes = []
     if args.source:
         source, source_times = load_frames(args.source, args.start)
         clip["source"], edited, notes = align(source, edited, source_times, times)
@@ -964,7 +970,8 @@ def read_tgve(folder, prompts=None):
 
 
 PLUS_COLUMNS = {            # what a column of TGVE+'s parquet may be called
-    "instruction": ("instruction", "edit_prompt"), "task": ("task", "type"), "video": ("video", "path", "file"),
+    "instruction": ("instruction", "edit_prompt"), "task": ("task", "type"),
+    "video": ("video", "path", "file"),
     "source": ("input_caption", "source_caption", "original_caption", "original_prompt", "input"),
     "target": ("output_caption", "target_caption", "edited_caption", "edited_prompt", "output")}
 
@@ -1006,9 +1013,9 @@ def edit_and_score(items, read, ed, rows, scorers, out, edits_at=None):
     <out>/scores/<id>.json. Folders appear whole, and edits that are there are kept; scores are taken anew where
     scorers or edits are others.
 
-    read(item) -> {"source": frames, where it is known "truth" and "mask"}; rows: {name: options of `edit_pictures`},
-    the first the one that matters. edits_at: a folder of edits instead. Returns {id: {row: scores}} and says what
-    it leaves out.
+    read(item) -> {"source": frames, where it is known "truth" and "mask"}; rows: {name: options of
+    `edit_pictures`}, the first the one that matters. edits_at: a folder of edits, so that none is made. Returns
+    {id: {row: scores}} and says what it leaves out.
     """
     done, networks = {}, [path for path in scorers.paths.values() if Path(path).is_dir()]
     for item in tqdm(items, desc=out.name, unit="clip"):
@@ -1053,9 +1060,11 @@ def write_frames(folder, frames, ending):
 
 
 def score_edits(ed, clip, edits, scorers):
-    """{row: scores} of edits {row: frames}, of CODED where the truth is there, and of two controls, all of one length."""
+    """{row: scores} of edits {row: frames}, of CODED where the truth is there, and of two controls, all of one
+    length."""
     for row, edited in edits.items():
-        edited = thin(edited) if len(edited) == clip.get("length") else edited      # of all of the source's frames
+        if len(edited) == clip.get("length"):                           # of all of the source's frames
+            edited = thin(edited)
         _, edits[row], notes = align(clip["source"], edited)
         for note in notes:
             tqdm.write(f"{clip['id']}: {row}: {note}", sys.stdout)
@@ -1095,8 +1104,8 @@ PAPER = {                   # arXiv 2503.17641, Table 1; some rows lack the last
 
 
 def interval(values, groups):
-    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples, fixed seed). groups: a name for each
-    value; those of one name, such as edits of one video, are not independent and are drawn together."""
+    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples, fixed seed). groups: a name for
+    each value; those of one name, such as edits of one video, are not independent and are drawn together."""
     _, place = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(place, values), np.bincount(place)
 
@@ -1123,39 +1132,47 @@ def table_head(name, columns):
     return f"| {name} | n | {' | '.join(names)} |\n{'|---' * (len(columns) + 2)}|"
 
 
-def table_row(name, rows, columns, groups=None, sign=""):
-    """One Markdown row of means over clips; where some clips lack a score, it says over how many. groups: a name
-    for each clip, for an `interval`."""
+def values(rows, columns):
+    """Scores of clips as an array (clips, columns); NaN where a clip lacks one."""
+    return np.array([[row.get(key, math.nan) for key in columns] for row in rows], float)
+
+
+def table_row(name, x, columns, groups=None, sign=""):
+    """One Markdown row of the means of x (clips, columns), which says over how many clips where some lack a score.
+    groups: a name for each clip, for an `interval`."""
     cells = []
-    for key in columns:
-        has = [i for i, row in enumerate(rows) if math.isfinite(row.get(key, math.nan))]
-        shown = cell([rows[i][key] for i in has], ALL_SCORES[key].digits, groups and [groups[i] for i in has], sign)
-        cells.append(f"{shown} (n={len(has)})" if 0 < len(has) < len(rows) else shown)
-    return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
+    for key, column in zip(columns, x.T):
+        has = np.isfinite(column)
+        shown = cell(column[has], ALL_SCORES[key].digits, None if groups is None else groups[has], sign)
+        cells.append(f"{shown} (n={has.sum()})" if 0 < has.sum() < len(x) else shown)
+    return f"| {name} | {len(x)} | {' | '.join(cells)} |"
 
 
-def rows_by(rows, columns):
-    """A row of each task and each domain."""
-    parts = [(key, value) for key in ("task", "domain") for value in dict.fromkeys(row.get(key) for row in rows)]
-    return [table_row(value, [row for row in rows if row.get(key) == value], columns) for key, value in parts if value]
+def rows_by(items, x, columns):
+    """A row of each task and each domain of the clips."""
+    lines = []
+    for key in ("task", "domain"):
+        for value in dict.fromkeys(item[key] for item in items if key in item):
+            lines.append(table_row(value, x[[item.get(key) == value for item in items]], columns))
+    return lines
 
 
 def table(items, done, title, paper=""):
     """A benchmark as Markdown lines: this run, its tasks and domains, the controls, the gains on them, the
     paper's. done: {id: {row: scores}}, the first row this run, the others its controls."""
     columns, items = columns_of(done), [item for item in items if item["id"] in done]
-    videos = [item["id"].rsplit("/", 1)[0] for item in items]           # several edits of one are not independent
-    (_, ours), *controls = [(row, [clip[row] for clip in done.values()]) for row in done[items[0]["id"]]]
-    lines = [table_head(title, columns), table_row("this run [95 %]", ours, columns, videos)]
-    lines += rows_by([item | scores for item, scores in zip(items, ours)], columns)
-    lines += [table_row(f"control: {row}", scores, columns) for row, scores in controls]
-    for row, scores in controls:                                        # paired: clip by clip
-        gains = [{key: a[key] - b[key] for key in a.keys() & b.keys()} for a, b in zip(ours, scores)]
-        lines.append(table_row(f"this run − {row} [95 %]", gains, columns, videos, "+"))
+    videos = np.array([item["id"].rsplit("/", 1)[0] for item in items])         # edits of one are not independent
+    rows = {row: values([clip[row] for clip in done.values()], columns) for row in done[items[0]["id"]]}
+    ours, *controls = rows
+    lines = [table_head(title, columns), table_row("this run [95 %]", rows[ours], columns, videos)]
+    lines += rows_by(items, rows[ours], columns)
+    lines += [table_row(f"control: {row}", rows[row], columns) for row in controls]
+    for row in controls:                                                # paired: clip by clip
+        lines.append(table_row(f"this run − {row} [95 %]", rows[ours] - rows[row], columns, videos, "+"))
     for line in paper.splitlines():
-        name, *values = line.split()
-        row = table_row(f"copied from the paper: {name}", [dict(zip(IN_PAPER, map(float, values)))], columns)
-        lines.append(row.replace("| 1 |", "| |", 1))
+        name, *numbers = line.split()
+        row = table_row(name, values([dict(zip(IN_PAPER, map(float, numbers)))], columns), columns)
+        lines.append(row.replace(" | 1 |", ", copied from the paper | |", 1))
     return lines
 
 
@@ -1190,7 +1207,8 @@ def benchmark_flags(parser):
 
 
 def open_editor(args):
-    """(editor, {name: options of `edit_pictures`} of a table's rows, settings that edits depend on) as the flags say."""
+    """(editor, {name: options of `edit_pictures`} of a table's rows, settings that edits depend on) as the flags
+    say."""
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
     ed = VideoEditor.from_pretrained(source, device=args.device)
@@ -1211,12 +1229,14 @@ def results(what, name, made_by, out=None):
 
 
 def filtered_by(ed):
-    """A line for every judge that chose what an editor was trained on, as the settings.json of its data sets say."""
+    """A line for every judge that chose what an editor was trained on, as the settings.json of its data sets
+    say."""
     lines, path = [], ed.folders[0] / "settings.json"
     folders = read_json(path).get("train_on", ()) if path.is_file() else ()
     for path in (ROOT / folder / "settings.json" for folder in folders):
-        if path.is_file() and read_json(path).get("judge"):
-            lines.append(f"judge: {read_json(path)['judge']} chose the clips of {path.parent}; it flatters this model")
+        judge = read_json(path).get("judge") if path.is_file() else None
+        if judge:
+            lines.append(f"judge: {judge} chose the clips of {path.parent}, so it flatters this model")
     return lines
 
 
@@ -1254,8 +1274,8 @@ def main_tgve(argv):
 def drawn_item(number, task, domain, t0=0):
     """A held-out scene of the drawn world and an edit of it; None where the task does not fit the scene.
 
-    Scenes, wordings and combinations are of the world's "held" split. t0: seconds into the scene at which the clip
-    begins. `known`: the result follows from source and instruction alone, so there is one true edit.
+    Scenes, wordings and combinations are of the world's "held" split. t0: seconds into the scene at which the
+    clip begins. `known`: the result follows from source and instruction alone, so there is one true edit.
     """
     scene = world.draw_scene(number, domain, "held")
     if task not in world.possible_tasks(scene):
@@ -1284,8 +1304,8 @@ def draw(item, n_frames, size):
 
 @torch.no_grad()
 def drawn_scores(ed, n, domain, n_frames, mode="auto", **guidance):
-    """[{"id", "task", "domain", scores against the truth, "flicker"}] of the editor's own frames, nothing else done to
-    them.
+    """[{"id", "task", "domain", scores against the truth, "flicker"}] of the editor's own frames, nothing else
+    done to them.
 
     Of n held-out drawn clips a task, those whose truth is known. guidance: as `VideoEditor.edit` takes it.
     """
@@ -1314,14 +1334,14 @@ def agreement_table(done, candidates):
     if not known or len(candidates) < 3:
         return ["agreement: needs clips with a known truth and at least 3 candidates of each"]
 
-    def values(key):                                                    # (clips, candidates)
+    def scores_of(key):                                                 # (clips, candidates)
         return np.array([[rows[c].get(key, math.nan) for c in candidates] for rows in known])
     columns = {}
     for key, score in SCORES.items():
         if score.better in ("0", "1"):
-            columns[f"{score.name} (distance from {score.better})"] = -abs(values(key) - int(score.better))
+            columns[f"{score.name} (distance from {score.better})"] = -abs(scores_of(key) - int(score.better))
         elif score.better == "up":
-            columns[score.name] = values(key)
+            columns[score.name] = scores_of(key)
     total = total_score([rows[c] for rows in known for c in candidates])
     columns["weighted total"] = total.reshape(len(known), -1)
     lines = ["| score | clips | inside, within a clip [95 %] | inside, pooled | whole, within a clip [95 %] "
@@ -1330,7 +1350,7 @@ def agreement_table(done, candidates):
         full = np.isfinite(x).all(1) & (np.ptp(x, axis=1) > 1e-9)       # clips that this score tells apart
         cells = [str(full.sum())]
         for gain in ("truth_gain", "whole_gain"):                       # inside the true region, overall
-            y = values(gain)
+            y = scores_of(gain)
             each = [spearman(a, b) for a, b in zip(x[full], y[full])]
             each = [r for r in each if math.isfinite(r)]
             cells += [cell(each, 2, range(len(each))), f"{spearman(x[full].ravel(), y[full].ravel()):.2f}"]
@@ -1358,10 +1378,11 @@ def main_shapes(argv):
     add("--agreement", action="store_true", help="the grid with two seeds: which scores agree with the truth?")
     add("--grid-text", type=between(0, 30), nargs="+", help="text guidance of the grid")
     add("--grid-source", type=between(0, 10), nargs="+", help="source guidance of the grid")
-    add("--bare", action="store_true", help="the model's own frames against the truth, as train.py's tables have it")
+    add("--bare", action="store_true", help="only the model's own frames against the truth, as train.py measures")
     benchmark_flags(parser)
     args = parser.parse_args(argv)
-    grid, domains = args.sweep or args.agreement, ["synthetic", "real"] if args.domain == "both" else [args.domain]
+    grid = args.sweep or args.agreement
+    domains = ["synthetic", "real"] if args.domain == "both" else [args.domain]
     n = args.n or (24 if grid or args.bare else 200)
     ed, rows, made_by = open_editor(args)
     options = rows["edit"]
@@ -1369,7 +1390,8 @@ def main_shapes(argv):
         guidance = {key: options[key] for key in ("steps", "s_txt", "s_src")}
         scores = [row for domain in domains for row in drawn_scores(ed, n, domain, args.frames, **guidance)]
         columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
-        return print(table_head("held out, the model's own frames", columns), *rows_by(scores, columns), sep="\n")
+        rows = rows_by(scores, values(scores, columns), columns)
+        return print(table_head("held out, the model's own frames", columns), *rows, sep="\n")
     if ed.size % ed.multiple:
         raise UserError(f"--size {ed.size}: drawn clips need a multiple of {ed.multiple}")
     made_by |= {"world": fingerprint(world.__file__), "frames": args.frames}
@@ -1386,7 +1408,7 @@ def main_shapes(argv):
     if args.sweep:
         columns = columns_of(done)
         lines = [table_head("text, source, seed", columns)]
-        lines += [table_row(row, [clip[row] for clip in done.values()], columns) for row in rows]
+        lines += [table_row(row, values([clip[row] for clip in done.values()], columns), columns) for row in rows]
     if args.agreement:
         lines += ["", "Spearman's correlation with the gain in PSNR to the truth", "",
                   *agreement_table(done, list(rows))]
@@ -1406,22 +1428,22 @@ def guidance_grid(options, texts, sources, seeds):
 
 
 def main_footage(argv):
-    parser = Parser(prog="metrics.py footage", description="Real clips: grayscale, sepia and night against the exact "
-                    "operation, and no instruction at all against the source.")
+    parser = Parser(prog="metrics.py footage", description="Real clips: grayscale, sepia and night against the "
+                    "exact operation, and no instruction at all against the source.")
     parser.add_argument("dir", type=folder, help="videos, or folders of frames")
     parser.add_argument("--frames", type=between(1, 10 ** 4, int), default=8, help="frames of a clip")
     benchmark_flags(parser)
     args = parser.parse_args(argv)
     ed, rows, made_by = open_editor(args)
     scorers, clips = scorers_of(args), find_clips(args.dir)
-    tasks = {"nothing": "", "grayscale": "make it grayscale", "sepia": "make it sepia", "night": "make it night"}
-    items = [dict(id=f"{name}/{task}", task=task, path=path, instruction=text, known=bool(text))
-             for name, path in clips.items() for task, text in tasks.items()]
+    items = [dict(id=f"{name}/{task or 'nothing'}", task=task or "nothing", path=path, known=bool(task),
+                  instruction=f"make it {task}" if task else "")
+             for name, path in clips.items() for task in ("", "grayscale", "sepia", "night")]
 
     def read(item):                                                     # as `draw`
         source = read_video(item["path"], ed.size, frames=args.frames, multiple=ed.multiple)[0]
         source = truth = np.stack(to_u8(source))
-        if item["known"]:                                               # else all of the clip is outside the edit
+        if item["known"]:                                               # else all is outside the edit
             truth = world.quantise(world.EFFECTS[item["task"]](source / 255, np.arange(len(source)) / 10, 0))
         return {"source": source, "truth": truth, "mask": np.full(source.shape[:3], item["known"])}
     made_by |= {"clips": fingerprint(*clips.values()), "frames": args.frames}
@@ -1445,7 +1467,7 @@ def find_clips(where):
     found = {}
     for path in sorted(where.glob("**/[!.]*.*")):
         place = path.relative_to(where)
-        if path.suffix.lower() in VIDEOS or path.name in ("source.png", "target.png"):      # a data set of images
+        if path.suffix.lower() in VIDEOS or path.name in ("source.png", "target.png"):      # of a data set
             found[str(place.with_suffix(""))] = path
         elif path.suffix.lower() in IMAGES and path.parent != where and ".part" not in path.parent.name:
             found.setdefault(str(place.parent), path.parent)
@@ -1478,10 +1500,12 @@ def main_study(argv):
     if not n <= len(args.dirs) <= n + 1:
         raise UserError(f"study: {len(args.dirs)} folders; it takes {n} of edits, then one of sources")
     clips, captions = [find_clips(where) for where in args.dirs], {}
-    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list) if row["kept"]]
+    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list)
+            if row["kept"]]
     if args.rate and rows:                                              # a data set of curate.py
         captions = {f"{row['id']}/target": row["instruction"] for row in rows}
-        clips = [{name: clips[0][name.replace("target", key)] for name in captions} for key in ("target", "source")]
+        clips = [{name: clips[0][name.replace("target", key)] for name in captions}
+                 for key in ("target", "source")]
     file = args.captions or args.dirs[0] / "captions.json"
     if args.captions or file.is_file():
         captions = read_json(file)
@@ -1494,12 +1518,13 @@ def main_study(argv):
     for name in sorted(names):                                          # one source may serve several tasks
         paths = {key: found.get(name, found.get(str(Path(name).parent))) for key, found in zip(keys, clips)}
         paths = {key: path for key, path in paths.items() if path}
-        rate = next((probe(path).rate for path in paths.values() if path.is_file()), 8)     # of folders of frames, too
+        rate = next((probe(path).rate for path in paths.values() if path.is_file()), 8)     # of frames, too
         films = {key: data_url(path, rate) for key, path in paths.items()}
         items.append({"name": name, "caption": str(captions.get(name, ""))} | films)
     digest = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
     data = {"id": "-".join([*(where.resolve().name for where in args.dirs[:n]), digest]), "rating": args.rate,
-            "names": list(map(str, args.dirs[:n])), "questions": RATINGS if args.rate else QUESTIONS, "items": items}
+            "names": list(map(str, args.dirs[:n])), "questions": RATINGS if args.rate else QUESTIONS,
+            "items": items}
     text = json.dumps(data).replace("<", "\\u003c")                    # no name or caption can end the script
     page = (ROOT / "assets/study.html").read_text(encoding="utf-8")
     write_text(args.out, page.replace("@DATA@", text))
@@ -1507,7 +1532,7 @@ def main_study(argv):
 
 
 def main_votes(argv):
-    parser = Parser(prog="metrics.py votes", description="Win rates from the JSON files that the study's page saves.")
+    parser = Parser(prog="metrics.py votes", description="Win rates from the files that the study's page saves.")
     parser.add_argument("files", nargs="+", type=Path)
     people, studies = {}, set()
     for path in parser.parse_args(argv).files:
