@@ -804,7 +804,10 @@ def network_scores(net, role, clip, square=0):
         return rows
     if not target and role != "clip":
         return rows
-    texts = net.encode_text(net.tokenize([target or "", before or ""][:2 if role == "viclip" else 1]))
+    if role == "viclip":
+        texts = net.encode_text(net.tokenize([target, before or ""]))
+    else:
+        texts = net.encode_text(net.tokenizer([target or ""]))
     untouched = None if source is None else encode_clip(net, source, square)
     for name, frames in clip["edits"].items():
         x, row = untouched if frames is source else encode_clip(net, frames, square), rows[name]
