@@ -576,14 +576,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults that say something."""
-
-    def _get_help_string(self, action):
-        nothing = action.default in (None, "") or action.default is False
-        return action.help if nothing else super()._get_help_string(action)
-
-
 def option(default, help, low=None, high=None, choices=None, name=None):
     """A field of a settings dataclass that is a flag as well, see `add_flags`. low, high: its range, in which
     the default itself need not lie (-1: off); name: the flag, where it is not the field's own."""
@@ -811,7 +803,7 @@ def edit_file(ed, clip, span, size, instruction, path, compare, options):
         edits = edit_pictures(ed, (rgb for _, rgb in small), size, instruction, **options,
                               on_step=lambda i: bar.update())
         frames = ((ticks, rgb, edit) for (edit, *_), (ticks, rgb) in zip(edits, sources))
-        # a frame is shown until the next comes; the first from the start, also where a stream begins mid-scene
+        # a frame is shown until the next comes; the first from the start, even where that cannot be decoded
         for (ticks, rgb, edit), (later, *_) in pairwise(chain(frames, [(stop,)])):
             ticks, n = ticks if n else times[0], n + 1
             length = max(1, later - ticks)
