@@ -27,7 +27,6 @@ torchrun each process takes every n-th source. Latents are float16, those of cli
 mode, of the target what was sampled, which spares it a trip through the autoencoder. Training reads latents; the mp4
 (H.264, crf 16) are for people. A source whose candidates were all dropped shows its best one, without latents.
 """
-import argparse
 import base64
 import hashlib
 import io
@@ -40,7 +39,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import islice, takewhile
+from itertools import count, islice, takewhile
+from mimetypes import guess_type
 from pathlib import Path
 from random import Random
 
@@ -51,19 +51,17 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import metrics
+import world
 from model import (N_FRAMES, ROOT, UserError, VideoEditor, begin, fingerprint, need, part, portable, read_json,
-                   read_tensors, reading, resize, run, to_rgb, to_tensor, to_u8, to_video, write_json, write_text)
-from sample import (IMAGES, VIDEOS, Defaults, Parser, add_flags, frame_files, from_flags, known_device, option, probe,
-                    read_frames, read_image, write_video)
+                   read_tensors, reading, resize, run, save_tensors, to_rgb, to_tensor, to_u8, to_video, write_json,
+                   write_text)
+from sample import (IMAGES, VIDEOS, Parser, add_flags, frame_files, from_flags, known_device, model_size, option, probe, read_frames,
+                    read_image, write_video)
 from teachers import (COGVIDEOX, FIELDS, LLAVA, WRITER_TASKS, CogVideoX, LlavaOneVision, T5Encoder,  # noqa: F401
-                      check_mix, clip_fault, write_instructions)
-from world import (COLOURS, KINDS, OPERATIONS, SKIES, TASKS, TONES, Background, Scene, Shape, article, caption,
-                   draw_scene, drawn_clip, drawn_origin, drawn_scene, possible_tasks, propose_edit, quantise, render,
-                   true_clip, tune)
+                      clip_fault, write_instructions)
 
 FPS = 8.0               # of every clip; videos are resampled to this rate, folders of frames are taken as they are
 LONGEST = 3             # ours: long side of a frame in short ones, at most (films: 2.4)
@@ -93,9 +91,6 @@ VIDEO_WEIGHTS = {"published": dict.fromkeys((*metrics.WEIGHTS, "clip_text_gain",
                  "tiny": {"clip_text_gain": 0.5, "viclip_out_gain": 0.5, "consensus": 1.2, "certainty": 0.6}}
 VIDEO_SCORES = (*VIDEO_WEIGHTS["published"], "changed", "consensus", "certainty")
 DINO = "facebook/dinov2-with-registers-large"                      # UltraEdit's; only for the published scorers
-PAPER_YIELD = {"images": "50 K images, 25 K kept", "videos": "25 K images, 9 K clips kept",
-               "real 1": "16 K clips, 3,402 kept", "real 2": "16 K clips, 5,048 kept"}
-
 
 # ---- settings: a dataclass a step; its fields are the flags and what settings.json holds ------------------
 
@@ -106,14 +101,14 @@ class How:
     dtype: str | None = option(None, "of the editor (default: bfloat16 on CUDA, else float32)",
                                choices=["float32", "bfloat16", "float16"])
     batch: int = option(0, "candidates at a time, fewer where memory is short (0: 30 of an image, 4 of a clip)", low=1)
-    limit: int = option(-1, "new sources in this run, of every process (-1: all); run again to go on", low=1)
+    limit: int | None = option(None, "new sources in this run, of every process; run again to go on", low=1)
     force: bool = option(False, "go on although the settings changed")
 
 
 @dataclass
 class Edited:
     """Of all steps that edit, score and filter."""
-    weights: str = option("", "tiny, sd15, a directory in hub layout, a trained run")
+    weights: str = option("tiny", "tiny, sd15, a directory in hub layout, a trained run")
     candidates: int = option(4, "edits of a source", low=1)
     seed: int = option(0, "of guidance and noise, and of drawn scenes")
     filter: bool = option(True, "keep what passes it; --no-filter: the first candidate of every source")
@@ -131,7 +126,7 @@ class Edited:
 class Images(Edited):
     candidates: int = option(30, "edits of a source", low=1)
     source: str = option("shapes", "shapes, or image pairs: parquet, folders, .jsonl", name="from")
-    n: int = option(-1, "sources (-1: all; of shapes: 20)", low=1)
+    n: int | None = option(None, "sources (default: all; of shapes: 20)", low=1)
     steps: int = option(20, "sampling steps, also of the clips made from them", low=1)
     dino: str = option("", "hub id or directory of DINOv2, or none")
     judge: str = ""                     # it judges clips
@@ -163,7 +158,7 @@ class Pairs(Edited):
 @dataclass
 class Cut:
     source: str = option("shapes", "shapes, or a folder of videos or JPEGImages", name="from")
-    n: int = option(-1, "videos, or drawn scenes (-1: all; of shapes: 20)", low=1)
+    n: int | None = option(None, "videos, or drawn scenes (default: all; of shapes: 20)", low=1)
     per_video: int = option(2, "clips of a video, at most", low=1)
     seed: int = option(0, "of drawn scenes")
 
@@ -172,7 +167,8 @@ class Cut:
 class Write:
     clips: str = option("", "data set of `cut`")
     writer: str = option("tiny", "tiny: CLIP and the drawn world's words; llava; or a file of text or JSON lines")
-    clip: str = option("tiny", "the writer tiny's CLIP: tiny, hub id or directory")
+    clip: str = option(str(ROOT / "assets/tiny/clip"), "the writer tiny's CLIP: hub id or directory")
+    size: int = option(64, "short side of the frames that it sees, pixels", low=8)
     llava: str = option(LLAVA, "hub id or directory of the writer llava")
     lora: str = option("", "what train.py writer made of it")
     task_mix: tuple[str, ...] = option((), f"how often llava is asked for which task, TASK=WEIGHT (default: "
@@ -198,30 +194,22 @@ def ident(*parts):
     return hashlib.sha1(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def finite(x):
-    """NaN and infinity, which JSON does not know, become None."""
-    if isinstance(x, dict):
-        return {k: finite(v) for k, v in x.items()}
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
 def read_sources(folder):
-    """[rows of one source] of a data set."""
-    rows = [read_json(path, list) for path in Path(folder).glob("*/candidates.json")]
+    """[rows of one source] of a data set, in the order of its sources."""
     with reading(folder, "pass a data set of curate.py"):
-        need(rows, "holds no <id>/candidates.json")
-        return sorted(rows, key=lambda rows: rows[0]["order"])
+        sources = [read_json(path, list) for path in Path(folder).glob("*/candidates.json")]
+        need(sources, "--images, --clips or --from: holds no <id>/candidates.json")
+        return sorted(sources, key=lambda rows: rows[0]["order"])
 
 
 def read_rows(folder, kept=False):
-    """The candidates [dict] of a data set in the order of their sources; kept: only those. UserError for none."""
+    """All candidates [dict] of a data set; kept: only those, UserError for none."""
     rows = [row for rows in read_sources(folder) for row in rows]
-    if not kept:
-        return rows
-    if not any(row["kept"] for row in rows):
-        advice = f"see why with python curate.py look {folder}, then lower a threshold with --min NAME=VALUE and another --to"
-        raise UserError(f"{folder}: none of its {len(rows)} candidates was kept: {', '.join(losses(rows))}; {advice}")
-    return [row for row in rows if row["kept"]]
+    good = [row for row in rows if row["kept"]]
+    if kept and not good:
+        raise UserError(f"{folder}: none of its {len(rows)} candidates was kept: {', '.join(losses(rows))}; see them with python "
+                        f"curate.py look {folder}, then lower a threshold with --min NAME=VALUE and another --to")
+    return good if kept else rows
 
 
 def losses(rows):
@@ -229,10 +217,15 @@ def losses(rows):
     return [f"{name} removed {n} of {len(rows)} candidates" for name, n in counts.most_common()]
 
 
-def write_source(folder, rows, files):
+def unscored(fault="", **more):
+    """A row of a step that edits nothing."""
+    return {"scores": {}, "total": None, "kept": not fault, "below": [fault] if fault else []} | more
+
+
+def write_source(folder, source, rows, files):
     """A source's folder, which appears when it is whole. files: {name: rgb (H, W, 3), video (1, F, 3, H, W) or tensors}."""
-    new = folder.parent / ".part" / folder.name
-    shutil.rmtree(new, ignore_errors=True)                          # a kill's
+    new = folder / ".part" / source["id"]
+    shutil.rmtree(new, ignore_errors=True)                          # what a kill left
     new.mkdir(parents=True)
     for name, data in files.items():
         if name.endswith(".png"):
@@ -240,9 +233,11 @@ def write_source(folder, rows, files):
         elif name.endswith(".mp4"):
             write_video(new / name, data, FPS)
         else:
-            save_file({key: z.half().contiguous().cpu() for key, z in data.items()}, new / name)
-    write_json(new / "candidates.json", [finite(row) for row in rows])
-    os.replace(new, folder)
+            save_tensors(new / name, data, torch.float16)
+    rows = [{key: source[key] for key in SOURCE} | {"candidate": k} | row for k, row in enumerate(rows)]
+    rows = json.loads(json.dumps(rows), parse_constant=lambda name: None)           # JSON knows no NaN
+    write_json(new / "candidates.json", rows)
+    os.replace(new, folder / source["id"])
 
 
 def my_share(sources):
@@ -253,60 +248,37 @@ def my_share(sources):
 def run_step(to, settings, sources, load, work, how, group=1, whole=False):
     """Load, work on and write every source that has no folder yet. sources: dicts with SOURCE, and what `load` needs.
 
-    load(source) gives what `work` needs. Where it raises UserError the source is said and left out; it has no folder, so the
-    next run tries it again. work(source, loaded) -> (rows of its candidates, files), or with a group, work([(source,
-    loaded)]) yields those. Groups are always cut at the same sources; whole: one that is not done is done again whole.
+    load(source) gives what `work` needs. Where it raises UserError the source is said and left out; it has no folder, so
+    the next run tries it again. work(source, loaded) -> (rows of its candidates, files); with a group, work([(source,
+    loaded)]) yields those. Groups are always cut at the same sources; whole: what is left of one is done with the rest.
     """
     begin(to, settings, how.force)
-    mine = my_share(sources)
-    groups = [mine[k:k + group] for k in range(0, len(mine), group)]
-    groups = [members for members in groups if not all((to / source["id"]).is_dir() for source in members)]
+    mine, unread, done = my_share(sources), set(), 0
     print(f"{to}: {len(sources)} sources, {shutil.disk_usage(to).free / 1e9:.1f} GB free")
-    done, unread = 0, {}
-    try:
-        for members in tqdm(groups, desc=to.name, smoothing=0.1):
-            if how.limit != -1 and done >= how.limit:
-                break
-            loaded = []
-            for source in members:
-                try:
-                    if whole or not (to / source["id"]).is_dir():
-                        loaded.append((source, load(source)))
-                except UserError as error:
-                    unread[source["id"]] = error
-                    print(f"left out: {error}")
-            if len(unread) >= min(GIVE_UP, len(sources)) and not any(to.glob("*/candidates.json")):
-                raise UserError(f"{to}: the first {len(unread)} sources cannot be read, the last: {[*unread.values()][-1]}; see "
-                                "that the disk is there and run the same again")
-            for (source, _), (rows, files) in zip(loaded, work(loaded) if group > 1 else [work(*x) for x in loaded]):
-                if (to / source["id"]).is_dir():
-                    continue
-                about = {key: source[key] for key in SOURCE}
-                defaults = {"seed": None, "guidance": None, "scores": {}, "total": None, "below": [], "why": ""}
-                rows = [about | {"candidate": k} | defaults | row for k, row in enumerate(rows)]
-                write_source(to / source["id"], rows, files)
+    for members in tqdm([mine[k:k + group] for k in range(0, len(mine), group)], desc=to.name):
+        left = [source for source in members if not (to / source["id"]).is_dir()]
+        if not left or how.limit and done >= how.limit:
+            continue
+        loaded = []
+        for source in members if whole else left:
+            try:
+                loaded.append((source, load(source)))
+            except UserError as error:
+                print(f"left out: {error}")
+                unread.add(source["id"])
+                if len(unread) == GIVE_UP and not any(to.glob("*/candidates.json")):
+                    raise UserError(f"{to}: the first {GIVE_UP} sources cannot be read, the last: {error}; see that the disk is "
+                                    "there and run the same again") from None
+        results = work(loaded) if group > 1 else [work(*x) for x in loaded]
+        for (source, _), (rows, files) in zip(loaded, results):
+            if source in left:
+                write_source(to, source, rows, files)
                 done += 1
-                if done == 1:
-                    check_room(to / source["id"], len(mine))
-    except UserError:
-        if not any(to.glob("*/candidates.json")):                   # nothing was made with these settings
-            (to / "settings.json").unlink()
-            with suppress(OSError):
-                to.rmdir()
-        raise
-    rows = read_rows(to)
-    print(f"{to}: {len({row['id'] for row in rows if row['kept']})} of {len({row['id'] for row in rows})} sources kept",
-          *losses(rows), sep="\n  ")
-    if all((to / source["id"]).is_dir() or source["id"] in unread for source in sources):
-        read_rows(to, kept=True)                                    # says so where there is none
-
-
-def check_room(folder, n):
-    """Says before hours of work where n sources like this one would not fit on the disk."""
-    most, free = n * sum(path.stat().st_size for path in folder.iterdir()), shutil.disk_usage(folder).free
-    if most > free:
-        print(f"{folder.parent}: {n} sources like the first take {most / 1e9:.1f} GB, {free / 1e9:.1f} are free; make room or "
-              "pass --limit")
+    if mine == sources or any(to.glob("*/candidates.json")):        # else other processes are still at it
+        rows = read_rows(to)
+        kept, every = ({row["id"] for row in rows if row["kept"] or k} for k in (False, True))
+        print(f"{to}: {len(kept)} of {len(every)} sources kept", *losses(rows), sep="\n  ")
+        read_rows(to, kept=all((to / source["id"]).is_dir() or source["id"] in unread for source in sources))
 
 
 # ---- candidates: drawn, scored, filtered -----------------------------------------------------------------
@@ -328,29 +300,24 @@ def named_values(flag, texts):
     """["NAME=VALUE", ...] -> {name: float}"""
     with reading(f"{flag} {' '.join(texts)}", "needs NAME=VALUE, with a number"):
         values = {name: float(value) for name, _, value in (text.partition("=") for text in texts)}
-        need(not any(math.isnan(x) for x in values.values()), "is not a number")
+        need(not any(map(math.isnan, values.values())), "is not a number")
         return values
 
 
 def read_filter(s, thresholds, weights):
     """The Filter of a step's settings: these defaults, or --score-weights, the judge, --min."""
-    keep = Filter(dict(thresholds), weights, on=s.filter)
+    keep, least = Filter(dict(thresholds), weights, on=s.filter), named_values("--min", s.min)
     if s.score_weights:
         with reading(f"--score-weights {s.score_weights}", "pass what curate.py calibrate writes"):
-            fitted = read_json(s.score_weights)
-            keep.weights, keep.centre, keep.spread = (fitted[k] for k in ("weights", "centre", "spread"))
-            keep.tasks = fitted.get("tasks", {})
-            need(keep.weights and keep.weights.keys() == keep.centre.keys() == keep.spread.keys(),
-                 "weights, centre and spread need the same scores")
-            for x in (keep.weights, keep.centre, keep.spread, keep.tasks):
-                need(all(math.isfinite(value) for value in x.values()), "has a score that is no number")
-            keep.thresholds["total"] = float(fitted["min_total"])
-            keep.asked = tuple(keep.weights)
+            file = read_json(s.score_weights)
+            keep.weights, keep.centre, keep.spread = file["weights"], file["centre"], file["spread"]
+            metrics.total_score([keep.weights], keep.weights, keep.centre, keep.spread)         # do they fit together?
+            keep.tasks, keep.asked = dict(file.get("tasks", {})), tuple(keep.weights)
+            keep.thresholds["total"] = float(file["min_total"])
     if s.judge:
         keep.thresholds |= dict.fromkeys(metrics.JUDGED, 0.5)       # ours: yes is likelier than no
-    keep.thresholds |= named_values("--min", s.min)
-    keep.thresholds = {name: least for name, least in keep.thresholds.items() if least > -math.inf}
-    keep.asked += tuple(name for name in named_values("--min", s.min) if name in keep.thresholds and name != "total")
+    keep.thresholds = {name: x for name, x in (keep.thresholds | least).items() if x > -math.inf}
+    keep.asked += tuple(least.keys() & keep.thresholds.keys() - {"total"})
     if metrics.HELD_OUT in keep.asked:
         raise UserError(f"{metrics.HELD_OUT} is kept for judging: a filter by it would flatter its own results")
     return keep
@@ -359,71 +326,84 @@ def read_filter(s, thresholds, weights):
 @dataclass
 class Tools:
     """What an editing step works with."""
+    s: Edited
+    how: How
     ed: VideoEditor
     scorers: metrics.Scorers
     filter: Filter
-    settings: dict                      # of its data set
 
 
-def open_tools(step, s, how, weights, motion=""):
-    ed = VideoEditor.from_pretrained(s.weights, False if motion == "none" else motion or None, device=how.device,
-                                     dtype=how.dtype)
+def open_tools(s, how, weights, motion=None):
+    ed = VideoEditor.from_pretrained(s.weights, motion, device=how.device, dtype=how.dtype)
     own = None
-    if any((folder / "clip").is_dir() for folder in ed.folders):    # a judge trained with the editor, as `tiny` has
+    if any((folder / "clip").is_dir() for folder in ed.folders):    # judges that lie with the editor, as `tiny` has them
         own = {role: part(ed.folders, role) for role in ("clip", "viclip")}
     scorers = metrics.choose_scorers(s.scorers, own, ed.device, clip=s.clip, pick=s.pick, viclip=s.viclip, judge=s.judge)
-    keep = read_filter(s, THRESHOLDS[scorers.family], weights[scorers.family])
-    settings = {"step": step} | asdict(s) | {"editor": ed.fingerprint, "size": ed.size, "filter": asdict(keep),
-                                             "scorers": {k: portable(x) for k, x in scorers.paths.items()}}
-    return Tools(ed, scorers, keep, settings)
+    return Tools(s, how, ed, scorers, read_filter(s, THRESHOLDS[scorers.family], weights[scorers.family]))
 
 
-def draw_candidates(ed, source_id, n, seed, guidance=None):
-    """Rows with the seed and guidance [text, source] of n candidates. The first has the checkpoint's own guidance, or this:
-    without a filter it is what a plain edit would be."""
+def settings_of(s, tools=None):
+    """What settings.json holds."""
+    settings = {"step": step_of(s)} | asdict(s)
+    if tools:
+        paths = {role: portable(path) for role, path in tools.scorers.paths.items()}
+        settings |= {"editor": tools.ed.fingerprint, "size": tools.ed.size, "scorers": paths, "filter": asdict(tools.filter)}
+    return settings
+
+
+def step_of(s):
+    return type(s).__name__.lower()
+
+
+def draw_candidates(ed, name, n, seed, first=None):
+    """Rows with the seed and guidance [text, source] of n candidates of the source `name`. The first has the checkpoint's own
+    guidance: without a filter it is what a plain edit would be. first: a row whose seed all take, and that guidance."""
     rows = []
     for k in range(n):
-        rng = Random(f"candidate {seed} {source_id} {k}")
+        rng = Random(f"candidate {seed} {name} {k}")
         row = {"seed": rng.getrandbits(31)}
         row["guidance"] = [round(own * rng.uniform(*span), 3) for own, span in zip(ed.guidance, (TEXT_RANGE, SOURCE_RANGE))]
-        rows.append(row)
-    rows[0]["guidance"] = list(guidance or ed.guidance)
+        rows.append(row | {"seed": first["seed"]} if first else row)
+    rows[0]["guidance"] = list(first["guidance"] if first else ed.guidance)
     return rows
 
 
-def batches(rows, noise, n):
-    """n candidates at a time: their noise (K, F, c, h, w), text scales and source scales."""
-    for k in range(0, len(rows), n):
-        s_txt, s_src = zip(*(row["guidance"] for row in rows[k:k + n]))
-        yield torch.cat(noise[k:k + n]), s_txt, s_src
-
-
-def totals(rows, keep, task=""):
-    """Weighted total of the candidates of a source: (K,)."""
-    total = metrics.total_score([row["scores"] for row in rows], keep.weights, keep.centre, keep.spread)
-    return total + keep.tasks.get(task, 0.0)
+def edit(tools, source, frames, steps, mode, first=None, anchor=None):
+    """Candidates of one source, drawn and sampled: their rows, the frames' latents z_src (1, F, c, h, w), and the candidates'
+    at every step and the end (steps + 1, K, F, c, h, w). first: see `draw_candidates`; anchor: see VideoEditor.sample."""
+    ed, s = tools.ed, tools.s
+    z_src, paths = ed.encode(to_video(frames)), []
+    rows = draw_candidates(ed, source["id"], s.candidates, f"{step_of(s)} {s.seed}", first)
+    batch = tools.how.batch or (30 if len(frames) == 1 else 4)
+    for k in range(0, len(rows), batch):
+        path, some = [], rows[k:k + batch]
+        s_txt, s_src = zip(*(row["guidance"] for row in some))
+        if anchor:                                                  # every frame starts where the first one's edit did
+            z_T = anchor[1][0].expand(len(some), *z_src.shape[1:])
+        else:
+            z_T = torch.cat([ed.noise(len(frames), *z_src.shape[3:], row["seed"], mode=mode) for row in some])
+        ed.sample(z_src, source["instruction"], z_T, steps, s_txt, s_src, mode, anchor=anchor, keep=path)
+        paths.append(torch.stack(path))
+    return rows, z_src, torch.cat(paths, 1)
 
 
 def choose(rows, keep, source):
-    """Fills in total, below, why and kept of the candidates of one source. Returns the index of the kept, or of the best.
+    """Fills in total, below and kept of the candidates of one source. Returns the index of the kept, or of the best.
     UserError for a threshold on a score that is not there."""
-    lacks = [name for name in keep.asked if not any(name in row["scores"] for row in rows)]
+    scores = [row["scores"] for row in rows]
+    lacks = set(keep.asked).difference(*scores)
     if lacks and keep.on and source["source_caption"] and source["target_caption"]:
-        raise UserError(f"--min or --score-weights: {', '.join(lacks)}: not among the scores of this run, which are "
-                        f"{', '.join(sorted(rows[0]['scores']))}; leave it out, or pass what it needs")
-    for row, total in zip(rows, totals(rows, keep, source["task"])):
-        scores = row["scores"] | {"total": float(total)}
-        row["total"] = round(float(total), 4)
-        row["below"] = [name for name, least in keep.thresholds.items()
-                        if scores.get(name) is not None and not scores[name] >= least]         # NaN is below
-        row["why"] = "; ".join(f"{name} {scores[name]:.3g} below {keep.thresholds[name]:g}" for name in row["below"])
-        row["kept"] = False
-    passed = [k for k, row in enumerate(rows) if not row["below"]]
-    best = max(passed or range(len(rows)), key=lambda k: rows[k]["total"]) if keep.on else 0
-    for k in passed:
-        rows[k]["why"] = "another candidate is better"
-    if passed or not keep.on:
-        rows[best] |= {"kept": True, "why": "best" if keep.on else "not filtered"}
+        raise UserError(f"--min or --score-weights: {', '.join(sorted(lacks))}: not among the scores of this run, which are "
+                        f"{', '.join(sorted(scores[0]))}; leave it out, with --force, or pass what it needs")
+    for row in rows:
+        row["scores"] = {name: round(float(x), 5) for name, x in row["scores"].items()}
+    totals = metrics.total_score([row["scores"] for row in rows], keep.weights, keep.centre, keep.spread)
+    for row, total in zip(rows, totals + keep.tasks.get(source["task"], 0.0)):
+        known = row["scores"] | {"total": total}
+        row["total"], row["kept"] = round(float(total), 4), False
+        row["below"] = [name for name, least in keep.thresholds.items() if name in known and not known[name] >= least]
+    best = max(range(len(rows)), key=lambda k: (not rows[k]["below"], rows[k]["total"])) if keep.on else 0
+    rows[best]["kept"] = not (keep.on and rows[best]["below"])      # NaN is below any threshold
     return best
 
 
@@ -443,23 +423,21 @@ def consensus_scores(z0, z_src):
             "certainty": (-10 * torch.log10(apart + 1e-4)).tolist()}
 
 
-def add_scores(rows, scores):
-    """scores: {name: (K,)} into the rows of K candidates."""
+def judge(tools, source, frames, z_src, z0, rows, edits, truth=None):
+    """Completes the rows of K candidates, which have scores; returns the index of the kept one, or of the best. z0 (K, F, c, h,
+    w): their latents; frames, edits' items: (F, H, W, 3) uint8. truth: the true edit's frames and its region (F, H, W)
+    bool; how candidates compare with it metrics.SUCCESS says, and the filter never sees."""
+    together = consensus_scores(z0, z_src * tools.ed.vae.scaling_factor)
     for k, row in enumerate(rows):
-        row.setdefault("scores", {}).update({name: round(float(x[k]), 5) for name, x in scores.items()})
-
-
-def compare_with_truth(ed, rows, z_src, source, edits, truth):
-    """Adds to each candidate's row how its edit compares with the true one, as metrics.SUCCESS says; the filter never
-    sees it. source, edits' items: frames (F, H, W, 3) uint8; truth: (frames, mask (F, H, W) bool), or None."""
-    if truth is None:
-        return
-    at = np.unique(np.linspace(0, len(source) - 1, 4).astype(int))  # four frames of a clip say it
-    edits = {k: x[at] for k, x in enumerate(edits)}
-    found = metrics.against_truth(ed, z_src[:, at], source[at], edits, *(x[at] for x in truth))
-    for k, row in enumerate(rows):
-        row["truth"] = {"gain": round(found[k]["truth_gain"], 3), "outside": round(found[k]["psnr_outside"], 3),
-                        "success": found[k]["success"]}             # dB inside the true region, dB outside, 0 or 1
+        row["scores"] |= {name: x[k] for name, x in together.items()}
+    if truth:
+        at = np.unique(np.linspace(0, len(frames) - 1, 4).astype(int))          # four frames of a clip say it
+        edits = {k: x[at] for k, x in enumerate(edits)}
+        found = metrics.against_truth(tools.ed, z_src[:, at], frames[at], edits, *(x[at] for x in truth))
+        for k, row in enumerate(rows):                              # dB inside the true region, dB outside, 0 or 1
+            gain, outside = round(found[k]["truth_gain"], 3), round(found[k]["psnr_outside"], 3)
+            row["truth"] = {"gain": gain, "outside": outside, "success": found[k]["success"]}
+    return choose(rows, tools.filter, source)
 
 
 def finish_clip(tools, source, frames, z_src, z0, rows, truth=None):
@@ -467,17 +445,13 @@ def finish_clip(tools, source, frames, z_src, z0, rows, truth=None):
     ed = tools.ed
     videos = [ed.decode(z[None]).cpu() for z in z0]
     edits = [np.stack(to_u8(video)) for video in videos]
-    clip = {"edits": dict(enumerate(edits)) | {"source": frames}, "source": frames,
-            **{k: source[k] for k in ("instruction", "source_caption", "target_caption")}}
+    clip = source | {"source": frames, "edits": dict(enumerate(edits)) | {"untouched": frames}}
     [scores] = metrics.score_clips([clip], tools.scorers)
-    untouched = scores.pop("source")
     for k, row in enumerate(rows):
-        gains = {f"{name}_gain": scores[k][name] - untouched[name] for name in ("clip_text", "viclip_out", "pick_score")
-                 if name in scores[k]}
-        row["scores"] = {name: round(float(x), 5) for name, x in (scores[k] | gains).items()}
-    add_scores(rows, consensus_scores(z0, z_src * ed.vae.scaling_factor))
-    compare_with_truth(ed, rows, z_src, frames, edits, truth)
-    best = choose(rows, tools.filter, source)
+        row["scores"] = dict(scores[k])
+        for name in scores[k].keys() & {"clip_text", "viclip_out", "pick_score"}:
+            row["scores"][f"{name}_gain"] = scores[k][name] - scores["untouched"][name]
+    best = judge(tools, source, frames, z_src, z0, rows, edits, truth)
     files = {"source.mp4": to_video(frames), "target.mp4": videos[best]}
     if rows[best]["kept"]:
         files["latents.safetensors"] = {"source": z_src[0], "target": z0[best] / ed.vae.scaling_factor}
@@ -491,61 +465,49 @@ def images(to, s, how):
 
     Paper, section 3.2: 30 samples of 20 steps under various text and source guidance, six scores.
     """
-    tools = open_tools("images", s, how, IMAGE_WEIGHTS)
-    ed = tools.ed
-    if "clip" not in tools.scorers:
+    tools = open_tools(s, how, IMAGE_WEIGHTS)
+    ed, scorers = tools.ed, tools.scorers
+    if "clip" not in scorers:
         raise UserError("curate.py images: the six scores need CLIP; pass --clip DIR")
-    clip = tools.scorers.open("clip")
-    dino = s.dino or (DINO if tools.scorers.family == "published" else "none")          # the embedded scorers have none
+    dino = s.dino or (DINO if scorers.family == "published" else "none")        # the embedded scorers have none
     dino = None if dino == "none" else metrics.DINOv2.from_pretrained(dino, device=ed.device, dtype=ed.dtype)
 
     def work(source, image):                                        # (1, H, W, 3) uint8
-        z_src = ed.encode(to_video(image))                          # (1, 1, c, h, w)
-        rows = draw_candidates(ed, source["id"], s.candidates, f"images {s.seed}")
-        noise = [ed.noise(1, *z_src.shape[3:], row["seed"], mode="image") for row in rows]
-        edits, paths = [], []                                       # K images, K trajectories (steps + 1, c, h, w)
-        for z_T, s_txt, s_src in batches(rows, noise, how.batch or 30):
-            path = []
-            z0 = ed.sample(z_src, source["instruction"], z_T, s.steps, s_txt, s_src, "image", keep=path)
-            edits += to_u8(ed.decode(z0.transpose(0, 1)))
-            paths += torch.stack(path)[:, :, 0].unbind(1)
-        scores = metrics.image_scores(clip, dino, image[0], [*edits, image[0]],            # the last is untouched
+        rows, z_src, paths = edit(tools, source, image, s.steps, "image")
+        edits = to_u8(ed.decode(paths[-1].transpose(0, 1)))
+        scores = metrics.image_scores(scorers.open("clip"), dino, image[0], [*edits, image[0]],         # the last is untouched
                                       source["source_caption"], source["target_caption"])
         scores["clip_sim_target_gain"] = scores["clip_sim_target"] - scores["clip_sim_target"][-1]
-        together = consensus_scores(torch.stack([path[-1] for path in paths]), z_src[0] * ed.vae.scaling_factor)
-        add_scores(rows, scores | together)
-        truth = true_clip(source["origin"], image) if "scene" in source["origin"] else None
-        compare_with_truth(ed, rows, z_src, image, [x[None] for x in edits], truth)
-        best = choose(rows, tools.filter, source)
+        for k, row in enumerate(rows):
+            row["scores"] = {name: x[k] for name, x in scores.items()}
+        truth = world.true_clip(source["origin"], image) if "scene" in source["origin"] else None
+        best = judge(tools, source, image, z_src, paths[-1], rows, [x[None] for x in edits], truth)
         files = {"source.png": image[0], "target.png": edits[best]}
         if rows[best]["kept"]:
-            files["trajectory.safetensors"] = {"trajectory": paths[best]}
+            files["trajectory.safetensors"] = {"trajectory": paths[:, best, 0]}
         return rows, files
 
-    sources = drawn_sources(s.n, "synthetic", s.seed) if s.source == "shapes" else first_of(read_pairs(s.source), s.n, s.source)
-    run_step(to, tools.settings, sources, partial(pixels, size=ed.size, multiple=ed.multiple, n=1), work, how)
+    sources = drawn_sources(s.n, "synthetic", s.seed) if s.source == "shapes" else first_of(read_pairs(s.source), s)
+    run_step(to, settings_of(s, tools), sources, partial(pixels, size=ed.size, multiple=ed.multiple, n=1), work, how)
 
 
-def by_world(origin, image):
-    """A drawn scene (H, W, 3) uint8 moves on by itself: (F, H, W, 3), beginning with the image."""
-    frames = drawn_clip(origin, N_FRAMES, len(image), FPS)
-    if np.abs(frames[0].astype(int) - image).mean() > 2:
-        raise UserError(f"the drawn scene {origin['scene']} is not how its clip begins: the world has changed since; curate the "
-                        "images again")
-    return frames
-
-
-def by_camera(name, image):
-    """The same for any image, without a network: a slow zoom and pan inside the picture, by the source's id. Bicubic."""
-    rng, s = Random(name), torch.linspace(0, 1, N_FRAMES)
-    zoom, x, y = rng.uniform(0.08, 0.2), rng.uniform(-1, 1), rng.uniform(-1, 1)
-    theta = torch.zeros(N_FRAMES, 2, 3)                             # each frame's window: its width, its middle
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 - zoom * s
-    theta[:, 0, 2], theta[:, 1, 2] = zoom * s * x, zoom * s * y
+def move(animate, source, image):
+    """A clip (F, H, W, 3) uint8 that begins with an image (H, W, 3): by the world, in which a drawn scene moves on by
+    itself, or by a camera, a slow bicubic zoom and pan inside the picture, by the image's id."""
+    if animate == "world":
+        with reading(source["id"], "curate the images again, or pass --animate camera or cogvideox"):
+            need("scene" in source["origin"], "--animate world: is no drawn scene")
+            frames = world.drawn_clip(source["origin"], N_FRAMES, len(image), FPS)
+            need(np.abs(frames[0].astype(int) - image).mean() < 2, "the drawn world has changed since this image was made")
+        return frames
+    rng, s = Random(source["id"]), torch.linspace(0, 1, N_FRAMES)
+    zoom, x, y = rng.uniform(0.08, 0.2) * s, rng.uniform(-1, 1), rng.uniform(-1, 1)
+    across = torch.stack([1 - zoom, 0 * s, zoom * x], -1)           # each frame's window: its width, its middle
+    down = torch.stack([0 * s, 1 - zoom, zoom * y], -1)
     still = to_tensor(image).expand(N_FRAMES, -1, -1, -1)
-    grid = F.affine_grid(theta, still.shape, align_corners=False)
+    grid = F.affine_grid(torch.stack([across, down], 1), still.shape, align_corners=False)
     frames = F.grid_sample(still, grid, "bicubic", "border", align_corners=False).clamp(-1, 1)
-    return np.stack([image, *(to_rgb(frame) for frame in frames[1:])])
+    return np.stack([image, *map(to_rgb, frames[1:])])
 
 
 TEACHER_CLIPS = 3       # PAPER: 48 frames; of CogVideoX's 49 (8 a second) the last is left out: three clips of N_FRAMES
@@ -553,45 +515,36 @@ TEACHER_GROUP = 64      # images that go through one of its networks before the 
 
 
 def clips(to, s, how):
-    """step 3: the kept images become clips, as they move on in the drawn world, by a camera, or by CogVideoX
+    """step 3: the kept images become clips: they move on in the drawn world, by a camera, or by CogVideoX
 
     CogVideoX makes three clips of an image. Only the first starts with it; the edit of the image guides the attention
     of all three, and each is a source of its own for `videos`, filtered by itself.
     """
-    sources = read_rows(s.images, kept=True)
-    undrawn = [source["id"] for source in sources if "scene" not in source["origin"]]
-    if s.animate == "world" and undrawn:
-        raise UserError(f"--animate world: {len(undrawn)} of {len(sources)} images are no drawn scenes, the first "
-                        f"{undrawn[0]}; pass camera or cogvideox")
-
     def load(source):
         return read_image(Path(s.images) / source["id"] / "source.png")
 
-    def move(source, image):
+    def by_code(source, image):
         animate = s.animate or ("world" if "scene" in source["origin"] else "camera")
-        frames = by_world(source["origin"], image) if animate == "world" else by_camera(source["id"], image)
-        row = {"kept": True, "animate": animate, "origin": source["origin"] | {"image": source["id"]}}
-        return [row], {"source.mp4": to_video(frames)}
+        row = unscored(animate=animate, origin=source["origin"] | {"image": source["id"]})
+        return [row], {"source.mp4": to_video(move(animate, source, image))}
 
-    def ask_teacher(loaded):
+    def by_teacher(loaded):
         jobs = [(to_tensor(image), source["source_caption"], Random(f"cogvideox {s.seed} {source['id']}").getrandbits(31))
                 for source, image in loaded]
         for (source, _), (image, *_), video in zip(loaded, jobs, teacher.clips(jobs, s.cogvideox_steps)):
-            video = video[:TEACHER_CLIPS * N_FRAMES]                # (F, 3, H, W) in [-1, 1]
-            rows = []
+            video, rows = video[:TEACHER_CLIPS * N_FRAMES], []      # (F, 3, H, W) in [-1, 1]
             for k, clip in enumerate(video.split(N_FRAMES)):
-                fault = clip_fault(video, image) or clip_fault(clip, clip[0])
-                span = {"image": source["id"], "frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}
-                rows.append({"id": ident(source["id"], k) if k else source["id"], "order": source["order"] + [k] * (k > 0),
-                             "origin": source["origin"] | span, "animate": "cogvideox", "kept": not fault,
-                             "below": [fault] if fault else [], "why": fault})
+                origin = source["origin"] | {"image": source["id"], "frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}
+                row = unscored(clip_fault(video, image) or clip_fault(clip, clip[0]), animate="cogvideox", origin=origin)
+                rows.append(row | {"id": ident(source["id"], k), "order": source["order"] + [k]} if k else row)
             yield rows, {"source.mp4": video[None]}
 
-    settings = {"step": "clips"} | asdict(s)
-    if s.animate != "cogvideox":
-        return run_step(to, settings, sources, load, move, how)
-    teacher = CogVideoX.from_pretrained(s.cogvideox, device=how.device)
-    run_step(to, settings, sources, load, ask_teacher, how, TEACHER_GROUP)
+    step = partial(run_step, to, settings_of(s), read_rows(s.images, kept=True), load)
+    if s.animate == "cogvideox":
+        teacher = CogVideoX.from_pretrained(s.cogvideox, device=how.device)
+        step(by_teacher, how, TEACHER_GROUP)
+    else:
+        step(by_code, how)
 
 
 def videos(to, s, how):
@@ -599,58 +552,48 @@ def videos(to, s, how):
 
     Paper, section 3.2. --mode image edits frame by frame without the trajectory, for Table 2's comparison.
     """
-    tools = open_tools("videos", s, how, VIDEO_WEIGHTS, s.motion)
+    tools = open_tools(s, how, VIDEO_WEIGHTS, False if s.motion == "none" else s.motion or None)
     ed, edited = tools.ed, {row["id"]: row for row in read_rows(s.images, kept=True)}
-    sources = [row for row in read_rows(s.clips, kept=True) if row["origin"]["image"] in edited]
-    if not sources:
-        raise UserError(f"--clips {s.clips}: made of other images than those of --images {s.images}")
 
     def load(source):
-        name = source["origin"]["image"]
-        image = read_image(Path(s.images) / name / "source.png")
-        path = Path(s.images) / name / "trajectory.safetensors"
-        with reading(path):
-            trajectory = read_tensors(path)["trajectory"].float()
+        image_id = source["origin"]["image"]
+        with reading(f"--images {s.images}", "pass the images that the clips were made of"):
+            row = edited[image_id]
+        image = read_image(Path(s.images) / image_id / "source.png")
+        path = read_tensors(Path(s.images) / image_id / "trajectory.safetensors")["trajectory"].float()
         if source["animate"] == "cogvideox":
-            start, _ = source["origin"]["frames"]
-            return image, trajectory, np.stack([*video_frames(Path(s.clips) / name / "source.mp4", start, N_FRAMES)])
-        return image, trajectory, None                              # exact pixels, which mp4 does not hold
+            video = video_frames(Path(s.clips) / image_id / "source.mp4", source["origin"]["frames"][0], N_FRAMES)
+            return row, image, path, np.stack([*video])
+        return row, image, path, move(source["animate"], row, image)            # exact pixels, which mp4 does not hold
 
     def work(source, loaded):
-        image, trajectory, frames = loaded
-        origin, row = source["origin"], edited[source["origin"]["image"]]
-        if frames is None:
-            frames = by_world(origin, image) if source["animate"] == "world" else by_camera(row["id"], image)
-        z_src, z_first = ed.encode(to_video(frames)), ed.encode(to_video(image[None]))
-        path = [z[None, None].to(z_src) for z in trajectory]        # steps + 1 of (1, 1, c, h, w)
-        rows = [r | {"seed": row["seed"]} for r in
-                draw_candidates(ed, source["id"], s.candidates, f"videos {s.seed}", row["guidance"])]
-        noise = [path[0].expand_as(z_src)] * len(rows)              # every frame starts where the first one's edit did
-        z0 = torch.cat([ed.sample(z_src, source["instruction"], z_T, len(path) - 1, s_txt, s_src, s.mode,
-                                  anchor=(z_first, path)) for z_T, s_txt, s_src in batches(rows, noise, how.batch or 4)])
-        truth = true_clip(origin, frames, FPS) if source["animate"] == "world" else None
-        return finish_clip(tools, source, frames, z_src, z0, rows, truth)
+        row, image, path, frames = loaded
+        path = [z[None, None].to(ed.device) for z in path]          # steps + 1 of (1, 1, c, h, w)
+        anchor = ed.encode(to_video(image[None])), path
+        rows, z_src, paths = edit(tools, source, frames, len(path) - 1, s.mode, row, anchor)
+        truth = world.true_clip(source["origin"], frames, FPS) if source["animate"] == "world" else None
+        return finish_clip(tools, source, frames, z_src, paths[-1], rows, truth)
 
-    run_step(to, tools.settings, sources, load, work, how)
+    run_step(to, settings_of(s, tools), read_rows(s.clips, kept=True), load, work, how)
 
 
 def pairs(to, s, how):
     """clips and their edits that others made, in InsV2V's layout: scored and filtered as they are"""
-    tools = open_tools("pairs", s, how, VIDEO_WEIGHTS)
+    tools = open_tools(s, how, VIDEO_WEIGHTS)
     ed = tools.ed
 
     def load(source):
-        frames, edit = (prepare(clip, ed.size, ed.multiple) for clip in source["load"]())
+        clip, edit = (prepare(frames, ed.size, ed.multiple) for frames in source["load"]())
         with reading(source["origin"]["file"]):
-            need(frames.shape == edit.shape, "clips of {2}x{1} and {6}x{5} in one pair".format(*frames.shape, *edit.shape))
-        return frames, edit
+            need(clip.shape == edit.shape, "clips of {2}x{1} and {6}x{5} in one pair".format(*clip.shape, *edit.shape))
+        return clip, edit
 
     def work(source, loaded):
-        frames, edit = loaded
-        z_src, z0 = ed.encode(to_video(frames)), ed.encode(to_video(edit)) * ed.vae.scaling_factor
-        return finish_clip(tools, source, frames, z_src, z0, [{"seed": None, "guidance": None}])
+        z_src, z0 = (ed.encode(to_video(frames)) for frames in loaded)
+        rows = [{"seed": None, "guidance": None}]
+        return finish_clip(tools, source, loaded[0], z_src, z0 * ed.vae.scaling_factor, rows)
 
-    run_step(to, tools.settings, first_of(read_insv2v(Path(s.source)), -1, s.source), load, work, how)
+    run_step(to, settings_of(s, tools), first_of(read_insv2v(Path(s.source)), s), load, work, how)
 
 
 # ---- stages II and III: cut, write, real -----------------------------------------------------------------
@@ -661,29 +604,30 @@ def cut(to, s, how):
     Paper, section 4.1: 8 K videos of YouTube-VOS, MOSE, LVOS and MeViS, 16 K clips. A clip's row says where its frames
     are; no pixels are copied.
     """
-    def load(source):                                               # (F, 32, 32, 3) uint8, or a drawn scene's nothing
-        if "scene" in source["origin"]:
-            return None
-        small = [Image.fromarray(rgb).resize((32, 32), Image.BOX) for rgb in video_frames(path_of(source["origin"]))]
-        return np.stack([np.asarray(image) for image in small])
+    if s.source == "shapes":
+        sources = drawn_sources(s.n, "real", s.seed)
+        return run_step(to, settings_of(s), sources, lambda source: None, lambda source, _: ([unscored()], {}), how)
+
+    def thumbnails(source):                                         # (F, 32, 32, 3) uint8
+        return np.stack([np.asarray(Image.fromarray(rgb).resize((32, 32), Image.BOX))
+                         for rgb in video_frames(path_of(source["origin"]))])
 
     def work(source, small):
-        if small is None:
-            return [{"kept": True}], {}
-        name, size, found = source["origin"]["file"], size_of(path_of(source["origin"])), list(find_clips(small))
+        found, rows, origin = list(find_clips(small)), [], source["origin"]
         good = [start for start, _, fault in found if not fault]
         if len(good) > s.per_video:
             good = [good[k] for k in np.linspace(0, len(good) - 1, s.per_video).round().astype(int)]
-        rows = []
         for start, end, fault in found:
             fault = fault or ("" if start in good else "beyond --per-video")
-            rows.append({"id": ident(name, size, start, N_FRAMES), "order": source["order"] + [start], "kept": not fault,
-                         "below": [fault] if fault else [], "why": fault,
-                         "origin": source["origin"] | {"frames": [start, end]}})
+            rows.append(unscored(fault, id=clip_id(origin, start), order=source["order"] + [start],
+                                 origin=origin | {"frames": [start, end]}))
         return rows, {}
 
-    sources = drawn_sources(s.n, "real", s.seed) if s.source == "shapes" else first_of(read_videos(Path(s.source)), s.n, s.source)
-    run_step(to, {"step": "cut"} | asdict(s), sources, load, work, how)
+    sources, folder = [], Path(s.source)
+    for k, (name, _) in enumerate(find_videos(folder)[:s.n]):
+        origin = {"folder": str(folder.resolve()), "file": name}
+        sources.append(make_source(clip_id(origin, "video"), [k], ("", "", ""), origin))
+    run_step(to, settings_of(s), sources, thumbnails, work, how)
 
 
 WRITE_GROUP = 4         # clips that the language model sees at once
@@ -691,56 +635,52 @@ WRITE_GROUP = 4         # clips that the language model sees at once
 
 def write(to, s, how):
     """stage II: an instruction and captions for every clip, by LLaVA-OneVision as in the paper, by tiny CLIP, or of a file"""
-    sources = read_rows(s.clips, kept=True)
-    settings = {"step": "write"} | asdict(s)
+    sources, settings = read_rows(s.clips, kept=True), settings_of(s)
     if s.writer == "llava":
-        if mix := named_values("--task-mix", s.task_mix):
-            check_mix(mix)
-        settings |= {"lora_file": fingerprint(s.lora)} if s.lora else {}
-        ask = by_llava(to, LlavaOneVision.from_pretrained(s.llava, device=how.device, lora=s.lora or None), mix, sources)
-        # drawn at the size of SigLIP's eye
-        run_step(to, settings, sources, partial(pixels, size=384), ask, how, WRITE_GROUP, whole=True)
+        mix = named_values("--task-mix", s.task_mix)
+        if s.lora:
+            settings["lora_file"] = fingerprint(s.lora)
+        net = LlavaOneVision.from_pretrained(s.llava, device=how.device, lora=s.lora or None)
+        load = partial(pixels, size=384)                            # drawn at the size of SigLIP's eye
+        run_step(to, settings, sources, load, by_llava(to, net, mix, sources), how, WRITE_GROUP, whole=True)
     elif s.writer == "tiny":
-        clip = metrics.CLIP.from_pretrained(ROOT / "assets/tiny/clip" if s.clip == "tiny" else s.clip, device=how.device,
-                                            dtype=torch.float32)
-        run_step(to, settings, sources, partial(pixels, size=clip.image_size, multiple=8), by_clip(clip, s.seed), how)
+        clip = metrics.CLIP.from_pretrained(s.clip, device=how.device, dtype=torch.float32)
+        run_step(to, settings, sources, partial(pixels, size=s.size, multiple=8), by_clip(clip, s.seed), how)
     else:
-        texts = read_texts(s.writer)
-        settings |= {"writer_file": fingerprint(s.writer)}
+        texts = read_texts(Path(s.writer))
+        settings["writer_file"] = fingerprint(s.writer)
         run_step(to, settings, sources, lambda source: texts[int(source["id"], 16) % len(texts)],
-                 lambda source, text: ([text | {"kept": True}], {}), how)
+                 lambda source, text: ([unscored(**text)], {}), how)
 
 
 def by_clip(clip, seed):
     """A writer: CLIP names what it sees, zero-shot among the captions of the drawn world, and an edit of such a scene
     supplies the instruction and both captions. Of effects and styles the row names the exact operation."""
-    pairs = [(k, c) for k in KINDS for c in COLOURS]
-    grounds = [Background("plain", f"a {c} background", (COLOURS[c],)) for c in COLOURS]
-    grounds += [Background("gradient", name, rgb) for name, rgb in SKIES.items()]
-    natural = {"clouds": "clouds", "leaves": "leaves", "sand": "sand", "grass": "grass", "photo": "a natural scene"}
-    grounds += [Background(kind, name, TONES[:3]) for kind, name in natural.items()]
+    colours, background = world.COLOURS, world.Background
+    objects = [(kind, colour) for kind in world.KINDS for colour in colours]
+    grounds = [background("plain", f"a {name} background", (rgb,)) for name, rgb in colours.items()]
+    grounds += [background("gradient", name, rgb) for name, rgb in world.SKIES.items()]
+    grounds += [background(kind, kind, world.TONES[:3]) for kind in ("clouds", "leaves", "sand", "grass")]
+    grounds.append(background("photo", "a natural scene", world.TONES[:3]))
 
-    @torch.no_grad()
-    def text(captions):
-        parts = [captions[k:k + 64] for k in range(0, len(captions), 64)]
-        return F.normalize(torch.cat([clip.encode_text(clip.tokenizer(part)) for part in parts]), dim=-1)
-
-    def scene(objects, ground):
-        return Scene(0, "real", ground, tuple(Shape(k, c, COLOURS[c], .5, .5, .15) for k, c in objects))
-
-    names = text([article(f"{c} {k}") for k, c in pairs])
+    def likeness(captions, x):
+        return F.normalize(clip.encode_text(clip.tokenizer(captions)), dim=-1) @ x
 
     @torch.no_grad()
     def work(source, frames):
         x = clip.encode_image(clip.preprocess(list(frames[::5])))   # four of the 16 frames
         x = F.normalize(F.normalize(x, dim=-1).mean(0), dim=-1)
-        first = pairs[int((names @ x).argmax())]
-        second = max((p for p in pairs if p[0] != first[0] and p[1] != first[1]),
-                     key=lambda p: float(names[pairs.index(p)] @ x))
-        guesses = [scene(objects, ground) for objects in ((), (first,), (first, second)) for ground in grounds]
-        seen = guesses[int((text([caption(guess) for guess in guesses]) @ x).argmax())]
-        edit = propose_edit(replace(seen, seed=int(source["id"][:8], 16)), seed)
-        row = {key: getattr(edit, key) for key in FIELDS} | {"kept": True}
+        names = [world.article(f"{colour} {kind}") for kind, colour in objects]
+        likely = dict(zip(objects, likeness(names, x).tolist()))
+        first = max(objects, key=likely.get)
+        second = max((other for other in objects if not set(other) & set(first)), key=likely.get)
+        guesses = []
+        for pairs in ((), (first,), (first, second)):
+            shapes = tuple(world.Shape(kind, colour, colours[colour], .5, .5, .15) for kind, colour in pairs)
+            guesses += [world.Scene(int(source["id"][:8], 16), "real", ground, shapes) for ground in grounds]
+        seen = guesses[likeness([world.caption(guess) for guess in guesses], x).argmax()]
+        edit = world.propose_edit(seen, seed)
+        row = unscored(**{key: getattr(edit, key) for key in FIELDS})
         if edit.task in ("effect", "style") and edit.deterministic:
             row["operation"] = edit.target.post[0]                  # its name and seed
         return [row], {}
@@ -755,13 +695,13 @@ def by_llava(to, net, mix, sources):
     answers = {row["id"]: row for path in to.glob("*/candidates.json") for row in read_json(path, list)}
 
     def work(loaded):
-        group = [source["id"] for source, _ in loaded]
-        before = [answers[name] for name in takewhile(lambda name: name not in group, mine) if name in answers]
-        shown = [(source["id"], frames) for source, frames in loaded]
-        for answer in write_instructions(net.generate, shown, mix or None, before, WRITE_GROUP):
-            row = {key: answer[key] for key in (*FIELDS, "kept", "why") if key in answer}
+        shown = {source["id"]: frames for source, frames in loaded}
+        before = [answers[name] for name in takewhile(lambda name: name not in shown, mine) if name in answers]
+        for answer in write_instructions(net.generate, shown.items(), mix or None, before, WRITE_GROUP):
+            row = unscored("" if answer["kept"] else "no instruction", why=answer["why"])
+            row |= {key: answer[key] for key in FIELDS if key in answer}
             answers[answer["id"]] = row
-            yield [row | {"below": [] if row["kept"] else ["no instruction"]}], {}
+            yield [row], {}
 
     return work
 
@@ -769,36 +709,28 @@ def by_llava(to, net, mix, sources):
 def read_texts(path):
     """A file's [{task, instruction, source_caption, target_caption}]: one instruction a line, which then is its own target
     caption, or JSON lines. Every clip takes one of them by its id."""
-    rows = []
-    for where, row in read_lines(Path(path)):
-        with reading(f"--writer {where}", "pass tiny, llava, or a file of one instruction a line or of JSON lines"):
-            texts = texts_of({"target_caption": row["instruction"]} | row, FIELDS)
-            need(texts[1].strip(), "needs text in instruction")
-            rows.append(dict(zip(FIELDS, texts)))
-    with reading(f"--writer {path}"):
-        need(rows, "is empty")
-    return rows
+    rows = [dict(zip(FIELDS, texts)) for _, (_, _, *texts) in read_lines(path, ["instruction"])]
+    with reading(f"--writer {path}", "pass tiny, llava, or a file of one instruction a line or of JSON lines"):
+        need(rows and all(row["instruction"].strip() for row in rows), "has an empty instruction, or none")
+    return [row | {"target_caption": row["target_caption"] or row["instruction"]} for row in rows]
 
 
 def real(to, s, how):
     """stages II, III: the written clips, edited by the previous round's model (paper, sections 3.3 and 4.1)"""
-    tools = open_tools("real", s, how, VIDEO_WEIGHTS)
-    ed, mode = tools.ed, tools.ed.default_mode
+    tools = open_tools(s, how, VIDEO_WEIGHTS)
+    ed = tools.ed
 
     def work(source, frames):
-        z_src = ed.encode(to_video(frames))
-        rows = draw_candidates(ed, source["id"], s.candidates, f"real {s.seed}")
-        noise = [ed.noise(N_FRAMES, *z_src.shape[3:], row["seed"], mode=mode) for row in rows]
-        z0 = torch.cat([ed.sample(z_src, source["instruction"], z_T, s.steps, s_txt, s_src, mode)
-                        for z_T, s_txt, s_src in batches(rows, noise, how.batch or 4)])
+        rows, z_src, paths = edit(tools, source, frames, s.steps, ed.default_mode)
         truth = None
         if "operation" in source:                                   # has a truth on any footage
             name, seed = source["operation"]
-            truth = OPERATIONS[name](frames.astype(np.float32) / 255, np.arange(N_FRAMES) / FPS, seed)
-            truth = quantise(truth), np.ones(frames.shape[:3], bool)
-        return finish_clip(tools, source, frames, z_src, z0, rows, truth)
+            truth = world.OPERATIONS[name](frames.astype(np.float32) / 255, np.arange(N_FRAMES) / FPS, seed)
+            truth = world.quantise(truth), np.ones(frames.shape[:3], bool)
+        return finish_clip(tools, source, frames, z_src, paths[-1], rows, truth)
 
-    run_step(to, tools.settings, read_rows(s.source, kept=True), partial(pixels, size=ed.size, multiple=ed.multiple), work, how)
+    load = partial(pixels, size=ed.size, multiple=ed.multiple)
+    run_step(to, settings_of(s, tools), read_rows(s.source, kept=True), load, work, how)
 
 
 STEPS = {"images": (Images, images), "clips": (Clips, clips), "videos": (Videos, videos), "pairs": (Pairs, pairs),
@@ -819,47 +751,46 @@ def pixels(source, size, multiple=None, n=N_FRAMES):
     """The first n frames of a source, (F, H, W, 3) uint8. size: of drawn ones and, with multiple, of all, see `prepare`."""
     origin = source["origin"]
     if "scene" in origin:
-        return drawn_clip(origin, n, size, FPS)
+        return world.drawn_clip(origin, n, size, FPS)
     if "load" in source:
         frames = source["load"]()[:n]
     else:
         path, start = path_of(origin), origin["frames"][0]
         with reading(path):
-            need(source["id"] == ident(origin["file"], size_of(path), start, N_FRAMES), "has changed since it was cut")
+            need(source["id"] == clip_id(origin, start), "has changed since it was cut")
             frames = list(video_frames(path, start, n))
     return prepare(frames, size, multiple) if multiple else np.stack(frames)
 
 
 def prepare(frames, size, multiple):
     """Frames [(H, W, 3) uint8] of one size -> (F, h, w, 3) with this short side, both sides multiples of `multiple`."""
-    sizes = {f"{rgb.shape[1]}x{rgb.shape[0]}" for rgb in frames}
-    with reading("a clip" if len(frames) > 1 else "an image", "cut out a part"):
-        need(len(sizes) == 1, f"frames of {' and '.join(sorted(sizes))}")
-        sides = frames[0].shape[:2]
-        need(max(sides) <= LONGEST * min(sides), f"{sizes.pop()}: one side is over {LONGEST} times the other")
-    height, width = (max(1, round(side * size / min(sides) / multiple)) * multiple for side in sides)
-    return np.stack([to_rgb(resize(to_tensor(rgb), height, width)) for rgb in frames])
+    sides = frames[0].shape[:2]
+    with reading("an image" if len(frames) == 1 else "a clip", "cut out a part"):
+        need(all(rgb.shape[:2] == sides for rgb in frames), "its frames have several sizes")
+        need(max(sides) <= LONGEST * min(sides), f"{sides[1]}x{sides[0]}: one side is over {LONGEST} times the other")
+    sides = model_size(*sides, size, multiple)
+    return np.stack([to_rgb(resize(to_tensor(rgb), *sides)) for rgb in frames])
 
 
 def drawn_sources(n, domain, seed):
-    """n scenes of the drawn world (-1: 20) with an edit each; their numbers are far from those of train.py's sets."""
+    """n scenes of the drawn world (None: 20) with an edit each; their numbers are far from those of train.py's sets."""
     first, sources = (60 if domain == "synthetic" else 70) * 1_000_000 + 100_000 * seed, []
-    for k in range(20 if n == -1 else n):
-        origin = drawn_origin(first + k, domain)
-        _, edit, _ = drawn_scene(origin)
+    for k in range(n or 20):
+        origin = world.drawn_origin(first + k, domain)
+        _, edit, _ = world.drawn_scene(origin)
         texts = edit.instruction, edit.source_caption, edit.target_caption
         sources.append(make_source(ident("shapes", origin), [k], texts, origin, edit.task))
     return sources
 
 
-def first_of(sources, n, where):
-    """The first n of a reader's sources (-1: all) that have an instruction: to the editor, none means no edit."""
-    found = list(islice(sources, None if n == -1 else n))
-    good = {source["id"]: source for source in found if source["instruction"] is None or source["instruction"].strip()}
+def first_of(sources, s):
+    """The first s.n of a reader's sources (None: all) that have an instruction: to the editor, none means no edit."""
+    found = list(islice(sources, getattr(s, "n", None)))
+    good = {source["id"]: source for source in found if source["instruction"].strip()}
     if not good:
-        raise UserError(f"--from {where}: none of its {len(found)} sources has an instruction")
+        raise UserError(f"--from {s.source}: none of its {len(found)} sources has an instruction")
     if len(good) < len(found):
-        print(f"{where}: {len(found) - len(good)} of {len(found)} sources left out: twice there, or without an instruction")
+        print(f"{s.source}: {len(found) - len(good)} of {len(found)} sources left out: twice there, or without an instruction")
     return list(good.values())
 
 
@@ -885,10 +816,9 @@ def read_pairs(where):
 
 def texts_of(row, names):
     """[str] of these columns; what is missing or null is empty. Inside `reading`."""
-    texts = [row.get(name) or "" for name in names]
-    for name, text in zip(names, texts):
-        need(isinstance(text, str), f"needs text in {name}")
-    return texts
+    for name in names:
+        need(isinstance(row.get(name) or "", str), f"needs text in {name}")
+    return [row.get(name) or "" for name in names]
 
 
 def read_files(files):
@@ -901,56 +831,47 @@ PARQUET = (("source_image", "edited_image", "edit_prompt", "source_caption", "ta
 
 def read_parquet(files, where):
     """Pairs of parquet files, texts first; a picture is read when it is wanted, by row group."""
-    try:
+    with reading(files[0], "pip install pyarrow"):
         from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"{files[0]}: reading parquet needs pyarrow; pip install pyarrow") from None
 
     @lru_cache(1)
-    def pictures(path, group, names):
+    def read_group(path, group, names):
         return ParquetFile(path).read_row_group(group, columns=list(names)).to_pylist()
 
     def load(path, group, i, names):
         with reading(f"{path}, row {i} of group {group}"):
-            cells = [pictures(path, group, names)[i][name] for name in names]
+            cells = [read_group(path, group, names)[i][name] for name in names]
             return read_files([io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell) for cell in cells])
 
-    order = 0
+    order = count()
     for path in files:
-        with reading(path, "is it a whole parquet file?"):
-            file = ParquetFile(path)
+        with reading(path, "is it a whole parquet file of pairs?"):
+            file, name = ParquetFile(path), path.relative_to(where).as_posix() if path != where else path.name
             has = file.schema_arrow.names
             names = next((names for names in PARQUET if set(names) <= set(has)), None)
             need(names, f"has columns {', '.join(has)}, needs {', '.join(PARQUET[0])} or {', '.join(PARQUET[1])}")
-        name = path.name if path == where else path.relative_to(where).as_posix()
-        for group in range(file.num_row_groups):
-            with reading(f"{path}, group {group} of its rows"):
-                texts = [texts_of(row, names[2:]) for row in
-                         file.read_row_group(group, columns=list(names[2:])).to_pylist()]
-            for i, row in enumerate(texts):
-                yield make_source(ident(name, group, i, row), [order], row, {"file": name, "row": [group, i]},
-                                  load=partial(load, path, group, i, names[:2]))
-                order += 1
+            for group in range(file.num_row_groups):
+                for i, row in enumerate(read_group(path, group, names[2:])):
+                    texts = texts_of(row, names[2:])
+                    yield make_source(ident(name, group, i, texts), [next(order)], texts, {"file": name, "row": [group, i]},
+                                      load=partial(load, path, group, i, names[:2]))
 
 
-def read_lines(path):
-    """Yields (where, dict) of people's JSON lines: a BOM, blank lines and no last newline are fine. A line that does not
-    begin with { is an instruction."""
+def read_lines(path, needed):
+    """Yields (row, its texts: source, target, *FIELDS) of people's JSON lines: a BOM, blank lines and no last newline are
+    fine. A line that does not begin with { is an instruction."""
     with reading(path):
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     for n, line in enumerate(lines, 1):
         if line.strip():
             with reading(f"{path}, line {n}"):
-                yield f"{path}, line {n}", json.loads(line) if line.lstrip().startswith("{") else {"instruction": line.strip()}
+                row = json.loads(line) if line.lstrip()[0] == "{" else {"instruction": line.strip()}
+                need(row.keys() >= set(needed), f"needs {', '.join(needed)}; has {', '.join(row)}")
+                yield row, texts_of(row, ("source", "target", *FIELDS))
 
 
 def read_jsonl(path):
-    for n, (where, row) in enumerate(read_lines(path)):
-        with reading(where, "needs source, instruction, source_caption, target_caption"):
-            for name in ("source", *FIELDS[1:]):
-                need(name in row, f"lacks {name}")
-            source, target, task, *texts = texts_of(row, ("source", "target", *FIELDS))
-            need(source, "needs text in source")
+    for n, (row, (source, target, task, *texts)) in enumerate(read_lines(path, ["source", *FIELDS[1:]])):
         files = [path.parent / source, path.parent / target if target else None]
         yield make_source(ident("pair", row), [n], texts, {"file": source}, task, load=partial(read_files, files))
 
@@ -959,23 +880,18 @@ def read_prompt(path):
     """[instruction, source caption, target caption] of a prompt.json."""
     with reading(path, "needs input, edit and output, as in InstructPix2Pix's and InsV2V's data"):
         prompt = read_json(path)
-        need(prompt.keys() >= {"edit", "input", "output"}, f"holds {', '.join(prompt)}")
-        return texts_of(prompt, ("edit", "input", "output"))
+        return texts_of({name: prompt[name] for name in ("edit", "input", "output")}, ("edit", "input", "output"))
 
 
 def read_ip2p(where):
     """InstructPix2Pix's layout: seeds.json names what passed its filter; without it, every pair counts."""
     table = where / "seeds.json"
-    if table.is_file():
-        listed = read_json(table, list)
-    else:
-        folders = sorted(path.parent for path in where.glob("*/prompt.json"))
-        listed = [[p.name, sorted(f.name[:-6] for f in p.glob("*_0.jpg"))] for p in folders]
-    for n, entry in enumerate(listed):
-        with reading(table, 'needs a folder and its seeds, like ["0000001", ["11", "12"]]'):
+    listed = [[path.parent.name, sorted(file.name[:-6] for file in path.parent.glob("*_0.jpg"))]
+              for path in sorted(where.glob("*/prompt.json"))]
+    for n, entry in enumerate(read_json(table, list) if table.is_file() else listed):
+        with reading(f"{table}: {json.dumps(entry)[:60]}", 'needs a folder and its seeds, like ["0000001", ["11", "12"]]'):
             name, seeds = entry
-            seeds = [int(seed) for seed in seeds]
-            texts = read_prompt(where / name / "prompt.json")
+            seeds, texts = [int(seed) for seed in seeds], read_prompt(where / name / "prompt.json")
         for seed in seeds:
             files = [where / name / f"{seed}_{k}.jpg" for k in (0, 1)]
             yield make_source(ident(name, str(seed)), [n, seed], texts, {"file": f"{name}/{seed}_0.jpg"},
@@ -985,12 +901,13 @@ def read_ip2p(where):
 def read_insv2v(where):
     """InsV2V's synthetic clips, the first N_FRAMES frames; load() gives (source, edited), each a list of rgb."""
     found = sorted(where.glob("*/image/*_0_0000.jpg"))
-    with reading(f"--from {where}"):
-        need(found, "holds none of InsV2V's clips (<name>/prompt.json, <name>/image/<seed>_0_0000.jpg)")
+    with reading(f"--from {where}", "needs InsV2V's <name>/prompt.json, <name>/image/<seed>_0_0000.jpg"):
+        need(found, "no clips there")
     for n, path in enumerate(found):
-        name, seed = path.parent.parent.name, path.name.split("_")[0]
-        files = [[path.parent / f"{seed}_{k}_{i:04d}.jpg" for i in range(N_FRAMES)] for k in (0, 1)]
-        yield make_source(ident(name, seed), [n], read_prompt(path.parent.parent / "prompt.json"),
+        folder, seed = path.parent, path.name.split("_")[0]
+        name = folder.parent.name
+        files = [[folder / f"{seed}_{k}_{i:04d}.jpg" for i in range(N_FRAMES)] for k in (0, 1)]
+        yield make_source(ident(name, seed), [n], read_prompt(folder.parent / "prompt.json"),
                           {"file": f"{name}/image/{seed}", "frames": [0, N_FRAMES]},
                           load=lambda files=files: [read_files(clip) for clip in files])
 
@@ -1000,34 +917,28 @@ def read_insv2v(where):
 def find_videos(where):
     """[(name, file or folder of frames)] of YouTube-VOS, MOSE, LVOS, MeViS (JPEGImages/<video>/*.jpg, below any
     split), of a folder of videos, or of a folder of folders of frames."""
-    where = Path(where)
-    roots = sorted(where.rglob("JPEGImages")) if where.name != "JPEGImages" else [where]
-    folders = [p for root in roots or [where] for p in sorted(root.glob("*")) if p.is_dir()]
+    depths = ("JPEGImages", "*/JPEGImages", "*/*/JPEGImages")
+    roots = [where] if where.name == "JPEGImages" else sorted(p for depth in depths for p in where.glob(depth))
+    folders = [p for root in roots or [where] for p in sorted(root.glob("*/"))]
     found = [p for p in folders if any(f.suffix.lower() in IMAGES for f in p.iterdir())]
     if not roots:
         found += sorted(p for p in where.rglob("*") if p.suffix.lower() in VIDEOS)
-    found = [p for p in found if not (p / "candidates.json").is_file() and not (p.parent / "candidates.json").is_file()]   # ours
+    ours = {path.parent for path in where.rglob("candidates.json")}             # what curate.py made is no source
     with reading(f"--from {where}", f"needs JPEGImages/<video>/*.jpg, or files like {', '.join(VIDEOS[:4])}"):
-        need(found, "no videos there")
-    return [(str(p.relative_to(where)), p) for p in found]
-
-
-def read_videos(where):
-    """Videos as sources of `cut`. Their size tells a whole one from a part that was still being copied."""
-    for n, (name, path) in enumerate(find_videos(where)):
-        origin = {"folder": str(where.resolve()), "file": name}
-        yield make_source(ident("video", name, size_of(path)), [n], (None, "", ""), origin)
+        need(set(found) - ours, "no videos there")
+    return [(str(p.relative_to(where)), p) for p in found if not ours & {p, p.parent}]
 
 
 def path_of(origin):
     return Path(origin["folder"]) / origin["file"]
 
 
-def size_of(path):
-    """Bytes of a video file, number of frames in a folder."""
-    with suppress(OSError):
-        return len(frame_files(path)) if path.is_dir() else path.stat().st_size
-    return 0
+def clip_id(origin, start):
+    """With the bytes of a video file or the number of frames in a folder, which tell a whole one from a part that was still
+    being copied."""
+    path = path_of(origin)
+    size = len(frame_files(path)) if path.is_dir() else path.stat().st_size
+    return ident(origin["file"], size, start, N_FRAMES)
 
 
 def video_frames(path, start=0, count=-1):
@@ -1043,16 +954,15 @@ def find_shots(small):
     A cut is where the picture changes much more than around it; a little less will do where its colours do, too. Fades
     are not found.
     """
-    x = small.astype(np.float32) / 255
-    change = np.abs(np.diff(x, axis=0)).mean((1, 2, 3))             # (F - 1,)
+    change = np.abs(np.diff(small.astype(np.float32) / 255, axis=0)).mean((1, 2, 3))            # (F - 1,)
     bins = (small // 64).astype(int) @ (16, 4, 1)                   # 64 colours
     counts = np.stack([np.bincount(b.ravel(), minlength=64) for b in bins]) / bins[0].size
     recoloured = np.abs(np.diff(counts, axis=0)).sum(1) / 2         # share of pixels with another colour
     cuts = [0]
-    for i in range(len(change)):
-        around = np.r_[change[max(0, i - 6):i], change[i + 1:i + 7]]
-        factor = 2.5 if recoloured[i] > 0.25 else 3
-        if change[i] > 0.08 and change[i] > factor * (np.median(around) if len(around) else 0):
+    for i, x in enumerate(change):
+        around = np.r_[change[max(0, i - 6):i], change[i + 1:i + 7], 0 * change[:0]]
+        usual = np.median(around) if len(around) else 0
+        if x > 0.08 and x > (2.5 if recoloured[i] > 0.25 else 3) * usual:
             cuts.append(i + 1)
     return list(zip(cuts, cuts[1:] + [len(small)]))
 
@@ -1073,29 +983,19 @@ def find_clips(small):
 # Judging a data set: how well its filter ranks, and a page to look at it
 # ----------------------------------------------------------------------------------------------------------
 
-def auc(x, good):
-    """Chance that a good candidate ranks above a bad one; 0.5 is guessing. Ties count half."""
-    ranks = scipy.stats.rankdata(x)
-    n = good.sum()
-    return float((ranks[good].sum() - n * (n + 1) / 2) / max(n * (len(x) - n), 1))
+@dataclass
+class Calibrate:
+    ratings: tuple[str, ...] = option((), "answers of metrics.py study --rate (default: the drawn world's truth)")
+    by_task: bool = option(False, "let the total know the task: a filter by it leaves out whole kinds of edit that seldom "
+                           "succeed")
+    to: str = option("", "default: score_weights.json in the folder")
 
 
-def fit_weights(x, good, tasks):
-    """Logistic regression with weights >= 0 of the scores, free ones of the tasks, and a small ridge: x (N, K) normalised,
-    good (N,) bool, tasks (N, T) 0 or 1 -> weights (K,) with sum 1 and offsets (T,) of the total, in units of it."""
-    n, k, t = *x.shape, tasks.shape[1]
-    both, ridge = np.c_[x, tasks], np.r_[np.full(k, 0.01), np.full(t, 0.003)]
-
-    def loss(p):
-        z = both @ p[1:] + p[0]
-        slope = (scipy.special.expit(z) - good) / n
-        value = (np.logaddexp(0, z) - good * z).mean() + ridge @ p[1:] ** 2
-        return value, np.r_[slope.sum(), both.T @ slope + 2 * ridge * p[1:]]
-
-    start = np.r_[0, np.full(k, 0.1), np.zeros(t)]
-    bounds = [(None, None)] + [(0, None)] * k + [(None, None)] * t
-    p = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x[1:]
-    return p[:k] / (p[:k].sum() or 1), p[k:] / (p[:k].sum() or 1)
+def calibrate(folder, s):
+    """fit the weights of the filter's total to ratings or, in the drawn world, to the truth"""
+    rows = load_rated(folder, s.ratings)
+    cross_validate(rows)
+    fit_total(rows, s.by_task, s.to or folder / "score_weights.json")
 
 
 def load_rated(folder, ratings):
@@ -1104,16 +1004,16 @@ def load_rated(folder, ratings):
     rows, given = read_rows(folder), {}
     for path in ratings:
         with reading(f"--ratings {path}", "pass what the page of metrics.py study --rate saved"):
-            data = read_json(path)
-            need(data["rating"], "holds no ratings")
-            for name, answers in data["answers"].items():           # named after the folder of the clip
+            file = read_json(path)
+            need(file["rating"], "holds no ratings")
+            for name, answers in file["answers"].items():           # named after the folder of the clip
                 if name.endswith("/target"):
-                    given.setdefault(name.split("/")[0], []).append(np.mean(list(answers.values())))
+                    given.setdefault(name.split("/")[0], []).append(np.mean([*answers.values()]))
     if ratings:
-        means = {name: float(np.mean(x)) for name, x in given.items()}
-        rows = [row | {"y": means[row["id"]], "good": means[row["id"]] > 3} for row in rows if row["kept"] and row["id"] in means]
+        rows = [row | {"y": np.mean(given[row["id"]]), "good": np.mean(given[row["id"]]) > 3} for row in rows
+                if row["kept"] and row["id"] in given]
     else:
-        rows = [row | {"y": row["truth"]["gain"], "good": row["truth"]["success"] > 0} for row in rows if row.get("truth")]
+        rows = [row | {"y": row["truth"]["gain"], "good": row["truth"]["success"] > 0} for row in rows if "truth" in row]
     n, good = len({row["id"] for row in rows}), sum(row["good"] for row in rows)
     if n < 10 or good in (0, len(rows)):
         raise UserError(f"{folder}: {n} sources with a {'rating' if ratings else 'known truth'}, {good} of {len(rows)} candidates "
@@ -1121,37 +1021,57 @@ def load_rated(folder, ratings):
     return rows
 
 
+def auc(x, good):
+    """Chance that a good candidate ranks above a bad one; 0.5 is guessing. Ties count half."""
+    return scipy.stats.mannwhitneyu(x[good], x[~good]).statistic / (good.sum() * (~good).sum())
+
+
 def columns_of(rows):
-    """What is fitted: names of the scores that all rows have, scores (N, K), good (N,), names of tasks, tasks (N, T)."""
+    """{score that all rows have: (N,)}, good (N,), the names of tasks, and (N, T) 0 or 1, each row's task."""
     known = IMAGE_SCORES if "clip_sim_dir" in rows[0]["scores"] else VIDEO_SCORES
-    keys = [key for key in known if all(row["scores"].get(key) is not None for row in rows)]
-    x = np.array([[row["scores"][key] for key in keys] for row in rows])
-    names = sorted({row["task"] for row in rows})
-    return keys, x, np.array([row["good"] for row in rows]), names, np.array([[row["task"] == name for name in names] for row in rows], float)
+    scores = {key: np.array([row["scores"].get(key) for row in rows], float) for key in known}
+    scores = {key: x for key, x in scores.items() if not np.isnan(x).any()}
+    names, tasks = np.unique([row["task"] for row in rows], return_inverse=True)
+    return scores, np.array([row["good"] for row in rows]), names, np.eye(len(names))[tasks]
+
+
+def fit(x, good, tasks, train, test):
+    """Logistic regression on the rows `train`, with weights >= 0 of the scores x (N, K), free ones of the tasks (N, T), and a
+    small ridge -> total of the rows `test`, weights (K,) with sum 1, offsets of tasks (T,), centre and spread of x (K,)."""
+    centre, spread = x[train].mean(0), np.maximum(x[train].std(0), 1e-6)
+    z, k, t = np.c_[np.ones(len(x)), (x - centre) / spread, tasks], x.shape[1], tasks.shape[1]
+    some, yes, ridge = z[train], good[train], np.r_[0, np.full(k, 0.01), np.full(t, 0.003)]
+
+    def loss(p):                                                    # and its gradient
+        logit = some @ p
+        slope = some.T @ (scipy.special.expit(logit) - yes) / len(some) + 2 * ridge * p
+        return (np.logaddexp(0, logit) - yes * logit).mean() + ridge @ p ** 2, slope
+
+    start, bounds = np.r_[0, np.full(k, 0.1), np.zeros(t)], [(None, None), *[(0, None)] * k, *[(None, None)] * t]
+    p = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    p /= p[1:k + 1].sum() or 1
+    return z[test, 1:] @ p[1:], p[1:k + 1], p[k + 1:], centre, spread
 
 
 def cross_validate(rows):
     """Prints how well totals and scores rank: Spearman's correlation with y and AUC for good against bad over all candidates
     (which should go?), and Spearman within a source (which is best?). Fitted totals by five folds over sources."""
-    keys, x, good, _, tasks = columns_of(rows)
-    y, ids = np.array([row["y"] for row in rows]), np.array([row["id"] for row in rows])
-    sources, place = np.unique(ids, return_inverse=True)            # ids are hashes: any order is a random one
-    fitted = {name: np.zeros(len(rows)) for name in ("fitted", "fitted, by task", "equal")}
+    scores, good, _, tasks = columns_of(rows)
+    x, (y, stored) = np.stack([*scores.values()], 1), np.array([(row["y"], row["total"] or 0) for row in rows]).T
+    ids, place = np.unique([row["id"] for row in rows], return_inverse=True)    # ids are hashes: any order is a random one
+    totals = {name: np.zeros(len(rows)) for name in ("fitted", "fitted, by task", "equal")}
     for k in range(5):
-        train = place % 5 != k
-        z = (x - x[train].mean(0)) / np.maximum(x[train].std(0), 1e-6)
-        for name, known in (("fitted", tasks[:, :0]), ("fitted, by task", tasks)):
-            w, offsets = fit_weights(z[train], good[train], known[train])
-            fitted[name][~train] = z[~train] @ w + known[~train] @ offsets
-        fitted["equal"][~train] = z[~train].mean(1)
-    print(f"{len(rows)} candidates of {len(sources)} sources, {good.mean():.0%} good; five folds")
+        train, test = place % 5 != k, place % 5 == k
+        totals["fitted"][test], *_, centre, spread = fit(x, good, tasks[:, :0], train, test)
+        totals["fitted, by task"][test], *_ = fit(x, good, tasks, train, test)
+        totals["equal"][test] = ((x[test] - centre) / spread).mean(1)
+    print(f"{len(rows)} candidates of {len(ids)} sources, {good.mean():.0%} good; five folds")
     print("| total | Spearman | AUC | Spearman within a source |", "|---|---|---|---|", sep="\n")
-    groups = [np.flatnonzero(place == k) for k in range(len(sources))]
-    for name, total in (fitted | dict(zip(keys, x.T))).items():
-        within = [metrics.spearman(total[g], y[g]) for g in groups]
-        within = [rho for rho in within if math.isfinite(rho)] or [math.nan]        # one candidate, or all equal
-        print(f"| {name} | {metrics.spearman(total, y):.2f} | {auc(total, good):.3f} | {np.mean(within):.2f} |")
-    stored = np.array([row["total"] for row in rows])
+    groups = [np.flatnonzero(place == k) for k in range(len(ids))]
+    for name, total in (totals | scores).items():
+        within = np.array([metrics.spearman(total[g], y[g]) for g in groups])   # NaN: one candidate, or all equal
+        within = within[np.isfinite(within)].mean() if np.isfinite(within).any() else math.nan
+        print(f"| {name} | {metrics.spearman(total, y):.2f} | {auc(total, good):.3f} | {within:.2f} |")
     print(f"of a source's candidates the first is good for {np.mean([good[g[0]] for g in groups]):.0%} of the sources, the one "
           f"with the best total for {np.mean([good[g[stored[g].argmax()]] for g in groups]):.0%}, any for "
           f"{np.mean([good[g].any() for g in groups]):.0%}")
@@ -1159,147 +1079,100 @@ def cross_validate(rows):
 
 def fit_total(rows, by_task, to):
     """Fits the total to all rows and writes what --score-weights reads, with the total that best parts good from bad."""
-    keys, x, good, names, tasks = columns_of(rows)
-    if not by_task:
-        tasks = tasks[:, :0]
-    centre, spread = x.mean(0), np.maximum(x.std(0), 1e-6)
-    w, offsets = fit_weights((x - centre) / spread, good, tasks)
-    total = (x - centre) / spread @ w + tasks @ offsets             # the cut with the best balance (Youden's J)
-    best = max(np.unique(total), key=lambda c: (total[good] >= c).mean() - (total[~good] >= c).mean())
-    fitted = {"weights": dict(zip(keys, w)), "centre": dict(zip(keys, centre)), "spread": dict(zip(keys, spread))}
-    fitted |= {"tasks": dict(zip(names, offsets))} if by_task else {}
-    fitted = {name: {k: round(float(v), 5) for k, v in values.items()} for name, values in fitted.items()}
+    scores, good, names, tasks = columns_of(rows)
+    x = np.stack([*scores.values()], 1)
+    total, *parts = fit(x, good, tasks if by_task else tasks[:, :0], slice(None), slice(None))
+    best = max(np.unique(total), key=lambda c: (total[good] >= c).mean() - (total[~good] >= c).mean())          # Youden's J
+    parts = zip(("weights", "tasks", "centre", "spread"), (scores, names, scores, scores), parts)
+    fitted = {name: dict(zip(map(str, keys), values.round(5).tolist())) for name, keys, values in parts}
     write_json(to, fitted | {"min_total": round(float(best), 4), "n": len(rows)})
     kept = total >= best
-    print(f"{to}: " + ", ".join(f"{k} {v:.2f}" for k, v in zip(keys, w)) +
-          f"; a total of {best:.2f} or more keeps {kept.mean():.0%}, {good[kept].mean():.0%} of them good")
+    print(f"{to}: {fitted['weights']}; a total of {best:.2f} or more keeps {kept.mean():.0%}, {good[kept].mean():.0%} of them good")
 
 
-def look(folder, limit, to):
-    """One self-contained page of a data set: pictures playing side by side, scores, why, yields, histograms."""
+@dataclass
+class Look:
+    limit: int = option(200, "sources on the page, evenly spaced (0: all)", low=0)
+    to: str = option("", "default: look.html in the folder")
+
+
+def look(folder, s):
+    """one HTML page of a data set: pictures playing side by side, scores and their histograms, what was below which threshold"""
     sources, items = read_sources(folder), []
-    n = len(sources) if limit == -1 else min(len(sources), limit)
-    for rows in [sources[k] for k in np.unique(np.linspace(0, len(sources) - 1, n).astype(int))]:
-        best = max(rows, key=lambda row: (row["kept"], not row["below"], row["total"] or -1e9))
-        item = best | {"n": len(rows)}
-        for file in (folder / rows[0]["id"]).iterdir():
-            if file.suffix in (".png", ".mp4"):
-                kind = "image/png" if file.suffix == ".png" else "video/mp4"
-                item[file.stem] = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    n = min(len(sources), s.limit or len(sources))
+    for k in np.unique(np.linspace(0, len(sources) - 1, n).astype(int)):
+        rows = sources[k]
+        item = max(rows, key=lambda row: (row["kept"], not row["below"], row["total"] or -1e9)) | {"n": len(rows)}
+        for file in (folder / rows[0]["id"]).glob("*.[pm]*"):       # png, mp4
+            item[file.stem] = f"data:{guess_type(file)[0]};base64,{base64.b64encode(file.read_bytes()).decode()}"
         items.append(item)
-    rows = [row for rows in sources for row in rows]
-    keys = list(dict.fromkeys(key for row in rows for key, x in row["scores"].items() if x is not None))
-    data = {"title": folder.resolve().name, "items": items, "keys": keys, "total": len(sources), "yields": yields(folder),
-            "plots": {key: histogram([(row["scores"][key], row["kept"]) for row in rows if row["scores"].get(key) is not None])
-                      for key in keys}}
-    page = (ROOT / "assets/look.html").read_text(encoding="utf-8")
-    text = json.dumps(data).replace("<", "\\u003c")                # no text of a data set can end the script
-    write_text(to, page.replace("@DATA@", text))
+    rows = [{key: row[key] for key in ("id", "scores", "below", "kept")} for rows in sources for row in rows]
+    data = json.dumps({"title": folder.resolve().name, "items": items, "rows": rows}).replace("<", "\\u003c")
+    to = Path(s.to or folder / "look.html")                         # no text of a data set can end the page's script
+    write_text(to, (ROOT / "assets/look.html").read_text(encoding="utf-8").replace("@DATA@", data))
     print(f"{to}: {len(items)} of {len(sources)} sources, {to.stat().st_size / 1e6:.1f} MB; open it in a browser")
-
-
-def yields(folder):
-    """[name, sources, candidates, sources with a candidate above all thresholds, kept, the paper's] of this data set and
-    of those beside it."""
-    table = []
-    for path in sorted(folder.resolve().parent.glob("*/settings.json")):
-        if not any(path.parent.glob("*/candidates.json")):          # a training run's, or a step has just begun
-            continue
-        rows, settings = read_rows(path.parent), read_json(path)
-        ids = [{row["id"] for row in part} for part in (rows, [row for row in rows if not row["below"]],
-                                                        [row for row in rows if row["kept"]])]
-        step = f"{settings['step']} {settings.get('round', '')}".strip()
-        table.append([path.parent.name, len(ids[0]), len(rows), len(ids[1]), len(ids[2]), PAPER_YIELD.get(step, "")])
-    return table
-
-
-def histogram(values, bins=24):
-    """Of [(value, kept)]: {"low", "high": of all, "all", "kept": counts of all and of those kept}."""
-    x, kept = (np.array(column) for column in zip(*values))
-    counts, edges = np.histogram(x, bins)
-    return {"low": float(edges[0]), "high": float(edges[-1]), "all": counts.tolist(),
-            "kept": np.histogram(x[kept.astype(bool)], edges)[0].tolist()}
 
 
 # ---- command line ----------------------------------------------------------------------------------------
 
-def draw(args):
-    """Draw one scene and one edit of it: OUT_source.mp4 (--sound: with a tune) and OUT_target.mp4, the true edit."""
-    scene = draw_scene(args.seed, args.domain, args.split)
-    tasks = possible_tasks(scene)
-    if args.task and args.task not in tasks:
-        raise UserError(f"--task {args.task}: does not fit scene {args.seed}; {', '.join(tasks)} do")
-    edit = propose_edit(scene, args.seed, args.task, args.split)
-    out, n = Path(args.out), round(args.seconds * args.fps)
+@dataclass
+class Draw:
+    seed: int = option(68, "which scene")
+    domain: str = option("synthetic", "clean, or like a hand-held camera", choices=["synthetic", "real"])
+    split: str = option("held", "held: scenes and wordings that training never saw", choices=["train", "held"])
+    task: str | None = option(None, "kind of edit (default: any that fits)", choices=list(world.TASKS))
+    size: int = option(360, "height in pixels", low=8)
+    aspect: float = option(16 / 9, "width / height", low=0.1, high=10)
+    seconds: float = option(4.0, "length", low=0.1)
+    fps: float = option(12.0, "frames per second", low=1)
+    sound: bool = option(False, "give the source a tune")
+
+
+def draw(out, s):
+    """one drawn scene and its true edit, as OUT_source.mp4 and OUT_target.mp4"""
+    scene = world.draw_scene(s.seed, s.domain, s.split)
+    tasks = world.possible_tasks(scene)
+    if s.task and s.task not in tasks:
+        raise UserError(f"--task {s.task}: does not fit scene {s.seed}; {', '.join(tasks)} do")
+    edit, n = world.propose_edit(scene, s.seed, s.task, s.split), round(s.seconds * s.fps)
     out.parent.mkdir(parents=True, exist_ok=True)
-    height, width = args.size, round(args.size * args.aspect / 2) * 2
-    for name, s in (("target", edit.target), ("source", scene)):
-        path = out.with_name(f"{out.name}_{name}.mp4")
-        frames = torch.from_numpy(render(s, n, height, width, args.fps)).permute(0, 3, 1, 2)[None] * 2 - 1
-        write_video(path, frames, args.fps)
-    if args.sound:
-        wav = out.with_name(f"{out.name}_tune.wav")
-        tune(wav, n / args.fps, args.seed)
-        write_video(path, frames, args.fps, audio=replace(probe(path), path=wav, audio=True))
+    for name, what in (("target", edit.target), ("source", scene)):
+        path = Path(f"{out}_{name}.mp4")
+        frames = world.render(what, n, s.size, round(s.size * s.aspect / 2) * 2, s.fps)
+        video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None] * 2 - 1
+        write_video(path, video, s.fps)
+    if s.sound:
+        wav = Path(f"{out}_tune.wav")
+        world.tune(wav, n / s.fps, s.seed)
+        write_video(path, video, s.fps, audio=replace(probe(path), path=wav, audio=True))
         wav.unlink()
     print(f"{out}_source.mp4: {edit.source_caption}\n{out}_target.mp4: {edit.instruction}")
 
 
-def parse(argv=None):
-    parser = Parser(description="Make and look at training data.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, text):
-        return commands.add_parser(name, help=text, description=text, formatter_class=Defaults)
-
-    for name, (settings, step) in STEPS.items():
-        p = command(name, step.__doc__.split("\n")[0])
-        p.add_argument("--to", required=True, type=Path, help="folder of the data set")
-        p.add_argument("--device", type=known_device, help="cuda, cuda:1, mps or cpu (default: the best there is)")
-        add_flags(p, settings())
-        add_flags(p, How())
-    p = command("calibrate", "fit the total's weights to ratings or, in the drawn world, to the truth")
-    p.add_argument("folder", type=Path, help="data set")
-    p.add_argument("--ratings", nargs="+", default=(), metavar="JSON", help="answers of metrics.py study --rate")
-    p.add_argument("--by-task", action="store_true", help="let the total know the task: a filter by it leaves out whole "
-                   "kinds of edit that seldom succeed")
-    p.add_argument("--to", type=Path, help="default: score_weights.json in the folder")
-    p = command("look", "one HTML page of a data set")
-    p.add_argument("folder", type=Path, help="data set")
-    p.add_argument("--limit", type=int, default=200, help="sources on the page, evenly spaced (-1: all)")
-    p.add_argument("--to", type=Path, help="default: look.html in the folder")
-    p = command("scene", "one drawn scene and its true edit, as videos")
-    p.add_argument("out", help="where to, without ending")
-    p.add_argument("--seed", type=int, default=68, help="which scene")
-    p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="clean, or like a hand-held camera")
-    p.add_argument("--split", default="held", choices=["train", "held"], help="held: scenes and wordings that training never saw")
-    p.add_argument("--task", choices=list(TASKS), help="kind of edit; default any that fits")
-    p.add_argument("--size", type=int, default=360, help="height in pixels")
-    p.add_argument("--aspect", type=float, default=16 / 9, help="width / height")
-    p.add_argument("--seconds", type=float, default=4, help="length")
-    p.add_argument("--fps", type=float, default=12, help="frames per second")
-    p.add_argument("--sound", action="store_true", help="give the source a tune")
-    return parser.parse_args(argv)
+COMMANDS = {"calibrate": (Calibrate, calibrate), "look": (Look, look), "scene": (Draw, draw)}
 
 
 def main(argv=None):
-    args = parse(argv)
-    if args.command == "scene":
-        return draw(args)
-    if args.command == "look":
-        return look(args.folder, args.limit, args.to or args.folder / "look.html")
-    if args.command == "calibrate":
-        rows = load_rated(args.folder, args.ratings)
-        cross_validate(rows)
-        return fit_total(rows, args.by_task, args.to or args.folder / "score_weights.json")
+    parser = Parser(description="Make and look at training data.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (settings, function) in (STEPS | COMMANDS).items():
+        text = function.__doc__.split("\n")[0]
+        p = commands.add_parser(name, help=text, description=text)
+        add_flags(p, settings())
+        if name in STEPS:
+            p.add_argument("--to", dest="path", required=True, type=Path, help="folder of the data set")
+            p.add_argument("--device", type=known_device, help="cuda, cuda:1, mps or cpu (default: the best there is)")
+            add_flags(p, How())
+        else:
+            p.add_argument("path", type=Path, help="folder of a data set; of scene: OUT")
+    args = parser.parse_args(argv)
+    settings, function = (STEPS | COMMANDS)[args.command]
+    s = from_flags(settings(), args)
+    if args.command in COMMANDS:
+        return function(args.path, s)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))         # one GPU for each process of torchrun
-    settings, step = STEPS[args.command]
-    s = from_flags(settings(), args)
-    for name in ("weights", "images", "clips", "source"):
-        if getattr(s, name, name) == "":
-            raise UserError(f"curate.py {args.command}: needs --{'from' if name == 'source' else name}")
-    step(args.to, s, replace(from_flags(How(), args), device=args.device))
+    function(args.path, s, replace(from_flags(How(), args), device=args.device))
 
 
 if __name__ == "__main__":
