@@ -1,41 +1,48 @@
-"""Curation: the paper's data synthesis and refinement, and below it the world that the `tiny` model learns from.
+"""Curation: the paper's data synthesis and refinement. One step is one command, one folder in and one folder out.
 
-    python curate.py images --weights tiny --to data/tiny/images --n 20       edits of images, the best with its trajectory
-    python curate.py videos --weights tiny --images data/tiny/images --to data/tiny/round0     clips under that trajectory
-    python curate.py real --round 1 --weights runs/tiny/round0 --to data/tiny/round1           real clips, edited
-        with the paper's teachers: videos --animate cogvideox, real --writer llava
-    python curate.py look data/tiny/images                                    one HTML page of it
-    python curate.py calibrate data/tiny/images                               weights of the filter's total
+    stage I      python curate.py images --weights tiny --to data/try/images --n 20
+                 python curate.py clips  --images data/try/images --to data/try/clips
+                 python curate.py videos --weights tiny --images data/try/images --clips data/try/clips --to data/try/round0
+    stages II,   python curate.py cut    --from shapes --n 20 --to data/try/cut
+    III          python curate.py write  --clips data/try/cut --to data/try/written
+                 python curate.py real   --weights runs/tiny/round0 --from data/try/written --to data/try/round1
+    then         python curate.py look data/try/images               one HTML page of it
+                 python curate.py calibrate data/try/images          weights of the filter's total
 
 Contents
-  the pipeline         the data set on disk, candidates and filter, one function per stage
-  the shapes world     scenes drawn by code, with the exact target video of every edit: names and scenes,
-                       canvases, shapes, rendering, effects and styles, captions and wordings, edits
-  sources              readers of image pairs, pairs of clips and real videos; cutting into clips
-  judging              calibrate: weights of the filter's total; look: a data set as a page
-  CogVideoX            the teacher that turns a frame into a clip: T5, transformer, causal 3-D VAE, samplers
-  command line         flags of all commands; `scene` draws one scene and its true edit
+    settings     How, Images ... Real: their fields are the flags
+    a data set   read_rows, write_source, run_step
+    candidates   Filter, draw_candidates, choose, consensus_scores
+    steps        images, clips, videos, pairs, cut, write, real
+    sources      readers of image pairs, pairs of clips and real videos; shots
+    judging      calibrate, look; command line
+
+A data set is a folder: settings.json says what made it, and every source is a folder <id>/ with candidates.json, one row a
+candidate, kept or not, beside
+    images          source.png target.png trajectory.safetensors {"trajectory": (steps + 1, c, h, w)}
+    clips           source.mp4
+    videos, real    source.mp4 target.mp4 latents.safetensors {"source", "target": (F, c, h, w)}
+It is renamed into place whole, so a source is done when its folder is there: a killed run goes on where it was, and under
+torchrun each process takes every n-th source. Latents are float16, those of clips unscaled: of the source the posterior
+mode, of the target what was sampled, which spares it a trip through the autoencoder. Training reads latents; the mp4
+(H.264, crf 16) are for people. A source whose candidates were all dropped shows its best one, without latents.
 """
 import argparse
 import base64
 import hashlib
-import importlib.util
 import io
 import json
 import math
 import os
-import re
 import shutil
-import struct
 from collections import Counter
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import islice, takewhile
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import numpy as np
 import scipy.optimize
@@ -44,34 +51,22 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from scipy.io import wavfile
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import metrics
-import teachers
-from metrics import read_lines, read_log, write_aside
-from model import ROOT, UserError, VideoEditor, aside, out_of_memory, read_json, repository, resize, run, to_rgb, to_tensor, to_u8, to_video
-from sample import (EXIF_TURNS, IMAGES, Defaults, Parser, check_device, frame_files, probe, read_frames, upright,
-                    write_video)
-from teachers import COGVIDEOX, CogVideoX, T5Encoder, clip_fault, fit_image, inside  # noqa: F401 (T5Encoder: for whoever imports it)
-from world import (COLOURS, EFFECTS, KINDS, SKIES, STYLES, TASKS, TONES, Background, Scene, Shape, _article, caption, draw_scene,
-                   possible_tasks, propose_edit, quantise, render, true_region)
+from model import (N_FRAMES, ROOT, UserError, VideoEditor, begin, fingerprint, need, part, portable, read_json,
+                   read_tensors, reading, resize, run, to_rgb, to_tensor, to_u8, to_video, write_json, write_text)
+from sample import (IMAGES, VIDEOS, Defaults, Parser, add_flags, frame_files, from_flags, known_device, option, probe,
+                    read_frames, read_image, write_video)
+from teachers import (COGVIDEOX, FIELDS, LLAVA, WRITER_TASKS, CogVideoX, LlavaOneVision, T5Encoder,  # noqa: F401
+                      check_mix, clip_fault, write_instructions)
+from world import (COLOURS, KINDS, OPERATIONS, SKIES, TASKS, TONES, Background, Scene, Shape, article, caption,
+                   draw_scene, drawn_clip, drawn_origin, drawn_scene, possible_tasks, propose_edit, quantise, render,
+                   true_clip, tune)
 
-# ----------------------------------------------------------------------------------------------------------
-# The pipeline (paper, section 3.2): one function per stage. A data set is a folder with
-#     dataset.json        what made it; a later run with other settings is refused
-#     manifest.jsonl      one line per candidate, kept or not; all lines of a source are appended at once
-#     <id>/               images: source.png target.png trajectory.safetensors {"trajectory": (steps + 1, c, h, w)}
-#                         clips:  source.mp4 target.mp4 latents.safetensors {"source", "target": (F, c, h, w)}
-# Latents are float16. A clip's are unscaled: of the source the posterior mode, of the target the sampled latents
-# themselves, which spares them a trip through the autoencoder. A trajectory's are the sampler's own, scaled.
-# Training reads latents; the mp4 (H.264, crf 16) are for people.
-# A dropped source has a folder, too, with its best candidate to look at, but neither trajectory nor latents.
-# ----------------------------------------------------------------------------------------------------------
-
-N_FRAMES, FPS = 16, 8.0             # of every clip; videos are resampled to this rate, folders of frames as they are
+FPS = 8.0               # of every clip; videos are resampled to this rate, folders of frames are taken as they are
+LONGEST = 3             # ours: long side of a frame in short ones, at most (films: 2.4)
 # Guidance is drawn around the checkpoint's own: for 7.5 and 1.5 this is the paper's 5.0-12.5 (text), 1.2-2.0 (source)
 TEXT_RANGE, SOURCE_RANGE = (2 / 3, 5 / 3), (0.8, 4 / 3)
 # By scorers. A candidate below a threshold is out; the paper's thresholds and weights are not published.
@@ -82,18 +77,14 @@ THRESHOLDS = {
         # ours: CLIPText as 100 x the same 0.2, the others somewhat below the averages in the paper's Table 1
         "clip_text": 20, "clip_frame": 0.85, "viclip_out": 0.2, "pick_score": 19},
     "tiny": {
-        # ours, images, by the manifest of README's run: of the successful candidates of the 204 sources with a truth
-        # 89 % lie above the first and 90 % above the second. consensus: 175 sources have a candidate above all three,
-        # and of those chosen 70 % are good, instead of 67 of all; at 0.9, 160 and 75 %, but few patterns are left
+        # ours, images: what most successful candidates lie above (tests/RESULTS.md)
         "clip_sim_dir": 0.2, "clip_sim_target_gain": -0.03, "consensus": 0.8,
-        # ours, clips: of the true edits of 40 drawn clips, once through the autoencoder, over 95 % lie above each
+        # ours, clips: what 95 % of the true edits of drawn clips lie above, once through the autoencoder
         "clip_text": 43, "viclip_out": 0.45, "clip_frame": 0.9}}
 # The total's scores: the paper's six of an image and five of a clip but the held-out one, and ours: <score>_gain over
 # the untouched source's, of clips the share of area `changed`, and `consensus_scores`' two. Their weights, until
-# `calibrate` has fitted others:
-#   published  the paper's scores, of clips the gains as well, all equal
-#   tiny       images: what a fit to the truth of 98 other drawn scenes left above zero, rounded
-#              clips: the same with their own gains in the place of the images'; not fitted
+# `calibrate` has fitted others: published, all equal; tiny, of images fitted to the truth of drawn scenes, of clips the
+# same with their own gains in the place of the images'.
 IMAGE_WEIGHTS = {"published": dict.fromkeys(("clip_sim_source", "clip_sim_target", "clip_sim_dir", "clip_sim_image",
                                              "dinov2_sim", "ssim"), 1),
                  "tiny": {"clip_sim_target_gain": 0.5, "consensus": 1.2, "certainty": 0.6}}
@@ -106,294 +97,333 @@ PAPER_YIELD = {"images": "50 K images, 25 K kept", "videos": "25 K images, 9 K c
                "real 1": "16 K clips, 3,402 kept", "real 2": "16 K clips, 5,048 kept"}
 
 
+# ---- settings: a dataclass a step; its fields are the flags and what settings.json holds ------------------
+
+@dataclass
+class How:
+    """What changes no result, or hardly, and is stored nowhere."""
+    device: str | None = None           # --device, in `main`
+    dtype: str | None = option(None, "of the editor (default: bfloat16 on CUDA, else float32)",
+                               choices=["float32", "bfloat16", "float16"])
+    batch: int = option(0, "candidates at a time, fewer where memory is short (0: 30 of an image, 4 of a clip)", low=1)
+    limit: int = option(-1, "new sources in this run, of every process (-1: all); run again to go on", low=1)
+    force: bool = option(False, "go on although the settings changed")
+
+
+@dataclass
+class Edited:
+    """Of all steps that edit, score and filter."""
+    weights: str = option("", "tiny, sd15, a directory in hub layout, a trained run")
+    candidates: int = option(4, "edits of a source", low=1)
+    seed: int = option(0, "of guidance and noise, and of drawn scenes")
+    filter: bool = option(True, "keep what passes it; --no-filter: the first candidate of every source")
+    min: tuple[str, ...] = option((), "more thresholds, NAME=VALUE; -inf: none")
+    score_weights: str = option("", "weights of the total, a file of calibrate")
+    scorers: str = option("auto", "embedded networks or the hub's; auto: those that lie with the editor, else the hub's "
+                          "if there is a GPU", choices=["auto", "tiny", "published"])
+    clip: str = option("", "hub id or directory of another CLIP, or none")
+    pick: str = option("", "the same for PickScore")
+    viclip: str = option("", "the same for ViCLIP")
+    judge: str = option("", "a LLaVA-OneVision: filter by its three chances of yes, too, each 0.5 or more")
+
+
+@dataclass
+class Images(Edited):
+    candidates: int = option(30, "edits of a source", low=1)
+    source: str = option("shapes", "shapes, or image pairs: parquet, folders, .jsonl", name="from")
+    n: int = option(-1, "sources (-1: all; of shapes: 20)", low=1)
+    steps: int = option(20, "sampling steps, also of the clips made from them", low=1)
+    dino: str = option("", "hub id or directory of DINOv2, or none")
+    judge: str = ""                     # it judges clips
+
+
+@dataclass
+class Clips:
+    images: str = option("", "data set of `images`")
+    animate: str | None = option(None, "how an image becomes a clip (default: world for drawn scenes, camera for others)",
+                                 choices=["world", "camera", "cogvideox"])
+    cogvideox: str = option(COGVIDEOX, "hub id or directory of the teacher")
+    cogvideox_steps: int = option(50, "its sampling steps", low=1)
+    seed: int = option(0, "of its noise")
+
+
+@dataclass
+class Videos(Edited):
+    images: str = option("", "data set of `images`")
+    clips: str = option("", "data set of `clips`, made of those images")
+    motion: str = option("", "motion modules: hub id, directory or .ckpt, or none (default: the weights' own)")
+    mode: str = option("ffg", "image: frame by frame, without the trajectory", choices=["ffg", "image"])
+
+
+@dataclass
+class Pairs(Edited):
+    source: str = option("", "clips in InsV2V's layout", name="from")
+
+
+@dataclass
+class Cut:
+    source: str = option("shapes", "shapes, or a folder of videos or JPEGImages", name="from")
+    n: int = option(-1, "videos, or drawn scenes (-1: all; of shapes: 20)", low=1)
+    per_video: int = option(2, "clips of a video, at most", low=1)
+    seed: int = option(0, "of drawn scenes")
+
+
+@dataclass
+class Write:
+    clips: str = option("", "data set of `cut`")
+    writer: str = option("tiny", "tiny: CLIP and the drawn world's words; llava; or a file of text or JSON lines")
+    clip: str = option("tiny", "the writer tiny's CLIP: tiny, hub id or directory")
+    llava: str = option(LLAVA, "hub id or directory of the writer llava")
+    lora: str = option("", "what train.py writer made of it")
+    task_mix: tuple[str, ...] = option((), f"how often llava is asked for which task, TASK=WEIGHT (default: "
+                                       f"{', '.join(WRITER_TASKS)} equally)")
+    seed: int = option(0, "of the writer tiny's edits")
+
+
+@dataclass
+class Real(Edited):
+    source: str = option("", "data set of `write`", name="from")
+    round: int = option(1, "which round it is for", low=1)
+    steps: int = option(20, "sampling steps", low=1)
+
+
 # ---- a data set on disk ----------------------------------------------------------------------------------
 
-def shard():
-    """(rank, number of ranks) as torchrun sets them; one process needs no launcher."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def mine(items):
-    rank, world = shard()
-    return [x for i, x in enumerate(items) if i % world == rank]
+SOURCE = "id", "order", "task", "instruction", "source_caption", "target_caption", "origin"     # of every row
+GIVE_UP = 20            # sources that cannot be read, and none that can: it is not they that are broken
 
 
 def ident(*parts):
-    """Twelve hex digits from what a source is made of."""
+    """Twelve hex digits from what a source is made of: the same source has the same id in every run."""
     return hashlib.sha1(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-@lru_cache(1)
-def code_version():
-    files = [ROOT / f"{name}.py" for name in ("model", "sample", "metrics", "curate")]
-    return hashlib.sha1(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
+def finite(x):
+    """NaN and infinity, which JSON does not know, become None."""
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def whole_sources(path):
-    """(lines of the sources that are complete, number of other lines): a kill can cut the last source's lines."""
-    rows, cut = read_lines(path)
-    if not all(isinstance(row, dict) and {"id", "order", "candidate", "of"} <= row.keys() for row in rows):
-        raise UserError(f"{path}: is no manifest of curate.py; pass the folder of a data set")
-    seen = Counter(name for name, _ in {(row["id"], row["candidate"]) for row in rows})
-    whole = [row for row in rows if seen[row["id"]] == row["of"]]
-    return whole, len(rows) - len(whole) + cut
+def read_sources(folder):
+    """[rows of one source] of a data set."""
+    rows = [read_json(path, list) for path in Path(folder).glob("*/candidates.json")]
+    with reading(folder, "pass a data set of curate.py"):
+        need(rows, "holds no <id>/candidates.json")
+        return sorted(rows, key=lambda rows: rows[0]["order"])
 
 
-def read_manifest(where):
-    """All lines [dict] of a data set (its folder, with all ranks' files) or of one manifest, in order of sources."""
-    where, rows = Path(where), {}
-    files = sorted(where.glob("manifest.*.jsonl")) + [where / "manifest.jsonl"] if where.is_dir() else [where]
-    found = False
-    for path in files:                              # the merged file last: a rank that merges removes the others
-        with suppress(FileNotFoundError):
-            rows |= {(row["id"], row["candidate"]): row for row in whole_sources(path)[0]
-                     if (row["id"], 0) not in rows or not unreadable(row)}
-            found = True
-    if not found:
-        raise UserError(f"{where}: holds no manifest.jsonl; pass a data set that curate.py made")
-    return sorted(rows.values(), key=lambda row: (row["order"], row["candidate"]))
+def read_rows(folder, kept=False):
+    """The candidates [dict] of a data set in the order of their sources; kept: only those. UserError for none."""
+    rows = [row for rows in read_sources(folder) for row in rows]
+    if not kept:
+        return rows
+    if not any(row["kept"] for row in rows):
+        advice = f"see why with python curate.py look {folder}, then lower a threshold with --min NAME=VALUE and another --to"
+        raise UserError(f"{folder}: none of its {len(rows)} candidates was kept: {', '.join(losses(rows))}; {advice}")
+    return [row for row in rows if row["kept"]]
 
 
-def unreadable(row):
-    """True for the line of a source that could not be read. A run without --limit tries it again: a disk can come back."""
-    return row.get("why", "").startswith("unreadable:")
+def losses(rows):
+    counts = Counter(name for row in rows for name in row["below"])
+    return [f"{name} removed {n} of {len(rows)} candidates" for name, n in counts.most_common()]
 
 
-def dump(rows):
-    """JSON lines; NaN, which JSON does not know, becomes null."""
-    def plain(x):
-        if isinstance(x, dict):
-            return {k: plain(v) for k, v in x.items()}
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    return "".join(json.dumps(plain(row)) + "\n" for row in rows)
-
-
-def merge(folder):
-    """All ranks' manifests into manifest.jsonl. Two ranks may do it at once: both write the same."""
-    parts = list(folder.glob("manifest.*.jsonl"))
-    write_aside(folder / "manifest.jsonl", dump(read_manifest(folder)))
-    for path in [*parts, *folder.glob("manifest.*.done")]:
-        path.unlink(missing_ok=True)
-
-
-def check_config(folder, config, force):
-    """dataset.json tells what made a data set; other settings are refused, by name, unless --force."""
-    path = folder / "dataset.json"
-    old = read_json(path) if path.is_file() else config
-    changed = [k for k in sorted(config.keys() | old.keys()) if old.get(k) != config.get(k)]
-    if changed and not force:
-        names = ", ".join(f"{k} {old.get(k)} (now {config.get(k)})" for k in changed)
-        raise UserError(f"{folder}: made with {names}; pass the same, another --to, or --force to go on with "
-                        "the new settings")
-    if changed or not path.is_file():
-        write_aside(path, json.dumps(config, indent=1))
-
-
-def write_files(folder, files):
-    """{name: rgb (H, W, 3), video (1, F, 3, H, W) or dict of tensors} into `folder`, which appears when it is whole."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+def write_source(folder, rows, files):
+    """A source's folder, which appears when it is whole. files: {name: rgb (H, W, 3), video (1, F, 3, H, W) or tensors}."""
+    new = folder.parent / ".part" / folder.name
+    shutil.rmtree(new, ignore_errors=True)                          # a kill's
+    new.mkdir(parents=True)
     for name, data in files.items():
         if name.endswith(".png"):
-            Image.fromarray(data).save(part / name)
+            Image.fromarray(data).save(new / name)
         elif name.endswith(".mp4"):
-            write_video(part / name, data, FPS)
+            write_video(new / name, data, FPS)
         else:
-            save_file({k: v.half().contiguous().cpu() for k, v in data.items()}, part / name)
-    shutil.rmtree(folder, ignore_errors=True)       # left by a kill before its lines were written
-    os.replace(part, folder)
+            save_file({key: z.half().contiguous().cpu() for key, z in data.items()}, new / name)
+    write_json(new / "candidates.json", [finite(row) for row in rows])
+    os.replace(new, folder)
 
 
-def rank_log(folder, name):
-    """(this rank's file of JSON lines, mended where a crash cut it; the lines of all ranks)."""
-    rank, world = shard()
-    log = folder / (f"{name}.jsonl" if world == 1 else f"{name}.{rank}.jsonl")
-    read_log(log)
-    return log, [row for path in sorted(folder.glob(f"{name}*.jsonl")) for row in read_lines(path)[0]]
+def my_share(sources):
+    """Every n-th, where torchrun started n processes."""
+    return sources[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
 
 
-class Unusable(UserError):
-    """A source that cannot be read: it gets a line saying so, and the run goes on."""
-    why = "unreadable"
+def run_step(to, settings, sources, load, work, how, group=1, whole=False):
+    """Load, work on and write every source that has no folder yet. sources: dicts with SOURCE, and what `load` needs.
 
-
-class Unwritten(Unusable):
-    """A clip for which the writer found no instruction, or a pair without one: to the editor, none means no edit."""
-    why = "no instruction"
-
-
-def done_ids(args):
-    """Ids of the sources with lines in the manifest so far; without a limit unreadable ones do not count."""
-    rows = read_manifest(args.to) if any(args.to.glob("manifest*.jsonl")) else []
-    return {row["id"] for row in rows if args.limit != -1 or not unreadable(row)}
-
-
-def to_do(args, items):
-    """The sources that are not done, at most --limit of them."""
-    done = done_ids(args)
-    items = [item for item in items if item["id"] not in done]
-    return items if args.limit == -1 else items[:args.limit]
-
-
-def check_room(args, n, of, per_source, unit):
-    """Says what n sources will take on disk, at most; UserError where there is less room."""
-    world, free = shard()[1], shutil.disk_usage(args.to).free
-    need = n * per_source * world                                   # other ranks need as much
-    print(f"{args.to}: {n} of {of} {unit}s to do, {of - n} done or left for later; at most {amount(need)} on disk "
-          f"({per_source / 1e3:.0f} KB a {unit}{', all processes' * (world > 1)}), {free / 1e9:.1f} GB free")
-    if need > free:
-        raise UserError(f"--to {args.to}: needs up to {amount(need)}, {amount(free)} are free; "
-                        "pass --limit, fewer sources, or another disk")
-
-
-def amount(size):
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-GIVE_UP = 20            # sources one after another that cannot be read: it is not they that are broken
-
-
-def run_stage(args, config, items, work, per_source, unit):
-    """Call work(item) -> (candidate rows, files) for every source not in the manifest yet, and append its lines.
-
-    items: this rank's sources, dicts with id, order and the first columns of their lines. per_source: bytes on disk,
-    at most. Killed at any moment, the same command goes on: a source's files are renamed into place, then its lines
-    are written at once. Raises UserError for a full disk, where sources cannot be read any more, and where the filters
-    keep nothing.
+    load(source) gives what `work` needs. Where it raises UserError the source is said and left out; it has no folder, so the
+    next run tries it again. work(source, loaded) -> (rows of its candidates, files), or with a group, work([(source,
+    loaded)]) yields those. Groups are always cut at the same sources; whole: one that is not done is done again whole.
     """
-    folder, (rank, world) = args.to, shard()
-    check_config(folder, config, args.force)
-    log = folder / ("manifest.jsonl" if world == 1 else f"manifest.{rank}.jsonl")
-    if world == 1 and list(folder.glob("manifest.*.jsonl")):
-        merge(folder)
-    again = {item["id"] for item in items} if args.limit == -1 else ()
-    for path in {folder / "manifest.jsonl", log}:
-        if path.is_file():
-            whole, cut = whole_sources(path)
-            if cut:
-                print(f"{path}: {cut} lines cut by a crash; their source is done again")
-            keep = [row for row in whole if not (unreadable(row) and row["id"] in again)]       # see `to_do`
-            if cut or len(keep) < len(whole):
-                write_aside(path, dump(keep))
-    log.touch()
-    todo = to_do(args, items)
-    check_room(args, len(todo), len(items), per_source, unit)
-    asked = {k for k, v in named_values("--min", args.min, "").items() if v > -math.inf and k != "total"}
-    if args.score_weights:
-        asked |= config["score_weights"]["weights"].keys()
-    asked = set() if args.no_filter else asked                      # thresholds and totals then decide nothing
-    shared = {"round": config["round"], "code": code_version()}
-    kept = lost = 0
-    bar = tqdm(todo, unit=unit, desc=folder.name, smoothing=0.1)
-    for item in bar:
-        try:
-            if args.command != "real" and not item["instruction"].strip():          # a real clip's is not written yet
-                raise Unwritten("the pair's is empty")
-            rows, files = work(item)
-            missing = asked - {name for row in rows for name in row["scores"]}
-            if missing and rows[0]["scores"] and item["source_caption"] and item["target_caption"]:
-                if not read_manifest(folder):                       # nothing was made with these settings
-                    (folder / "dataset.json").unlink(missing_ok=True)
-                raise UserError(f"--min or --score-weights: {', '.join(sorted(missing))}: not among the scores of this run, which "
-                                f"are {', '.join(sorted(rows[0]['scores']))}; leave it out, or pass what it needs")
-        except Unusable as error:
-            rows, files = [{"kept": False, "why": f"{error.why}: {error}", "scores": {}}], {}
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            raise UserError(f"out of memory at {args.batch} candidates at a time; lower --batch, or do without a teacher or judge"
-                            ) from None
-        first = {k: item[k] for k in ("id", "order", "task", "instruction", "source_caption", "target_caption")}
-        rows = [first | {"candidate": k, "of": len(rows)} | row | {"origin": item["origin"]} | shared
-                for k, row in enumerate(rows)]
-        try:
-            if files:
-                write_files(folder / item["id"], files)
-            with open(log, "a", encoding="utf-8") as f:
-                f.write(dump(rows))
-                f.flush()
-                os.fsync(f.fileno())
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: cannot be written ({error}); what is finished is safe, run the same again "
-                            "when there is room") from None
-        kept += any(row["kept"] for row in rows)
-        bar.set_postfix(kept=kept)
-        lost = lost + 1 if unreadable(rows[0]) else 0
-        if lost == GIVE_UP and not args.force:
-            write_aside(log, dump(whole_sources(log)[0][:-lost]))   # they count as not tried
-            raise UserError(f"{folder}: {lost} {unit}s one after another could not be read, the last: {rows[0]['why']}; see "
-                            "that the disk is there and run the same again, which tries them once more, or --force to do without")
-    finished = args.limit == -1 or len(todo) < args.limit
-    if world > 1:
-        write_aside(folder / f"manifest.{rank}.done", "all" if finished else "some")
-        try:
-            finished = all([(folder / f"manifest.{k}.done").read_text() == "all" for k in range(world)])
-        except FileNotFoundError:                                   # not the last to finish, or another one has merged
-            return
-        merge(folder)
-    report(folder, unit, finished)
+    begin(to, settings, how.force)
+    mine = my_share(sources)
+    groups = [mine[k:k + group] for k in range(0, len(mine), group)]
+    groups = [members for members in groups if not all((to / source["id"]).is_dir() for source in members)]
+    print(f"{to}: {len(sources)} sources, {shutil.disk_usage(to).free / 1e9:.1f} GB free")
+    done, unread = 0, {}
+    try:
+        for members in tqdm(groups, desc=to.name, smoothing=0.1):
+            if how.limit != -1 and done >= how.limit:
+                break
+            loaded = []
+            for source in members:
+                try:
+                    if whole or not (to / source["id"]).is_dir():
+                        loaded.append((source, load(source)))
+                except UserError as error:
+                    unread[source["id"]] = error
+                    print(f"left out: {error}")
+            if len(unread) >= min(GIVE_UP, len(sources)) and not any(to.glob("*/candidates.json")):
+                raise UserError(f"{to}: the first {len(unread)} sources cannot be read, the last: {[*unread.values()][-1]}; see "
+                                "that the disk is there and run the same again")
+            for (source, _), (rows, files) in zip(loaded, work(loaded) if group > 1 else [work(*x) for x in loaded]):
+                if (to / source["id"]).is_dir():
+                    continue
+                about = {key: source[key] for key in SOURCE}
+                defaults = {"seed": None, "guidance": None, "scores": {}, "total": None, "below": [], "why": ""}
+                rows = [about | {"candidate": k} | defaults | row for k, row in enumerate(rows)]
+                write_source(to / source["id"], rows, files)
+                done += 1
+                if done == 1:
+                    check_room(to / source["id"], len(mine))
+    except UserError:
+        if not any(to.glob("*/candidates.json")):                   # nothing was made with these settings
+            (to / "settings.json").unlink()
+            with suppress(OSError):
+                to.rmdir()
+        raise
+    rows = read_rows(to)
+    print(f"{to}: {len({row['id'] for row in rows if row['kept']})} of {len({row['id'] for row in rows})} sources kept",
+          *losses(rows), sep="\n  ")
+    if all((to / source["id"]).is_dir() or source["id"] in unread for source in sources):
+        read_rows(to, kept=True)                                    # says so where there is none
 
 
-def report(folder, unit, finished):
-    """Prints what was kept and which threshold removed how many; UserError where in the end nothing is. Under torchrun
-    the last rank to finish says it for all."""
-    rows = read_manifest(folder)
-    sources = {row["id"] for row in rows}
-    kept = {row["id"] for row in rows if row["kept"]}
-    # "ssim 0.3 below 0.5; dinov2_sim ..." counts for each score; "unreadable: ..." has none: what is before the colon
-    reasons = Counter(reason for row in rows if not row["kept"] for reason in
-                      ([part.split(" ")[0] for part in row["why"].split("; ") if " below " in part] if row["scores"]
-                       else [row["why"].split(":")[0]]))
-    lines = [f"{key} removed {n} of {len(rows)} candidates" for key, n in reasons.most_common()]
-    if finished and not rows:
-        raise UserError(f"{folder}: no {unit} to work on")
-    if finished and not kept:
-        advice = ("see them with curate.py look, then lower a threshold with --min NAME=VALUE and another --to"
-                  if any(" below " in row["why"] for row in rows if row["scores"]) else f"the first: {rows[0]['why']}")
-        raise UserError(f"{folder}: none of {len(sources)} {unit}s kept: {', '.join(lines)}; {advice}")
-    print(f"{folder}: {len(kept)} of {len(sources)} {unit}s kept" + "".join(f"\n  {line}" for line in lines))
+def check_room(folder, n):
+    """Says before hours of work where n sources like this one would not fit on the disk."""
+    most, free = n * sum(path.stat().st_size for path in folder.iterdir()), shutil.disk_usage(folder).free
+    if most > free:
+        print(f"{folder.parent}: {n} sources like the first take {most / 1e9:.1f} GB, {free / 1e9:.1f} are free; make room or "
+              "pass --limit")
 
 
-# ---- candidates: drawn in one batch, scored, filtered ----------------------------------------------------
+# ---- candidates: drawn, scored, filtered -----------------------------------------------------------------
 
-def draw_candidates(ed, item_id, n, seed, first=None):
-    """Seeds and guidance of n candidates: (seeds, text scales, source scales), lists. The first candidate has the
-    checkpoint's own guidance (or `first`): with `--no-filter` it is what a plain edit would be."""
-    seeds, s_txt, s_src = [], [], []
+@dataclass
+class Filter:
+    """Which candidate of a source is kept: of those above all thresholds the one with the best total. Without centre and
+    spread, scores are normalised over the candidates of one source, as in the paper."""
+    thresholds: dict                    # {score or "total": least}
+    weights: dict                       # of the total, {score: weight}
+    centre: dict | None = None          # with spread, what `calibrate` normalises each score by
+    spread: dict | None = None
+    tasks: dict = field(default_factory=dict)       # of calibrate --by-task: what each kind of edit adds to the total
+    asked: tuple = ()                   # the scores that a flag names: they must be there
+    on: bool = True
+
+
+def named_values(flag, texts):
+    """["NAME=VALUE", ...] -> {name: float}"""
+    with reading(f"{flag} {' '.join(texts)}", "needs NAME=VALUE, with a number"):
+        values = {name: float(value) for name, _, value in (text.partition("=") for text in texts)}
+        need(not any(math.isnan(x) for x in values.values()), "is not a number")
+        return values
+
+
+def read_filter(s, thresholds, weights):
+    """The Filter of a step's settings: these defaults, or --score-weights, the judge, --min."""
+    keep = Filter(dict(thresholds), weights, on=s.filter)
+    if s.score_weights:
+        with reading(f"--score-weights {s.score_weights}", "pass what curate.py calibrate writes"):
+            fitted = read_json(s.score_weights)
+            keep.weights, keep.centre, keep.spread = (fitted[k] for k in ("weights", "centre", "spread"))
+            keep.tasks = fitted.get("tasks", {})
+            need(keep.weights and keep.weights.keys() == keep.centre.keys() == keep.spread.keys(),
+                 "weights, centre and spread need the same scores")
+            for x in (keep.weights, keep.centre, keep.spread, keep.tasks):
+                need(all(math.isfinite(value) for value in x.values()), "has a score that is no number")
+            keep.thresholds["total"] = float(fitted["min_total"])
+            keep.asked = tuple(keep.weights)
+    if s.judge:
+        keep.thresholds |= dict.fromkeys(metrics.JUDGED, 0.5)       # ours: yes is likelier than no
+    keep.thresholds |= named_values("--min", s.min)
+    keep.thresholds = {name: least for name, least in keep.thresholds.items() if least > -math.inf}
+    keep.asked += tuple(name for name in named_values("--min", s.min) if name in keep.thresholds and name != "total")
+    if metrics.HELD_OUT in keep.asked:
+        raise UserError(f"{metrics.HELD_OUT} is kept for judging: a filter by it would flatter its own results")
+    return keep
+
+
+@dataclass
+class Tools:
+    """What an editing step works with."""
+    ed: VideoEditor
+    scorers: metrics.Scorers
+    filter: Filter
+    settings: dict                      # of its data set
+
+
+def open_tools(step, s, how, weights, motion=""):
+    ed = VideoEditor.from_pretrained(s.weights, False if motion == "none" else motion or None, device=how.device,
+                                     dtype=how.dtype)
+    own = None
+    if any((folder / "clip").is_dir() for folder in ed.folders):    # a judge trained with the editor, as `tiny` has
+        own = {role: part(ed.folders, role) for role in ("clip", "viclip")}
+    scorers = metrics.choose_scorers(s.scorers, own, ed.device, clip=s.clip, pick=s.pick, viclip=s.viclip, judge=s.judge)
+    keep = read_filter(s, THRESHOLDS[scorers.family], weights[scorers.family])
+    settings = {"step": step} | asdict(s) | {"editor": ed.fingerprint, "size": ed.size, "filter": asdict(keep),
+                                             "scorers": {k: portable(x) for k, x in scorers.paths.items()}}
+    return Tools(ed, scorers, keep, settings)
+
+
+def draw_candidates(ed, source_id, n, seed, guidance=None):
+    """Rows with the seed and guidance [text, source] of n candidates. The first has the checkpoint's own guidance, or this:
+    without a filter it is what a plain edit would be."""
+    rows = []
     for k in range(n):
-        rng = Random(f"candidate {seed} {item_id} {k}")
-        seeds.append(rng.getrandbits(31))
-        s_txt.append(round(ed.guidance[0] * rng.uniform(*TEXT_RANGE), 3))
-        s_src.append(round(ed.guidance[1] * rng.uniform(*SOURCE_RANGE), 3))
-    s_txt[0], s_src[0] = first or ed.guidance
-    return seeds, s_txt, s_src
+        rng = Random(f"candidate {seed} {source_id} {k}")
+        row = {"seed": rng.getrandbits(31)}
+        row["guidance"] = [round(own * rng.uniform(*span), 3) for own, span in zip(ed.guidance, (TEXT_RANGE, SOURCE_RANGE))]
+        rows.append(row)
+    rows[0]["guidance"] = list(guidance or ed.guidance)
+    return rows
 
 
-def totals(rows, fitted, task=""):
-    """Weighted total of every candidate of a source: (K,). fitted: {"weights"} and, from `calibrate`, "centre" and "spread" to
-    normalise the scores by; without them, they are normalised over the candidates of one source (as the paper says). From
-    `calibrate --by-task` also "tasks", what each kind of edit adds; another one adds nothing."""
-    total = metrics.total_score([row["scores"] for row in rows], fitted["weights"], fitted.get("centre"), fitted.get("spread"))
-    return total + fitted.get("tasks", {}).get(task, 0.0)
+def batches(rows, noise, n):
+    """n candidates at a time: their noise (K, F, c, h, w), text scales and source scales."""
+    for k in range(0, len(rows), n):
+        s_txt, s_src = zip(*(row["guidance"] for row in rows[k:k + n]))
+        yield torch.cat(noise[k:k + n]), s_txt, s_src
 
 
-def choose(rows, limits, fitted, keep_all=False, task=""):
-    """Thresholds, then the best total: adds total, kept and why to the candidates of one source; returns the index of
-    the kept one, or of the best of the dropped. keep_all: no filter, the first candidate is kept."""
-    total = totals(rows, fitted, task)
-    for row, value in zip(rows, total):
-        scores = row["scores"] | {"total": float(value)}
-        low = [f"{k} {scores[k]:.3g} below {v:g}" for k, v in limits.items() if scores.get(k) is not None
-               and not scores[k] >= v]              # NaN is below
-        row |= {"total": round(float(value), 4), "kept": False, "why": "; ".join(low)}
-    passed = [k for k, row in enumerate(rows) if not row["why"]]
-    best = 0 if keep_all else max(passed or range(len(rows)), key=lambda k: rows[k]["total"])
-    for k, row in enumerate(rows):
-        if k == best and (passed or keep_all):
-            row |= {"kept": True, "why": "not filtered" if keep_all else "best"}
-        elif not row["why"]:
-            row["why"] = "another candidate is better"
+def totals(rows, keep, task=""):
+    """Weighted total of the candidates of a source: (K,)."""
+    total = metrics.total_score([row["scores"] for row in rows], keep.weights, keep.centre, keep.spread)
+    return total + keep.tasks.get(task, 0.0)
+
+
+def choose(rows, keep, source):
+    """Fills in total, below, why and kept of the candidates of one source. Returns the index of the kept, or of the best.
+    UserError for a threshold on a score that is not there."""
+    lacks = [name for name in keep.asked if not any(name in row["scores"] for row in rows)]
+    if lacks and keep.on and source["source_caption"] and source["target_caption"]:
+        raise UserError(f"--min or --score-weights: {', '.join(lacks)}: not among the scores of this run, which are "
+                        f"{', '.join(sorted(rows[0]['scores']))}; leave it out, or pass what it needs")
+    for row, total in zip(rows, totals(rows, keep, source["task"])):
+        scores = row["scores"] | {"total": float(total)}
+        row["total"] = round(float(total), 4)
+        row["below"] = [name for name, least in keep.thresholds.items()
+                        if scores.get(name) is not None and not scores[name] >= least]         # NaN is below
+        row["why"] = "; ".join(f"{name} {scores[name]:.3g} below {keep.thresholds[name]:g}" for name in row["below"])
+        row["kept"] = False
+    passed = [k for k, row in enumerate(rows) if not row["below"]]
+    best = max(passed or range(len(rows)), key=lambda k: rows[k]["total"]) if keep.on else 0
+    for k in passed:
+        rows[k]["why"] = "another candidate is better"
+    if passed or not keep.on:
+        rows[best] |= {"kept": True, "why": "best" if keep.on else "not filtered"}
     return best
 
 
@@ -413,15 +443,10 @@ def consensus_scores(z0, z_src):
             "certainty": (-10 * torch.log10(apart + 1e-4)).tolist()}
 
 
-def against_truth(ed, z_src, source, edits, truth, mask):
-    """{name: metrics.truth_scores, psnr_outside, success} of edits {name: frames}, and of metrics.CODED, source and truth
-    through the autoencoder. All frames (F, H, W, 3) uint8; z_src: the source's latents; mask (F, H, W): the true region."""
-    coded = [ed.decode(z * ed.vae.scaling_factor) for z in (z_src, ed.encode(to_video(truth)))]
-    clips = edits | {name: np.stack(to_u8(x)) for name, x in zip(metrics.CODED, coded)}
-    result = {name: {"psnr_outside": metrics.preservation(source, x, mask)[1]} |
-              metrics.truth_scores(source, x, truth, mask) for name, x in clips.items()}
-    metrics.add_success(result)
-    return result
+def add_scores(rows, scores):
+    """scores: {name: (K,)} into the rows of K candidates."""
+    for k, row in enumerate(rows):
+        row.setdefault("scores", {}).update({name: round(float(x[k]), 5) for name, x in scores.items()})
 
 
 def compare_with_truth(ed, rows, z_src, source, edits, truth):
@@ -430,458 +455,265 @@ def compare_with_truth(ed, rows, z_src, source, edits, truth):
     if truth is None:
         return
     at = np.unique(np.linspace(0, len(source) - 1, 4).astype(int))  # four frames of a clip say it
-    result = against_truth(ed, z_src[:, at], source[at], {k: x[at] for k, x in enumerate(edits)}, *(x[at] for x in truth))
+    edits = {k: x[at] for k, x in enumerate(edits)}
+    found = metrics.against_truth(ed, z_src[:, at], source[at], edits, *(x[at] for x in truth))
     for k, row in enumerate(rows):
-        row["truth"] = {"gain": round(result[k]["truth_gain"], 3), "outside": round(result[k]["psnr_outside"], 3),
-                        "success": result[k]["success"]}            # dB inside the true region, dB outside, 0 or 1
+        row["truth"] = {"gain": round(found[k]["truth_gain"], 3), "outside": round(found[k]["psnr_outside"], 3),
+                        "success": found[k]["success"]}             # dB inside the true region, dB outside, 0 or 1
 
 
-def open_scorers(args):
-    """({role: hub id or directory}, square as score_clips takes it, their family). `auto`: an editor whose repository
-    holds its own scorers, as the embedded one's does, is judged by those; others by the published ones."""
-    root = Path(repository(args.weights)[1])
-    own = {role: root / role for role in ("clip", "viclip")} if (root / "clip").is_dir() else None
-    return metrics.choose_scorers(args, own)
+def finish_clip(tools, source, frames, z_src, z0, rows, truth=None):
+    """Candidates z0 (K, F, c, h, w) of a clip (F, H, W, 3) uint8: decoded, scored, filtered -> (rows, files)."""
+    ed = tools.ed
+    videos = [ed.decode(z[None]).cpu() for z in z0]
+    edits = [np.stack(to_u8(video)) for video in videos]
+    clip = {"edits": dict(enumerate(edits)) | {"source": frames}, "source": frames,
+            **{k: source[k] for k in ("instruction", "source_caption", "target_caption")}}
+    [scores] = metrics.score_clips([clip], tools.scorers)
+    untouched = scores.pop("source")
+    for k, row in enumerate(rows):
+        gains = {f"{name}_gain": scores[k][name] - untouched[name] for name in ("clip_text", "viclip_out", "pick_score")
+                 if name in scores[k]}
+        row["scores"] = {name: round(float(x), 5) for name, x in (scores[k] | gains).items()}
+    add_scores(rows, consensus_scores(z0, z_src * ed.vae.scaling_factor))
+    compare_with_truth(ed, rows, z_src, frames, edits, truth)
+    best = choose(rows, tools.filter, source)
+    files = {"source.mp4": to_video(frames), "target.mp4": videos[best]}
+    if rows[best]["kept"]:
+        files["latents.safetensors"] = {"source": z_src[0], "target": z0[best] / ed.vae.scaling_factor}
+    return rows, files
 
 
-def open_filter(args, family, weights):
-    """(thresholds, fitted weights) from the defaults, --min NAME=VALUE and --score-weights."""
-    limits, fitted = dict(THRESHOLDS[family]), {"weights": weights[family]}
-    known = {*metrics.SCORES, *VIDEO_SCORES, "pick_score_gain"} if args.command != "images" else {*IMAGE_SCORES}
-    if args.score_weights:
-        fitted = read_named(args.score_weights, "--score-weights ")
-        parts = [fitted.get(k) for k in ("weights", "centre", "spread")]
-        if not all(isinstance(x, dict) and x and x.keys() == parts[0].keys() and all(map(is_number, x.values()))
-                   for x in parts) or not is_number(fitted.get("min_total")):
-            raise UserError(f"--score-weights {args.score_weights}: needs weights, centre and spread, a number for each of "
-                            "the same scores, and min_total, as curate.py calibrate writes them")
-        tasks = fitted.get("tasks", {})
-        if not isinstance(tasks, dict) or not all(map(is_number, tasks.values())):
-            raise UserError(f"--score-weights {args.score_weights}: tasks needs a number for each kind of edit, as curate.py "
-                            "calibrate --by-task writes them")
-        if parts[0].keys() - known:
-            raise UserError(f"--score-weights {args.score_weights}: {', '.join(sorted(parts[0].keys() - known))}: no score "
-                            f"of {args.command}; pass what curate.py calibrate made of such a data set")
-        limits["total"] = fitted["min_total"]
-    limits |= dict.fromkeys(metrics.JUDGED, 0.5) if args.judge else {}          # ours: yes is likelier than no
-    asked = named_values("--min", args.min, "clip_sim_dir=0.1 or ssim=-inf")
-    known |= {"total", metrics.HELD_OUT, *weights["published"], *weights["tiny"], *limits}
-    if asked.keys() - known:
-        raise UserError(f"--min {', '.join(sorted(asked.keys() - known))}: no such score; known are {', '.join(sorted(known))}")
-    limits |= asked
-    if metrics.HELD_OUT in limits or metrics.HELD_OUT in fitted["weights"]:
-        raise UserError(f"{metrics.HELD_OUT} is kept for judging: a filter by it would flatter its own results")
-    return limits, fitted
+# ---- stage I: images, clips, videos ----------------------------------------------------------------------
 
+def images(to, s, how):
+    """step 2: many edits of each image, scored; the best is kept with its trajectory
 
-def named_values(flag, texts, like):
-    """["NAME=VALUE", ...] or None -> {name: float}"""
-    found = {}
-    for text in texts or ():
-        name, _, value = text.partition("=")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = math.nan
-        if math.isnan(found[name]):
-            raise UserError(f"{flag} {text}: needs NAME=VALUE, like {like}")
-    return found
-
-
-def is_number(x):
-    return isinstance(x, (int, float)) and math.isfinite(x)
-
-
-def read_named(path, flag=""):
-    """JSON of a file that a flag or a file of a data set names; UserError where it is missing or no JSON."""
-    if not os.path.isfile(path):
-        raise UserError(f"{flag}{path}: no such file")
-    return read_json(path)
-
-
-def open_stage(args, weights, source, **more):
-    """What all stages share: editor, scorers, filter, and `config`, the contents of dataset.json."""
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:        # one GPU for each process of torchrun
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if args.to.is_dir():
-        (args.to / f"manifest.{shard()[0]}.done").unlink(missing_ok=True)   # of an earlier run; see `run_stage`
-    ed = VideoEditor.from_pretrained(args.weights, motion=more.get("motion"), device=args.device, dtype=args.dtype)
-    scorers, square, family = open_scorers(args)
-    limits, fitted = open_filter(args, family, weights)
-    try:
-        args.to.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--to {args.to}: cannot be made a folder ({error.strerror})") from None
-    names = {role: str(path).removeprefix(f"{ROOT}/") for role, path in scorers.items()}
-    if args.judge:                                  # metrics.py then does not take it for a held-out judge
-        more["filtered_by"] = {"judge": str(args.judge), "mark": metrics.judge_mark(args.judge)}
-    config = dict(stage=args.command, round=0, weights=str(args.weights), stamp=metrics.stamp(ed), source=str(source),
-                  dtype=args.dtype, seed=args.seed, candidates=args.candidates, size=ed.size, scorers=names,
-                  filter=not args.no_filter, thresholds=limits, score_weights=fitted) | more
-    return SimpleNamespace(args=args, ed=ed, scorers=scorers, square=square, limits=limits, fitted=fitted,
-                           config=config, opened={})                # opened: the scorers' networks, see score_clips
-
-
-@contextmanager
-def out_of_the_way(ed):
-    """The editor waits on the CPU while a teacher has the GPU. UserError where the teacher does not fit."""
-    nets = ed.unet, ed.vae, ed.text_encoder
-    for net in nets:
-        net.to("cpu")
-    try:
-        yield
-        for net in nets:
-            net.to(ed.device)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError("out of memory: CogVideoX needs about 16 GB, LLaVA-OneVision 18 (7B) or 4 (0.5B, --llava); "
-                        "pass --device cpu, or do without the teacher") from None
-
-
-def prepare(frames, ed):
-    """Frames [(H, W, 3) uint8] of one size, any -> (F, h, w, 3): short side ed.size, both sides multiples of ed.multiple."""
-    sizes = {rgb.shape[:2] for rgb in frames}
-    if len(sizes) > 1:
-        raise Unusable("frames of " + " and ".join(f"{w}x{h}" for h, w in sorted(sizes)) + " in one clip")
-    [sides] = sizes
-    if max(sides) > LONGEST * min(sides):
-        raise Unusable(f"{sides[1]}x{sides[0]}: one side is over {LONGEST} times the other; cut out a part")
-    scale = ed.size / min(sides)
-    height, width = (max(1, round(side * scale / ed.multiple)) * ed.multiple for side in sides)
-    return np.stack([to_rgb(resize(to_tensor(rgb), height, width)) for rgb in frames])
-
-
-# ---- steps 1 and 2: images -------------------------------------------------------------------------------
-
-def stage_images(args):
-    """First-frame triples: of every source image `--candidates` edits, scored, filtered; the trajectory of the best.
-
-    Paper, section 3.2, step 2: 30 samples of 20 steps under various text and source guidance, six scores.
+    Paper, section 3.2: 30 samples of 20 steps under various text and source guidance, six scores.
     """
-    st = open_stage(args, IMAGE_WEIGHTS, args.source, steps=args.steps, **({"dino": args.dino} if args.dino else {}))
-    ed, n = st.ed, args.candidates
-    if "clip" not in st.scorers:
+    tools = open_tools("images", s, how, IMAGE_WEIGHTS)
+    ed = tools.ed
+    if "clip" not in tools.scorers:
         raise UserError("curate.py images: the six scores need CLIP; pass --clip DIR")
-    dtype = torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32
-    clip = metrics.open_scorer("clip", st.scorers["clip"], args.device, dtype)
-    dino = args.dino or (DINO if st.square else "none")            # the embedded scorers have none
-    dino = None if dino == "none" else metrics.DINOv2.from_pretrained(dino, device=args.device, dtype=dtype)
-    items = (drawn_sources(args.n if args.n != -1 else 20, "synthetic", args.seed) if args.source == "shapes" else
-             first_of(read_pairs(args.source), args.n, f"--from {args.source}"))
+    clip = tools.scorers.open("clip")
+    dino = s.dino or (DINO if tools.scorers.family == "published" else "none")          # the embedded scorers have none
+    dino = None if dino == "none" else metrics.DINOv2.from_pretrained(dino, device=ed.device, dtype=ed.dtype)
 
-    def work(item):
-        drawn = "draw" in item
-        source = item["draw"](1, ed.size) if drawn else prepare(item["load"]()[:1], ed)           # (1, H, W, 3) uint8
-        z_src = ed.encode(to_video(source))                         # (1, 1, c, h, w)
-        seeds, s_txt, s_src = draw_candidates(ed, item["id"], n, f"images {args.seed}")
-        edits, latents = [], []                                     # K images, K trajectories (steps + 1, c, h, w)
-        for k in range(0, n, args.batch):
-            part, keep = slice(k, k + args.batch), []
-            z_T = torch.cat([ed.noise(1, *z_src.shape[3:], seed, mode="image") for seed in seeds[part]])
-            z0 = ed.sample(z_src, item["instruction"], z_T, args.steps, s_txt[part], s_src[part], "image", keep=keep)
+    def work(source, image):                                        # (1, H, W, 3) uint8
+        z_src = ed.encode(to_video(image))                          # (1, 1, c, h, w)
+        rows = draw_candidates(ed, source["id"], s.candidates, f"images {s.seed}")
+        noise = [ed.noise(1, *z_src.shape[3:], row["seed"], mode="image") for row in rows]
+        edits, paths = [], []                                       # K images, K trajectories (steps + 1, c, h, w)
+        for z_T, s_txt, s_src in batches(rows, noise, how.batch or 30):
+            path = []
+            z0 = ed.sample(z_src, source["instruction"], z_T, s.steps, s_txt, s_src, "image", keep=path)
             edits += to_u8(ed.decode(z0.transpose(0, 1)))
-            latents += torch.stack(keep)[:, :, 0].unbind(1)
-        captions = item["source_caption"], item["target_caption"]
-        scores = metrics.image_scores(clip, dino, source[0], [*edits, source[0]], *captions)        # the last is untouched
+            paths += torch.stack(path)[:, :, 0].unbind(1)
+        scores = metrics.image_scores(clip, dino, image[0], [*edits, image[0]],            # the last is untouched
+                                      source["source_caption"], source["target_caption"])
         scores["clip_sim_target_gain"] = scores["clip_sim_target"] - scores["clip_sim_target"][-1]
-        scores |= consensus_scores(torch.stack([path[-1] for path in latents]), z_src[0] * ed.vae.scaling_factor)
-        rows = [dict(seed=seeds[k], guidance=[s_txt[k], s_src[k]],
-                     scores={name: round(float(x[k]), 5) for name, x in scores.items()}) for k in range(n)]
-        if drawn:
-            compare_with_truth(ed, rows, z_src, source, [x[None] for x in edits], true_clip(item["origin"], source))
-        best = choose(rows, st.limits, st.fitted, args.no_filter, item["task"])
-        files = {"source.png": source[0], "target.png": edits[best]}
-        return rows, files | ({"trajectory.safetensors": {"trajectory": latents[best]}} if rows[best]["kept"] else {})
+        together = consensus_scores(torch.stack([path[-1] for path in paths]), z_src[0] * ed.vae.scaling_factor)
+        add_scores(rows, scores | together)
+        truth = true_clip(source["origin"], image) if "scene" in source["origin"] else None
+        compare_with_truth(ed, rows, z_src, image, [x[None] for x in edits], truth)
+        best = choose(rows, tools.filter, source)
+        files = {"source.png": image[0], "target.png": edits[best]}
+        if rows[best]["kept"]:
+            files["trajectory.safetensors"] = {"trajectory": paths[best]}
+        return rows, files
 
-    h, c = ed.size // ed.multiple, ed.vae.config["latent_channels"]
-    long = 1 if args.source == "shapes" else LONGEST
-    per_source = long * (6 * ed.size ** 2 + 2 * c * h * h * (args.steps + 1)) + 700 * n
-    run_stage(args, st.config, mine(items), work, per_source, "image")
-
-
-# ---- steps 3 and 4: synthetic clips ----------------------------------------------------------------------
-
-def animate_by_world(row, image):
-    """Step 3: a source image (H, W, 3) uint8 becomes a clip (F, H, W, 3) that starts with it. row: a line of the
-    images' manifest. Here a drawn scene moves on by itself."""
-    scene, _, t0 = drawn_scene(row["origin"])
-    return quantise(render(scene, N_FRAMES, *image.shape[:2], FPS, t0))
+    sources = drawn_sources(s.n, "synthetic", s.seed) if s.source == "shapes" else first_of(read_pairs(s.source), s.n, s.source)
+    run_step(to, tools.settings, sources, partial(pixels, size=ed.size, multiple=ed.multiple, n=1), work, how)
 
 
-def animate_by_camera(row, image):
-    """The same for any image, without a network: a slow zoom and pan inside the picture; frame 0 is the image."""
-    rng, s = Random(row["id"]), torch.linspace(0, 1, N_FRAMES)
+def by_world(origin, image):
+    """A drawn scene (H, W, 3) uint8 moves on by itself: (F, H, W, 3), beginning with the image."""
+    frames = drawn_clip(origin, N_FRAMES, len(image), FPS)
+    if np.abs(frames[0].astype(int) - image).mean() > 2:
+        raise UserError(f"the drawn scene {origin['scene']} is not how its clip begins: the world has changed since; curate the "
+                        "images again")
+    return frames
+
+
+def by_camera(name, image):
+    """The same for any image, without a network: a slow zoom and pan inside the picture, by the source's id. Bicubic."""
+    rng, s = Random(name), torch.linspace(0, 1, N_FRAMES)
     zoom, x, y = rng.uniform(0.08, 0.2), rng.uniform(-1, 1), rng.uniform(-1, 1)
-    frames = through_window(to_tensor(image).expand(N_FRAMES, -1, -1, -1), 1 - zoom * s, zoom * s * x, zoom * s * y)
+    theta = torch.zeros(N_FRAMES, 2, 3)                             # each frame's window: its width, its middle
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 - zoom * s
+    theta[:, 0, 2], theta[:, 1, 2] = zoom * s * x, zoom * s * y
+    still = to_tensor(image).expand(N_FRAMES, -1, -1, -1)
+    grid = F.affine_grid(theta, still.shape, align_corners=False)
+    frames = F.grid_sample(still, grid, "bicubic", "border", align_corners=False).clamp(-1, 1)
     return np.stack([image, *(to_rgb(frame) for frame in frames[1:])])
-
-
-def through_window(frames, width, x, y):
-    """frames (N, 3, H, W) in [-1, 1], each seen through a window of its own and brought to full size: width (N,) of the
-    window in frames, its middle x, y (N,) from the frame's in half frames. Bicubic; beyond the edge the edge goes on."""
-    theta = torch.zeros(len(frames), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = width
-    theta[:, 0, 2], theta[:, 1, 2] = x, y
-    grid = F.affine_grid(theta, tuple(frames.shape), align_corners=False).to(frames)
-    return F.grid_sample(frames, grid, "bicubic", "border", align_corners=False).clamp(-1, 1)
 
 
 TEACHER_CLIPS = 3       # PAPER: 48 frames; of CogVideoX's 49 (8 a second) the last is left out: three clips of N_FRAMES
 TEACHER_GROUP = 64      # images that go through one of its networks before the next one is loaded
 
 
-def animate_by_cogvideox(args, items):
-    """The same with the paper's teacher: 48 frames. Makes the clips of all items now, network by network, and keeps
-    their latents in <to>/animated (which may go when the stage is done); the function that it returns, animate(row,
-    image), decodes one. A killed run loses one clip.
+def clips(to, s, how):
+    """step 3: the kept images become clips, as they move on in the drawn world, by a camera, or by CogVideoX
 
-    Any aspect: the whole image goes into the teacher's 480x720, with black beside or above it, and only the image's
-    part of the clip is taken, so that its frames still lie under the image's trajectory.
+    CogVideoX makes three clips of an image. Only the first starts with it; the edit of the image guides the attention
+    of all three, and each is a source of its own for `videos`, filtered by itself.
     """
-    try:
-        cog = CogVideoX.from_pretrained(args.cogvideox, device=args.device, cache=args.to / "animated" / "text")
-    except UserError as error:
-        raise UserError(f"--cogvideox {args.cogvideox}: {error}") from None
-    height, width = (8 * cog.config["transformer"][k] for k in ("sample_height", "sample_width"))
-
-    def file_of(row):
-        made_with = row["origin"]["image"], args.cogvideox, args.cogvideox_steps, args.seed
-        return args.to / "animated" / f"{ident(*made_with)}.safetensors"
-
-    rows = list({file_of(row): row for row in to_do(args, items) if not file_of(row).is_file()}.values())
-    if rows:
-        latents = 2 * 13 * cog.config["transformer"]["out_channels"] * height * width // 64         # bytes, float16
-        states = cog.dtype.itemsize * 226 * cog.config["text_encoder"]["d_model"]
-        need, free = (latents + states) * len(rows) * shard()[1], shutil.disk_usage(args.to).free
-        print(f"{args.to}/animated: {len(rows)} images to animate; {latents * len(rows) / 1e6:.0f} MB of latents, at "
-              f"most {states * len(rows) / 1e6:.0f} MB of text states")
-        if need > free:
-            raise UserError(f"--to {args.to}: the animated clips need up to {amount(need)}, {amount(free)} are free; "
-                            "pass --limit, fewer images, or another disk")
-    bar = tqdm(total=len(rows), unit="clip", desc="CogVideoX", disable=not rows)
-    for k in range(0, len(rows), TEACHER_GROUP):
-        jobs = []
-        for row in rows[k:k + TEACHER_GROUP]:
-            try:
-                image = to_tensor(read_image(args.images / row["origin"]["image"] / "source.png", row["id"]))
-            except Unusable:
-                continue                                            # its line will say so
-            jobs.append((row, (fit_image(image, height, width, pad=True), row["source_caption"],
-                               Random(f"cogvideox {args.seed} {row['origin']['image']}").getrandbits(31))))
-        for (row, _), z in zip(jobs, cog.latents([job for _, job in jobs], steps=args.cogvideox_steps)):
-            with aside(file_of(row)) as part:
-                save_file({"z": z.half().cpu()}, part)
-            bar.update()
-    bar.close()
-    cog.loaded = (None, None)                                       # the editor needs the room now
-
-    @lru_cache(1)                                                   # an image's three clips come one after another
-    def decode(file):
-        return cog.decode(load_file(file)["z"].float())[0, :TEACHER_CLIPS * N_FRAMES]
-
-    def animate(row, image):
-        try:
-            video = decode(file_of(row))                            # (48, 3, 480, 720)
-        except (OSError, SafetensorError, KeyError) as error:       # the next run makes it anew
-            file_of(row).unlink(missing_ok=True)
-            raise Unusable(f"{file_of(row)}: {error}") from None
-        top, left, h, w = inside(*image.shape[:2], height, width)
-        return np.stack([to_rgb(resize(x[:, top:top + h, left:left + w], *image.shape[:2])) for x in video])
-    return animate
-
-
-def stage_videos(args):
-    """Round 0's clips: every kept image is animated, and edited under its trajectory with several guidance settings.
-
-    Paper, section 3.2, steps 3 and 4 (FFG-V2V). --mode image edits frame by frame without the trajectory, for Table
-    2's comparison. --animate: CogVideoX makes three clips of an image. Only the first starts with it; the edit of the
-    image guides the attention of all three, and each is a source of its own, filtered by itself.
-    """
-    if not args.images.is_dir():
-        raise UserError(f"--images {args.images}: no such directory; run curate.py images first")
-    motion = False if args.motion == "none" else args.motion
-    if not list(args.images.glob("manifest*.jsonl")):
-        return stage_pairs(args, motion)
-    teacher = (dict(cogvideox=args.cogvideox, cogvideox_steps=args.cogvideox_steps)
-               if args.animate == "cogvideox" else {})
-    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode=args.mode, motion=motion, animate=args.animate, **teacher)
-    ed, rows = st.ed, [row for row in read_manifest(args.images) if row["kept"]]
-    if not rows:
-        raise UserError(f"--images {args.images}: its filters kept no image; see curate.py look {args.images}")
-    undrawn = [row["id"] for row in rows if "scene" not in row["origin"]]
-    if args.animate == "world" and undrawn:
-        raise UserError(f"--animate world: {len(undrawn)} of {len(rows)} images are no drawn scenes, the first "
+    sources = read_rows(s.images, kept=True)
+    undrawn = [source["id"] for source in sources if "scene" not in source["origin"]]
+    if s.animate == "world" and undrawn:
+        raise UserError(f"--animate world: {len(undrawn)} of {len(sources)} images are no drawn scenes, the first "
                         f"{undrawn[0]}; pass camera or cogvideox")
-    items, per_source = mine([row | {"origin": row["origin"] | {"image": row["id"]}} for row in rows]), clip_disk_bytes(st, not undrawn)
-    if teacher:                                                     # sharded by image, then cut
-        items = [item | {"id": ident(item["id"], k) if k else item["id"], "order": item["order"] + [k] * (k > 0),
-                         "origin": item["origin"] | {"frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}}
-                 for item in items for k in range(TEACHER_CLIPS)]
-        check_config(args.to, st.config, args.force)                # before hours of work
-        check_room(args, len(to_do(args, items)), len(items), per_source, "clip")
-        with out_of_the_way(ed):
-            animate_by_teacher = animate_by_cogvideox(args, items)
 
-    def animated(item, image):
-        """(clip (F, H, W, 3), why it cannot be used or "")."""
-        if teacher:
-            start, whole = item["origin"]["frames"][0], animate_by_teacher(item, image)
-            clip = whole[start:start + N_FRAMES]
-            return clip, clip_fault(to_video(whole), to_tensor(image)) or clip_fault(to_video(clip), to_tensor(clip[0]))
-        clip = (animate_by_world if drawn(item) else animate_by_camera)(item, image)
-        if np.abs(clip[0].astype(int) - image).mean() > 2:
-            raise UserError(f"--images {args.images}: {item['origin']['image']} is not how its clip begins; the shapes world has "
-                            "changed since it was drawn, curate the images again")
-        return clip, ""
+    def load(source):
+        return read_image(Path(s.images) / source["id"] / "source.png")
 
-    def drawn(item):
-        return "scene" in item["origin"] and args.animate in (None, "world")
+    def move(source, image):
+        animate = s.animate or ("world" if "scene" in source["origin"] else "camera")
+        frames = by_world(source["origin"], image) if animate == "world" else by_camera(source["id"], image)
+        row = {"kept": True, "animate": animate, "origin": source["origin"] | {"image": source["id"]}}
+        return [row], {"source.mp4": to_video(frames)}
 
-    def work(item):
-        folder = args.images / item["origin"]["image"]
-        try:
-            image = np.array(Image.open(folder / "source.png").convert("RGB"))
-            path = load_file(folder / "trajectory.safetensors")["trajectory"].float()
-        except (OSError, SafetensorError, KeyError) as error:
-            raise Unusable(f"{folder}: {error}") from None
-        source, fault = animated(item, image)
-        if fault:
-            row = {"kept": False, "why": f"animated clip: {fault}", "scores": {}}
-            return [row], {"source.mp4": to_video(source)}
-        z_src, z_first = ed.encode(to_video(source)), ed.encode(to_video(image[None]))
-        path = [z[None, None].to(z_src) for z in path]              # steps + 1 of (1, 1, c, h, w)
-        _, s_txt, s_src = draw_candidates(ed, item["id"], args.candidates, f"videos {args.seed}", item["guidance"])
-        z_T = [path[0].expand_as(z_src)] * args.candidates          # every frame starts where the first one's edit did
-        z0 = edit_clip(st, z_src, item["instruction"], z_T, s_txt, s_src, len(path) - 1, args.mode, (z_first, path))
-        truth = true_clip(item["origin"], source) if drawn(item) else None
-        return finish_clip(st, item, source, z_src, z0, [item["seed"]] * args.candidates, s_txt, s_src, truth)
+    def ask_teacher(loaded):
+        jobs = [(to_tensor(image), source["source_caption"], Random(f"cogvideox {s.seed} {source['id']}").getrandbits(31))
+                for source, image in loaded]
+        for (source, _), (image, *_), video in zip(loaded, jobs, teacher.clips(jobs, s.cogvideox_steps)):
+            video = video[:TEACHER_CLIPS * N_FRAMES]                # (F, 3, H, W) in [-1, 1]
+            rows = []
+            for k, clip in enumerate(video.split(N_FRAMES)):
+                fault = clip_fault(video, image) or clip_fault(clip, clip[0])
+                span = {"image": source["id"], "frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}
+                rows.append({"id": ident(source["id"], k) if k else source["id"], "order": source["order"] + [k] * (k > 0),
+                             "origin": source["origin"] | span, "animate": "cogvideox", "kept": not fault,
+                             "below": [fault] if fault else [], "why": fault})
+            yield rows, {"source.mp4": video[None]}
 
-    run_stage(args, st.config, items, work, per_source, "clip")
+    settings = {"step": "clips"} | asdict(s)
+    if s.animate != "cogvideox":
+        return run_step(to, settings, sources, load, move, how)
+    teacher = CogVideoX.from_pretrained(s.cogvideox, device=how.device)
+    run_step(to, settings, sources, load, ask_teacher, how, TEACHER_GROUP)
 
 
-def stage_pairs(args, motion):
-    """Round 0's clips from a folder in InsV2V's layout: pairs that others made are scored and filtered as they are."""
-    if args.animate:
-        raise UserError(f"--animate {args.animate}: {args.images} holds no images of curate.py; pass such a data set, "
-                        "or leave --animate out")
-    st = open_stage(args, VIDEO_WEIGHTS, args.images, mode="pairs", motion=motion, animate=None)
+def videos(to, s, how):
+    """step 4: the clips, edited under the trajectory of their image's edit with several guidance settings (FFG-V2V)
 
-    def work(item):
-        source, target = (prepare(frames, st.ed) for frames in item["load"]())
-        if source.shape != target.shape:
-            raise Unusable("clips of {2}x{1} and {6}x{5} in one pair".format(*source.shape, *target.shape))
-        z_src, z0 = st.ed.encode(to_video(source)), st.ed.encode(to_video(target)) * st.ed.vae.scaling_factor
-        return finish_clip(st, item, source, z_src, z0, [None], [None], [None])
-
-    items = mine(first_of(read_insv2v(args.images), -1, f"--images {args.images}"))
-    run_stage(args, st.config, items, work, clip_disk_bytes(st, False), "clip")
-
-
-def true_clip(origin, source):
-    """(true edit, mask) of a drawn clip, or None where the edit leaves something to chance."""
-    scene, edit, t0 = drawn_scene(origin)
-    if not edit.deterministic:
-        return None
-    truth = quantise(render(edit.target, len(source), *source.shape[1:3], FPS, t0))
-    return truth, true_region(source, truth, edit.is_global)
-
-
-def edit_clip(st, z_src, instruction, z_T, s_txt, s_src, steps, mode, anchor=None):
-    """`VideoEditor.sample` in parts of --batch candidates: z0 (K, F, c, h, w). anchor: (latents (1, 1, c, h, w) of a source
-    frame, trajectory of its edit); "ffg" without one makes one each."""
-    return torch.cat([st.ed.sample(z_src, instruction, torch.cat(z_T[part]), steps, s_txt[part], s_src[part], mode, anchor=anchor)
-                      for part in (slice(k, k + st.args.batch) for k in range(0, len(z_T), st.args.batch))])
-
-
-def score_clip(st, source, edits, item):
-    """[{score: value}] of edits (F, H, W, 3) uint8: metrics.SCORES, and <score>_gain over the untouched source's."""
-    clip = {"edits": {k: x for k, x in enumerate(edits)} | {"source": source}, "source": source,
-            **{k: item[k] for k in ("instruction", "source_caption", "target_caption")}}
-    [result] = metrics.score_clips([clip], st.scorers, st.args.device, st.square, st.opened)
-    untouched = result.pop("source")
-    for row in result.values():
-        row |= {f"{k}_gain": row[k] - untouched[k] for k in ("clip_text", "viclip_out", "pick_score") if k in row}
-    return [{name: round(float(x), 5) for name, x in result[k].items()} for k in range(len(edits))]
-
-
-def finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth=None):
-    """Candidates z0 (K, F, c, h, w) of a clip: decoded, scored, filtered -> (rows, files)."""
-    videos = [st.ed.decode(z[None]).cpu() for z in z0]
-    edits = [np.stack(to_u8(video)) for video in videos]
-    scores = score_clip(st, source, edits, item)
-    for name, values in consensus_scores(z0, z_src * st.ed.vae.scaling_factor).items():
-        scores = [row | {name: round(value, 5)} for row, value in zip(scores, values)]
-    rows = [dict(seed=seeds[k], guidance=[s_txt[k], s_src[k]], scores=scores[k]) for k in range(len(z0))]
-    compare_with_truth(st.ed, rows, z_src, source, edits, truth)
-    best = choose(rows, st.limits, st.fitted, st.args.no_filter, item["task"])
-    files = {"source.mp4": to_video(source), "target.mp4": videos[best]}
-    if rows[best]["kept"]:
-        files["latents.safetensors"] = {"source": z_src[0], "target": z0[best] / st.ed.vae.scaling_factor}
-    return rows, files
-
-
-LONGEST = 3             # ours: long side of a frame in short ones, at most (films: 2.4); bounds what a data set takes
-
-
-def clip_disk_bytes(st, drawn):
-    """Of one clip on disk, at most: two mp4, two sets of latents, its lines. drawn: all are square."""
-    size, h = st.ed.size, st.ed.size // st.ed.multiple
-    frame = size ** 2 // 4 + 4 * st.ed.vae.config["latent_channels"] * h * h
-    return N_FRAMES * frame * (1 if drawn else LONGEST) + 800 * st.args.candidates
-
-
-# ---- stages II and III: real clips -----------------------------------------------------------------------
-
-def stage_real(args):
-    """Round N's clips: real videos cut into 16 frames, an instruction for each, edited by the previous round's model.
-
-    Paper, sections 3.3 and 4.1: 8 K videos of YouTube-VOS, MOSE, LVOS and MeViS, 16 K clips of 16 frames, 3,402 and
-    5,048 kept. --writer: LLaVA-OneVision as in the paper; a file; or tiny, what CLIP sees, in the words of the shapes
-    world. Each is a function write(frames, item) -> {instruction, source_caption, target_caption, ...}.
+    Paper, section 3.2. --mode image edits frame by frame without the trajectory, for Table 2's comparison.
     """
-    if args.round < 1:
-        raise UserError(f"--round {args.round}: real clips are for rounds 1 and up; round 0 is curate.py videos")
-    mix = named_values("--task-mix", args.task_mix, "style=1 removal=2")
-    if mix:
-        teachers.check_mix(mix)
-    teacher = (dict(llava=args.llava, lora=args.lora and str(args.lora), task_mix=mix)
-               if args.writer == "llava" else {})
-    st = open_stage(args, VIDEO_WEIGHTS, args.source, round=args.round, steps=args.steps, per_video=args.per_video,
-                    writer={"tiny": "clip", "llava": "llava"}.get(args.writer) or file_mark(args.writer), **teacher)
-    ed, mode = st.ed, st.ed.default_mode
-    items = (mine(drawn_sources(args.n if args.n != -1 else 20, "real", args.seed)) if args.source == "shapes" else
-             cut_videos(args, find_videos(args.source)))
-    per_source = clip_disk_bytes(st, args.source == "shapes")
-    if teacher:                                                     # before hours of work
-        check_config(args.to, st.config, args.force)
-        check_room(args, len(to_do(args, items)), len(items), per_source, "clip")
-        with out_of_the_way(ed):
-            write = write_by_llava(args, items, mix or None)
+    tools = open_tools("videos", s, how, VIDEO_WEIGHTS, s.motion)
+    ed, edited = tools.ed, {row["id"]: row for row in read_rows(s.images, kept=True)}
+    sources = [row for row in read_rows(s.clips, kept=True) if row["origin"]["image"] in edited]
+    if not sources:
+        raise UserError(f"--clips {s.clips}: made of other images than those of --images {s.images}")
+
+    def load(source):
+        name = source["origin"]["image"]
+        image = read_image(Path(s.images) / name / "source.png")
+        path = Path(s.images) / name / "trajectory.safetensors"
+        with reading(path):
+            trajectory = read_tensors(path)["trajectory"].float()
+        if source["animate"] == "cogvideox":
+            start, _ = source["origin"]["frames"]
+            return image, trajectory, np.stack([*video_frames(Path(s.clips) / name / "source.mp4", start, N_FRAMES)])
+        return image, trajectory, None                              # exact pixels, which mp4 does not hold
+
+    def work(source, loaded):
+        image, trajectory, frames = loaded
+        origin, row = source["origin"], edited[source["origin"]["image"]]
+        if frames is None:
+            frames = by_world(origin, image) if source["animate"] == "world" else by_camera(row["id"], image)
+        z_src, z_first = ed.encode(to_video(frames)), ed.encode(to_video(image[None]))
+        path = [z[None, None].to(z_src) for z in trajectory]        # steps + 1 of (1, 1, c, h, w)
+        rows = [r | {"seed": row["seed"]} for r in
+                draw_candidates(ed, source["id"], s.candidates, f"videos {s.seed}", row["guidance"])]
+        noise = [path[0].expand_as(z_src)] * len(rows)              # every frame starts where the first one's edit did
+        z0 = torch.cat([ed.sample(z_src, source["instruction"], z_T, len(path) - 1, s_txt, s_src, s.mode,
+                                  anchor=(z_first, path)) for z_T, s_txt, s_src in batches(rows, noise, how.batch or 4)])
+        truth = true_clip(origin, frames, FPS) if source["animate"] == "world" else None
+        return finish_clip(tools, source, frames, z_src, z0, rows, truth)
+
+    run_step(to, tools.settings, sources, load, work, how)
+
+
+def pairs(to, s, how):
+    """clips and their edits that others made, in InsV2V's layout: scored and filtered as they are"""
+    tools = open_tools("pairs", s, how, VIDEO_WEIGHTS)
+    ed = tools.ed
+
+    def load(source):
+        frames, edit = (prepare(clip, ed.size, ed.multiple) for clip in source["load"]())
+        with reading(source["origin"]["file"]):
+            need(frames.shape == edit.shape, "clips of {2}x{1} and {6}x{5} in one pair".format(*frames.shape, *edit.shape))
+        return frames, edit
+
+    def work(source, loaded):
+        frames, edit = loaded
+        z_src, z0 = ed.encode(to_video(frames)), ed.encode(to_video(edit)) * ed.vae.scaling_factor
+        return finish_clip(tools, source, frames, z_src, z0, [{"seed": None, "guidance": None}])
+
+    run_step(to, tools.settings, first_of(read_insv2v(Path(s.source)), -1, s.source), load, work, how)
+
+
+# ---- stages II and III: cut, write, real -----------------------------------------------------------------
+
+def cut(to, s, how):
+    """stage II: real videos become clips of 16 frames, evenly spread, none across a cut, none static or black
+
+    Paper, section 4.1: 8 K videos of YouTube-VOS, MOSE, LVOS and MeViS, 16 K clips. A clip's row says where its frames
+    are; no pixels are copied.
+    """
+    def load(source):                                               # (F, 32, 32, 3) uint8, or a drawn scene's nothing
+        if "scene" in source["origin"]:
+            return None
+        small = [Image.fromarray(rgb).resize((32, 32), Image.BOX) for rgb in video_frames(path_of(source["origin"]))]
+        return np.stack([np.asarray(image) for image in small])
+
+    def work(source, small):
+        if small is None:
+            return [{"kept": True}], {}
+        name, size, found = source["origin"]["file"], size_of(path_of(source["origin"])), list(find_clips(small))
+        good = [start for start, _, fault in found if not fault]
+        if len(good) > s.per_video:
+            good = [good[k] for k in np.linspace(0, len(good) - 1, s.per_video).round().astype(int)]
+        rows = []
+        for start, end, fault in found:
+            fault = fault or ("" if start in good else "beyond --per-video")
+            rows.append({"id": ident(name, size, start, N_FRAMES), "order": source["order"] + [start], "kept": not fault,
+                         "below": [fault] if fault else [], "why": fault,
+                         "origin": source["origin"] | {"frames": [start, end]}})
+        return rows, {}
+
+    sources = drawn_sources(s.n, "real", s.seed) if s.source == "shapes" else first_of(read_videos(Path(s.source)), s.n, s.source)
+    run_step(to, {"step": "cut"} | asdict(s), sources, load, work, how)
+
+
+WRITE_GROUP = 4         # clips that the language model sees at once
+
+
+def write(to, s, how):
+    """stage II: an instruction and captions for every clip, by LLaVA-OneVision as in the paper, by tiny CLIP, or of a file"""
+    sources = read_rows(s.clips, kept=True)
+    settings = {"step": "write"} | asdict(s)
+    if s.writer == "llava":
+        if mix := named_values("--task-mix", s.task_mix):
+            check_mix(mix)
+        settings |= {"lora_file": fingerprint(s.lora)} if s.lora else {}
+        ask = by_llava(to, LlavaOneVision.from_pretrained(s.llava, device=how.device, lora=s.lora or None), mix, sources)
+        # drawn at the size of SigLIP's eye
+        run_step(to, settings, sources, partial(pixels, size=384), ask, how, WRITE_GROUP, whole=True)
+    elif s.writer == "tiny":
+        clip = metrics.CLIP.from_pretrained(ROOT / "assets/tiny/clip" if s.clip == "tiny" else s.clip, device=how.device,
+                                            dtype=torch.float32)
+        run_step(to, settings, sources, partial(pixels, size=clip.image_size, multiple=8), by_clip(clip, s.seed), how)
     else:
-        write = write_by_clip(st) if args.writer == "tiny" else write_from_file(args.writer)
-
-    def work(item):
-        source = item["draw"](N_FRAMES, ed.size) if "draw" in item else prepare(item["load"](), ed)
-        item |= write(source, item)
-        z_src = ed.encode(to_video(source))
-        seeds, s_txt, s_src = draw_candidates(ed, item["id"], args.candidates, f"real {args.seed}")
-        z_T = [ed.noise(N_FRAMES, *z_src.shape[3:], seed, mode=mode) for seed in seeds]
-        z0 = edit_clip(st, z_src, item["instruction"], z_T, s_txt, s_src, args.steps, mode)
-        truth = item.pop("operation", None)
-        if truth is not None:                                       # an effect has a truth on any footage
-            truth = quantise(truth(source.astype(np.float32) / 255)), np.ones(source.shape[:3], bool)
-        return finish_clip(st, item, source, z_src, z0, seeds, s_txt, s_src, truth)
-
-    run_stage(args, st.config, items, work, per_source, "clip")
+        texts = read_texts(s.writer)
+        settings |= {"writer_file": fingerprint(s.writer)}
+        run_step(to, settings, sources, lambda source: texts[int(source["id"], 16) % len(texts)],
+                 lambda source, text: ([text | {"kept": True}], {}), how)
 
 
-def write_by_clip(st):
-    """A writer: CLIP names what it sees, zero-shot among the shapes world's captions, and an edit of such a scene
-    supplies the instruction and both captions."""
-    if "clip" not in st.scorers:
-        raise UserError("curate.py real: the writer tiny needs CLIP; pass --clip DIR, or --writer llava or FILE")
-    clip = metrics.open_scorer("clip", st.scorers["clip"], st.args.device, torch.float32)
+def by_clip(clip, seed):
+    """A writer: CLIP names what it sees, zero-shot among the captions of the drawn world, and an edit of such a scene
+    supplies the instruction and both captions. Of effects and styles the row names the exact operation."""
     pairs = [(k, c) for k in KINDS for c in COLOURS]
     grounds = [Background("plain", f"a {c} background", (COLOURS[c],)) for c in COLOURS]
     grounds += [Background("gradient", name, rgb) for name, rgb in SKIES.items()]
@@ -890,301 +722,245 @@ def write_by_clip(st):
 
     @torch.no_grad()
     def text(captions):
-        return F.normalize(torch.cat([clip.encode_text(clip.tokenizer(part)) for part in
-                                      (captions[i:i + 64] for i in range(0, len(captions), 64))]), dim=-1)
+        parts = [captions[k:k + 64] for k in range(0, len(captions), 64)]
+        return F.normalize(torch.cat([clip.encode_text(clip.tokenizer(part)) for part in parts]), dim=-1)
 
     def scene(objects, ground):
         return Scene(0, "real", ground, tuple(Shape(k, c, COLOURS[c], .5, .5, .15) for k, c in objects))
-    names = text([_article(f"{c} {k}") for k, c in pairs])
+
+    names = text([article(f"{c} {k}") for k, c in pairs])
 
     @torch.no_grad()
-    def write(frames, item):
+    def work(source, frames):
         x = clip.encode_image(clip.preprocess(list(frames[::5])))   # four of the 16 frames
         x = F.normalize(F.normalize(x, dim=-1).mean(0), dim=-1)
         first = pairs[int((names @ x).argmax())]
         second = max((p for p in pairs if p[0] != first[0] and p[1] != first[1]),
                      key=lambda p: float(names[pairs.index(p)] @ x))
         guesses = [scene(objects, ground) for objects in ((), (first,), (first, second)) for ground in grounds]
-        seen = replace(guesses[int((text([caption(s) for s in guesses]) @ x).argmax())], seed=int(item["id"][:8], 16))
-        edit = propose_edit(seen, st.args.seed)
-        found = {k: getattr(edit, k) for k in ("instruction", "source_caption", "target_caption", "task")}
+        seen = guesses[int((text([caption(guess) for guess in guesses]) @ x).argmax())]
+        edit = propose_edit(replace(seen, seed=int(source["id"][:8], 16)), seed)
+        row = {key: getattr(edit, key) for key in FIELDS} | {"kept": True}
         if edit.task in ("effect", "style") and edit.deterministic:
-            name, seed = edit.target.post[0]
-            found["operation"] = lambda x: (EFFECTS.get(name) or STYLES[name])(x, np.arange(len(x)) / FPS, seed)
-        return found
-    return write
+            row["operation"] = edit.target.post[0]                  # its name and seed
+        return [row], {}
+
+    return work
 
 
-WRITE_GROUP = 4         # clips that the language model sees at once; their answers are kept together
+def by_llava(to, net, mix, sources):
+    """A writer: LLaVA-OneVision, asked about a group of clips at once. Earlier answers, of this process, count for the mix of
+    tasks and for near-duplicates, see teachers.write_instructions."""
+    mine = [source["id"] for source in my_share(sources)]
+    answers = {row["id"]: row for path in to.glob("*/candidates.json") for row in read_json(path, list)}
+
+    def work(loaded):
+        group = [source["id"] for source, _ in loaded]
+        before = [answers[name] for name in takewhile(lambda name: name not in group, mine) if name in answers]
+        shown = [(source["id"], frames) for source, frames in loaded]
+        for answer in write_instructions(net.generate, shown, mix or None, before, WRITE_GROUP):
+            row = {key: answer[key] for key in (*FIELDS, "kept", "why") if key in answer}
+            answers[answer["id"]] = row
+            yield [row | {"below": [] if row["kept"] else ["no instruction"]}], {}
+
+    return work
 
 
-def write_by_llava(args, items, mix):
-    """The paper's writer: asks LLaVA-OneVision about all clips that are wanted now, then frees it.
-
-    instructions.jsonl keeps its answers, kept or refused (see teachers.write_instructions), so that a rerun asks only
-    about new clips; earlier answers count for the mix of tasks and for near-duplicates. Under torchrun each rank minds
-    its own. Whole groups are asked, so --limit and a kill change no answer.
-    """
-    rank, world = shard()
-    log, rows = rank_log(args.to, "instructions")
-    said = {row["id"]: row for row in rows}
-    gone = {}                                                       # {id: why} of clips that cannot be read now
-    wanted = {item["id"] for item in to_do(args, items)}
-    last = max((i for i, item in enumerate(items) if item["id"] in wanted), default=-1)
-    new = [item for item in items[:-(-(last + 1) // WRITE_GROUP) * WRITE_GROUP] if item["id"] not in said]
-
-    def frames(item):
-        try:                                                        # drawn at the size of SigLIP's eye
-            return item["draw"](N_FRAMES, 384) if "draw" in item else np.stack(item["load"]())
-        except Unusable as error:
-            gone[item["id"]] = str(error)
-            return np.empty((0, 1, 1, 3), np.uint8)                 # refused as too short
-
-    if new:
-        try:
-            net = teachers.LlavaOneVision.from_pretrained(args.llava, device=args.device, lora=args.lora)
-        except UserError as error:
-            raise UserError(f"--llava {args.llava}: {error}") from None
-        bar = tqdm(new, unit="clip", desc="LLaVA")
-        records = teachers.write_instructions(net.generate, ((item["id"], frames(item)) for item in bar), mix,
-                                             [said[item["id"]] for item in items if item["id"] in said], WRITE_GROUP)
-        while group := list(islice(records, WRITE_GROUP)):
-            group = [r for r in group if r["id"] not in gone]       # nothing is kept of these: the next run asks
-            with open(log, "a", encoding="utf-8") as f:
-                f.write(dump(group))
-            said |= {r["id"]: r for r in group}
-        tasks = Counter(r["task"] for r in said.values() if r["kept"])
-        print(f"LLaVA: {tasks.total()} of {len(said)} clips have an instruction: " +
-              (", ".join(f"{n} {task}" for task, n in tasks.most_common()) or "none") + f"; the others' reasons: {log}")
-
-    def write(frames, item):
-        if item["id"] in gone:
-            raise Unusable(gone[item["id"]])
-        record = said[item["id"]]
-        if not record["kept"]:
-            raise Unwritten(record["why"])
-        return {k: record[k] for k in teachers.FIELDS}
-    return write
-
-
-def file_mark(path):
-    """A file's name and what tells its contents from others'; the name alone where it cannot be read."""
-    with suppress(OSError):
-        return f"{path} {hashlib.sha1(Path(path).read_bytes()).hexdigest()[:8]}"
-    return str(path)
-
-
-def write_from_file(path):
-    """A writer from a text file: one instruction a line, or JSON lines with instruction, source_caption, target_caption
-    and task; every clip takes one of them by its id. A bare instruction is its own target caption."""
+def read_texts(path):
+    """A file's [{task, instruction, source_caption, target_caption}]: one instruction a line, which then is its own target
+    caption, or JSON lines. Every clip takes one of them by its id."""
     rows = []
-    try:
-        for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
-            if line := line.strip():
-                row = json.loads(line) if line.startswith("{") else {"instruction": line}
-                row = {"source_caption": "", "target_caption": row["instruction"], "task": ""} | row
-                rows.append(dict(zip(teachers.FIELDS, texts_of(row, teachers.FIELDS, f"{path}, line {n}"))))
-                if not rows[-1]["instruction"].strip():
-                    raise UserError(f"{path}, line {n}: needs text in instruction")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--writer, --instructions {path}: pass tiny, llava, or a file of one instruction a line, or "
-                        f"of JSON lines with instruction, source_caption, target_caption ({error})") from None
-    if not rows:
-        raise UserError(f"--writer, --instructions {path}: is empty")
-    return lambda frames, item: rows[int(item["id"], 16) % len(rows)]
+    for where, row in read_lines(Path(path)):
+        with reading(f"--writer {where}", "pass tiny, llava, or a file of one instruction a line or of JSON lines"):
+            texts = texts_of({"target_caption": row["instruction"]} | row, FIELDS)
+            need(texts[1].strip(), "needs text in instruction")
+            rows.append(dict(zip(FIELDS, texts)))
+    with reading(f"--writer {path}"):
+        need(rows, "is empty")
+    return rows
+
+
+def real(to, s, how):
+    """stages II, III: the written clips, edited by the previous round's model (paper, sections 3.3 and 4.1)"""
+    tools = open_tools("real", s, how, VIDEO_WEIGHTS)
+    ed, mode = tools.ed, tools.ed.default_mode
+
+    def work(source, frames):
+        z_src = ed.encode(to_video(frames))
+        rows = draw_candidates(ed, source["id"], s.candidates, f"real {s.seed}")
+        noise = [ed.noise(N_FRAMES, *z_src.shape[3:], row["seed"], mode=mode) for row in rows]
+        z0 = torch.cat([ed.sample(z_src, source["instruction"], z_T, s.steps, s_txt, s_src, mode)
+                        for z_T, s_txt, s_src in batches(rows, noise, how.batch or 4)])
+        truth = None
+        if "operation" in source:                                   # has a truth on any footage
+            name, seed = source["operation"]
+            truth = OPERATIONS[name](frames.astype(np.float32) / 255, np.arange(N_FRAMES) / FPS, seed)
+            truth = quantise(truth), np.ones(frames.shape[:3], bool)
+        return finish_clip(tools, source, frames, z_src, z0, rows, truth)
+
+    run_step(to, tools.settings, read_rows(s.source, kept=True), partial(pixels, size=ed.size, multiple=ed.multiple), work, how)
+
+
+STEPS = {"images": (Images, images), "clips": (Clips, clips), "videos": (Videos, videos), "pairs": (Pairs, pairs),
+         "cut": (Cut, cut), "write": (Write, write), "real": (Real, real)}
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Sources: drawn scenes, image pairs, pairs of clips, real videos. Each is a dict with id, order (its place), task,
-# instruction, source_caption, target_caption, origin, and draw(n_frames, size) or load().
+# Sources: drawn scenes, image pairs, pairs of clips, real videos. Each is a dict of SOURCE, plain data, and, unless its
+# origin tells where the pixels are, load() -> rgb (H, W, 3) uint8 or lists of it. order: its place.
 # ----------------------------------------------------------------------------------------------------------
 
-VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
+def make_source(source_id, order, texts, origin, task="", **load):
+    """texts: instruction, source caption, target caption."""
+    return dict(zip(SOURCE, (source_id, order, task, *texts, origin))) | load
 
 
-def source_item(item_id, order, instruction, captions, origin, task="", **how):
-    return dict(id=item_id, order=order, task=task, instruction=instruction, source_caption=captions[0],
-                target_caption=captions[1], origin=origin, **how)
+def pixels(source, size, multiple=None, n=N_FRAMES):
+    """The first n frames of a source, (F, H, W, 3) uint8. size: of drawn ones and, with multiple, of all, see `prepare`."""
+    origin = source["origin"]
+    if "scene" in origin:
+        return drawn_clip(origin, n, size, FPS)
+    if "load" in source:
+        frames = source["load"]()[:n]
+    else:
+        path, start = path_of(origin), origin["frames"][0]
+        with reading(path):
+            need(source["id"] == ident(origin["file"], size_of(path), start, N_FRAMES), "has changed since it was cut")
+            frames = list(video_frames(path, start, n))
+    return prepare(frames, size, multiple) if multiple else np.stack(frames)
 
 
-def say_left_out(where, what, paths):
-    """A line about what a reader does not take, if there is any."""
-    if paths:
-        print(f"{where}: {len(paths)} {what}, the first {min(paths)}; left out")
-
-
-def drawn_scene(origin):
-    """(Scene, Edit, time of its first frame) of a source that `drawn_sources` made."""
-    scene = draw_scene(origin["scene"], origin["domain"])
-    return scene, propose_edit(scene, origin["scene"]), origin["t0"]
+def prepare(frames, size, multiple):
+    """Frames [(H, W, 3) uint8] of one size -> (F, h, w, 3) with this short side, both sides multiples of `multiple`."""
+    sizes = {f"{rgb.shape[1]}x{rgb.shape[0]}" for rgb in frames}
+    with reading("a clip" if len(frames) > 1 else "an image", "cut out a part"):
+        need(len(sizes) == 1, f"frames of {' and '.join(sorted(sizes))}")
+        sides = frames[0].shape[:2]
+        need(max(sides) <= LONGEST * min(sides), f"{sizes.pop()}: one side is over {LONGEST} times the other")
+    height, width = (max(1, round(side * size / min(sides) / multiple)) * multiple for side in sides)
+    return np.stack([to_rgb(resize(to_tensor(rgb), height, width)) for rgb in frames])
 
 
 def drawn_sources(n, domain, seed):
-    """n scenes of the shapes world with an edit each; their numbers are far from those of train.py's sets."""
-    items, first = [], (60 if domain == "synthetic" else 70) * 1_000_000 + 100_000 * seed
-    for number in range(first, first + n):
-        origin = {"scene": number, "domain": domain, "t0": round(Random(f"t0 {number}").uniform(0, 4), 3)}
-        scene, edit, t0 = drawn_scene(origin)
-        captions = edit.source_caption, edit.target_caption
-        items.append(source_item(
-            ident("shapes", origin), [number - first], edit.instruction, captions, origin, edit.task,
-            draw=lambda n_frames, size, s=scene, t=t0: quantise(render(s, n_frames, size, size, FPS, t))))
-    return items
+    """n scenes of the drawn world (-1: 20) with an edit each; their numbers are far from those of train.py's sets."""
+    first, sources = (60 if domain == "synthetic" else 70) * 1_000_000 + 100_000 * seed, []
+    for k in range(20 if n == -1 else n):
+        origin = drawn_origin(first + k, domain)
+        _, edit, _ = drawn_scene(origin)
+        texts = edit.instruction, edit.source_caption, edit.target_caption
+        sources.append(make_source(ident("shapes", origin), [k], texts, origin, edit.task))
+    return sources
 
 
-def read_image(file, name):
-    """rgb (H, W, 3) uint8 of a path or file object, upright; Unusable where it is missing or broken."""
-    try:
-        image = Image.open(file)
-        turn = EXIF_TURNS.get(image.getexif().get(0x0112), (0, False))
-        if image.mode == "F":
-            raise ValueError("mode F: floating point, of any range; save it with 8 or 16 bits")
-        if image.mode.startswith("I"):                              # I;16 and its like: Pillow's convert would clip at 255
-            image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-        return upright(np.array(image.convert("RGB")), *turn)
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error, Image.DecompressionBombError) as error:
-        text = re.sub(" <.* at 0x.*>", "", str(error))              # Pillow's errors name addresses
-        raise Unusable(f"{name}: not a readable image ({text})") from None
+def first_of(sources, n, where):
+    """The first n of a reader's sources (-1: all) that have an instruction: to the editor, none means no edit."""
+    found = list(islice(sources, None if n == -1 else n))
+    good = {source["id"]: source for source in found if source["instruction"] is None or source["instruction"].strip()}
+    if not good:
+        raise UserError(f"--from {where}: none of its {len(found)} sources has an instruction")
+    if len(good) < len(found):
+        print(f"{where}: {len(found) - len(good)} of {len(found)} sources left out: twice there, or without an instruction")
+    return list(good.values())
 
 
 def read_pairs(where):
-    """Yields the image pairs of a data set; their load() returns (source, edited or None), rgb uint8.
+    """Yields the image pairs of a data set; their load() gives (source, edited or None), rgb uint8.
 
     Known: UltraEdit's and InstructPix2Pix's parquet files (or a folder of them), InstructPix2Pix's own folders, and a
     folder with a .jsonl: {"source": file, "target": file or none, "instruction", "source_caption", "target_caption"}.
     """
     where = Path(where)
-    if not where.exists():
-        raise UserError(f"--from {where}: no such file or folder")
     files = [where] if where.is_file() else sorted([*where.rglob("*.parquet"), *where.glob("*.jsonl")])
-    parquet, lines = ([p for p in files if p.suffix == end and p.is_file()] for end in (".parquet", ".jsonl"))
+    parquet = [path for path in files if path.suffix == ".parquet" and path.is_file()]
+    lines = [path for path in files if path.suffix == ".jsonl"]
     if parquet:
         return read_parquet(parquet, where)
-    if len(lines) > 1:
-        raise UserError(f"--from {where}: {len(lines)} files of pairs in it ({', '.join(p.name for p in lines[:3])}); pass one")
-    if lines:
+    if len(lines) == 1:
         return read_jsonl(lines[0])
-    if next(where.glob("*/prompt.json"), None):
+    if any(where.glob("*/prompt.json")):
         return read_ip2p(where)
-    raise UserError(f"--from {where}: no image pairs in it; pass shapes, UltraEdit's or InstructPix2Pix's parquet "
-                    "files, InstructPix2Pix's folders (<name>/prompt.json), or a folder with a .jsonl")
+    raise UserError(f"--from {where}: no image pairs there; pass shapes, UltraEdit's or InstructPix2Pix's parquet files, "
+                    "InstructPix2Pix's folders (<name>/prompt.json), or one .jsonl")
+
+
+def texts_of(row, names):
+    """[str] of these columns; what is missing or null is empty. Inside `reading`."""
+    texts = [row.get(name) or "" for name in names]
+    for name, text in zip(names, texts):
+        need(isinstance(text, str), f"needs text in {name}")
+    return texts
+
+
+def read_files(files):
+    return [file and read_image(file) for file in files]
 
 
 PARQUET = (("source_image", "edited_image", "edit_prompt", "source_caption", "target_caption"),         # UltraEdit
            ("original_image", "edited_image", "edit_prompt", "original_prompt", "edited_prompt"))       # IP2P
 
 
-def first_of(sources, n, where):
-    """The first n of a reader's sources (-1: all) as a list; says so where there are more, or one is there twice. UserError
-    for none."""
-    sources, found = iter(sources), 0
-    items = {}
-    for item in islice(sources, n if n != -1 else None):
-        items.setdefault(item["id"], item)
-        found += 1
-    if not items:
-        raise UserError(f"{where}: holds no pairs")
-    if len(items) < found:
-        print(f"{where}: {found - len(items)} pairs are there twice; each is done once")
-    if next(sources, None) is not None:
-        print(f"{where}: the first {n}; there are more")
-    return list(items.values())
-
-
-def texts_of(row, names, where):
-    """[str] of these columns of a pair; what is missing or null is empty. UserError for anything but text."""
-    wrong = [name for name in names if not isinstance(row.get(name), str | None)]
-    if wrong:
-        raise UserError(f"{where}: needs text in {', '.join(wrong)}")
-    return [row.get(name) or "" for name in names]
-
-
 def read_parquet(files, where):
     """Pairs of parquet files, texts first; a picture is read when it is wanted, by row group."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{files[0]}: reading parquet needs pyarrow; pip install pyarrow")
-    import pyarrow
-    import pyarrow.parquet
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{files[0]}: reading parquet needs pyarrow; pip install pyarrow") from None
 
-    def open_file(path):
-        try:
-            return pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from None
-
-    def holds_bytes(kind):
-        if pyarrow.types.is_struct(kind):
-            return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
-        return str(kind) in ("binary", "large_binary", "null")
-
-    def read(path, group, names):
-        file = open_file(path)
-        try:
-            return file.read_row_group(group, columns=list(names)).to_pylist()
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{path}: group {group} of its rows is damaged ({str(error).splitlines()[0]})") from None
-    pictures = lru_cache(1)(read)
+    @lru_cache(1)
+    def pictures(path, group, names):
+        return ParquetFile(path).read_row_group(group, columns=list(names)).to_pylist()
 
     def load(path, group, i, names):
-        try:
-            row, found = pictures(path, group, names)[i], []
-        except UserError as error:
-            raise Unusable(str(error)) from None
-        for name in names:
-            data = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
-            found.append(read_image(io.BytesIO(data or b""), f"{path.name}, row {i} of group {group}, {name}"))
-        return found
+        with reading(f"{path}, row {i} of group {group}"):
+            cells = [pictures(path, group, names)[i][name] for name in names]
+            return read_files([io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell) for cell in cells])
 
     order = 0
     for path in files:
-        file = open_file(path)
-        has = file.schema_arrow.names
-        columns = next((names for names in PARQUET if set(names) <= set(has)), None)
-        if columns is None:
-            raise UserError(f"{path}: has columns {', '.join(has)}; needs UltraEdit's ({', '.join(PARQUET[0])}) or "
-                            f"InstructPix2Pix's ({', '.join(PARQUET[1])})")
-        for name in columns[:2]:
-            kind = file.schema_arrow.field(name).type
-            if not holds_bytes(kind):
-                raise UserError(f"{path}: {name} is {kind}; needs bytes of picture files (binary), or a struct with them")
-        called = path.relative_to(where).as_posix() if path != where else path.name
+        with reading(path, "is it a whole parquet file?"):
+            file = ParquetFile(path)
+            has = file.schema_arrow.names
+            names = next((names for names in PARQUET if set(names) <= set(has)), None)
+            need(names, f"has columns {', '.join(has)}, needs {', '.join(PARQUET[0])} or {', '.join(PARQUET[1])}")
+        name = path.name if path == where else path.relative_to(where).as_posix()
         for group in range(file.num_row_groups):
-            for i, row in enumerate(read(path, group, columns[2:])):
-                texts = texts_of(row, columns[2:], f"{path}, row {i} of group {group}")
-                yield source_item(ident(called, group, i, texts), [order], texts[0], texts[1:],
-                                  {"file": called, "row": [group, i]},
-                                  load=lambda p=path, g=group, k=i, n=columns[:2]: load(p, g, k, n))
+            with reading(f"{path}, group {group} of its rows"):
+                texts = [texts_of(row, names[2:]) for row in
+                         file.read_row_group(group, columns=list(names[2:])).to_pylist()]
+            for i, row in enumerate(texts):
+                yield make_source(ident(name, group, i, row), [order], row, {"file": name, "row": [group, i]},
+                                  load=partial(load, path, group, i, names[:2]))
                 order += 1
 
 
+def read_lines(path):
+    """Yields (where, dict) of people's JSON lines: a BOM, blank lines and no last newline are fine. A line that does not
+    begin with { is an instruction."""
+    with reading(path):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            with reading(f"{path}, line {n}"):
+                yield f"{path}, line {n}", json.loads(line) if line.lstrip().startswith("{") else {"instruction": line.strip()}
+
+
 def read_jsonl(path):
-    # People's file: it may have a BOM, blank lines and no last \n, unlike our own, see `read_lines`.
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    for n, (number, line) in enumerate((k, line) for k, line in enumerate(lines, 1) if line.strip()):
-        at = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError(f"{at}: is not JSON" + "; is the file cut short?" * (number == len(lines))) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{at}: is no JSON object")
-        lacks = [k for k in ("source", "instruction", "source_caption", "target_caption") if k not in row]
-        if lacks:
-            raise UserError(f"{at}: lacks {', '.join(lacks)}; it has {', '.join(row)}")
-        source, target, *texts = texts_of(row, ("source", "target", *teachers.FIELDS), at)
-        if not source:
-            raise UserError(f"{at}: needs text in source")
+    for n, (where, row) in enumerate(read_lines(path)):
+        with reading(where, "needs source, instruction, source_caption, target_caption"):
+            for name in ("source", *FIELDS[1:]):
+                need(name in row, f"lacks {name}")
+            source, target, task, *texts = texts_of(row, ("source", "target", *FIELDS))
+            need(source, "needs text in source")
         files = [path.parent / source, path.parent / target if target else None]
-        yield source_item(ident("pair", row), [n], texts[1], texts[2:], {"file": source}, texts[0],
-                          load=lambda f=files: [None if p is None else read_image(p, p) for p in f])
+        yield make_source(ident("pair", row), [n], texts, {"file": source}, task, load=partial(read_files, files))
 
 
 def read_prompt(path):
     """[instruction, source caption, target caption] of a prompt.json."""
-    prompt = read_named(path)
-    if not prompt.keys() >= {"input", "edit", "output"}:
-        raise UserError(f"{path}: needs input, edit and output, as in InstructPix2Pix's and InsV2V's data")
-    return texts_of(prompt, ("edit", "input", "output"), path)
+    with reading(path, "needs input, edit and output, as in InstructPix2Pix's and InsV2V's data"):
+        prompt = read_json(path)
+        need(prompt.keys() >= {"edit", "input", "output"}, f"holds {', '.join(prompt)}")
+        return texts_of(prompt, ("edit", "input", "output"))
 
 
 def read_ip2p(where):
@@ -1193,43 +969,30 @@ def read_ip2p(where):
     if table.is_file():
         listed = read_json(table, list)
     else:
-        folders = sorted({p.parent for name in ("prompt.json", "*_0.jpg") for p in where.glob(f"*/{name}")})
-        bare = [p for p in folders if not (p / "prompt.json").is_file()]
-        if bare:
-            raise UserError(f"{where}: {len(bare)} of {len(folders)} folders lack prompt.json, the first {bare[0]}; add "
-                            "them, or a seeds.json that names the others")
+        folders = sorted(path.parent for path in where.glob("*/prompt.json"))
         listed = [[p.name, sorted(f.name[:-6] for f in p.glob("*_0.jpg"))] for p in folders]
-        say_left_out(where, "folders without a <seed>_0.jpg", [p for p, (_, seeds) in zip(folders, listed) if not seeds])
     for n, entry in enumerate(listed):
-        match entry:
-            case [str(name), [*seeds]] if all(str(seed).isdecimal() for seed in seeds):
-                texts = read_prompt(where / name / "prompt.json")
-            case _:
-                raise UserError(f"{table if table.is_file() else where}: {json.dumps(entry)[:60]}: needs a folder and its "
-                                'seeds, like ["0000001", ["11", "12"]], numbers as in 11_0.jpg')
+        with reading(table, 'needs a folder and its seeds, like ["0000001", ["11", "12"]]'):
+            name, seeds = entry
+            seeds = [int(seed) for seed in seeds]
+            texts = read_prompt(where / name / "prompt.json")
         for seed in seeds:
             files = [where / name / f"{seed}_{k}.jpg" for k in (0, 1)]
-            yield source_item(ident(name, str(seed)), [n, int(seed)], texts[0], texts[1:],
-                              {"file": f"{name}/{seed}_0.jpg"}, load=lambda f=files: [read_image(p, p) for p in f])
+            yield make_source(ident(name, str(seed)), [n, seed], texts, {"file": f"{name}/{seed}_0.jpg"},
+                              load=partial(read_files, files))
 
 
 def read_insv2v(where):
-    """InsV2V's synthetic clips; load() returns (source, edited), each a list of N_FRAMES rgb."""
+    """InsV2V's synthetic clips, the first N_FRAMES frames; load() gives (source, edited), each a list of rgb."""
     found = sorted(where.glob("*/image/*_0_0000.jpg"))
-    if not found:
-        raise UserError(f"--images {where}: holds neither a manifest of curate.py images nor InsV2V's clips "
-                        "(<name>/prompt.json, <name>/image/<seed>_0_0000.jpg)")
-    say_left_out(where, "folders without image/<seed>_0_0000.jpg",
-                 {p.parent for p in where.glob("*/prompt.json")} - {f.parent.parent for f in found})
-    say_left_out(where, f"clips go on after {N_FRAMES} frames",
-                 [p for p in where.glob(f"*/image/*_0_{N_FRAMES:04d}.jpg")])
+    with reading(f"--from {where}"):
+        need(found, "holds none of InsV2V's clips (<name>/prompt.json, <name>/image/<seed>_0_0000.jpg)")
     for n, path in enumerate(found):
-        folder, seed = path.parent, path.name.split("_")[0]
-        texts = read_prompt(folder.parent / "prompt.json")
-        clips = [[folder / f"{seed}_{k}_{i:04d}.jpg" for i in range(N_FRAMES)] for k in (0, 1)]
-        yield source_item(ident(folder.parent.name, seed), [n], texts[0], texts[1:],
-                          {"file": f"{folder.parent.name}/image/{seed}", "frames": [0, N_FRAMES]},
-                          load=lambda c=clips: [[read_image(p, p) for p in files] for files in c])
+        name, seed = path.parent.parent.name, path.name.split("_")[0]
+        files = [[path.parent / f"{seed}_{k}_{i:04d}.jpg" for i in range(N_FRAMES)] for k in (0, 1)]
+        yield make_source(ident(name, seed), [n], read_prompt(path.parent.parent / "prompt.json"),
+                          {"file": f"{name}/image/{seed}", "frames": [0, N_FRAMES]},
+                          load=lambda files=files: [read_files(clip) for clip in files])
 
 
 # ---- real videos -----------------------------------------------------------------------------------------
@@ -1238,41 +1001,40 @@ def find_videos(where):
     """[(name, file or folder of frames)] of YouTube-VOS, MOSE, LVOS, MeViS (JPEGImages/<video>/*.jpg, below any
     split), of a folder of videos, or of a folder of folders of frames."""
     where = Path(where)
-    if not where.is_dir():
-        raise UserError(f"--from {where}: no such folder; pass shapes or a folder of videos")
-    depths = ("JPEGImages", "*/JPEGImages", "*/*/JPEGImages")
-    roots = [where] if where.name == "JPEGImages" else sorted(p for depth in depths for p in where.glob(depth))
-    folders = [p for root in roots or [where] for p in sorted(root.iterdir()) if p.is_dir()]
+    roots = sorted(where.rglob("JPEGImages")) if where.name != "JPEGImages" else [where]
+    folders = [p for root in roots or [where] for p in sorted(root.glob("*")) if p.is_dir()]
     found = [p for p in folders if any(f.suffix.lower() in IMAGES for f in p.iterdir())]
-    if roots:
-        say_left_out(where, "folders of JPEGImages without pictures", set(folders) - set(found))
-        say_left_out(where, "videos beside JPEGImages", [p for p in where.iterdir() if p.suffix.lower() in VIDEOS])
-    else:
-        ours = {p.parent for p in where.rglob("dataset.json")}      # data sets that curate.py made
-        found += sorted(p for p in where.rglob("*") if p.suffix.lower() in VIDEOS and not ours & set(p.parents))
-    if not found:
-        raise UserError(f"--from {where}: no videos in it; needs JPEGImages/<video>/*.jpg as in YouTube-VOS, MOSE, "
-                        f"LVOS and MeViS, or files like {', '.join(VIDEOS[:4])}")
+    if not roots:
+        found += sorted(p for p in where.rglob("*") if p.suffix.lower() in VIDEOS)
+    found = [p for p in found if not (p / "candidates.json").is_file() and not (p.parent / "candidates.json").is_file()]   # ours
+    with reading(f"--from {where}", f"needs JPEGImages/<video>/*.jpg, or files like {', '.join(VIDEOS[:4])}"):
+        need(found, "no videos there")
     return [(str(p.relative_to(where)), p) for p in found]
+
+
+def read_videos(where):
+    """Videos as sources of `cut`. Their size tells a whole one from a part that was still being copied."""
+    for n, (name, path) in enumerate(find_videos(where)):
+        origin = {"folder": str(where.resolve()), "file": name}
+        yield make_source(ident("video", name, size_of(path)), [n], (None, "", ""), origin)
+
+
+def path_of(origin):
+    return Path(origin["folder"]) / origin["file"]
+
+
+def size_of(path):
+    """Bytes of a video file, number of frames in a folder."""
+    with suppress(OSError):
+        return len(frame_files(path)) if path.is_dir() else path.stat().st_size
+    return 0
 
 
 def video_frames(path, start=0, count=-1):
     """Frames (H, W, 3) uint8 from frame `start` on: of a file at FPS, of a folder as they are."""
-    if path.is_dir():
-        size = None
-        for file in frame_files(path)[start:None if count == -1 else start + count]:
-            rgb = read_image(file, file)
-            if size not in (None, rgb.shape):
-                raise Unusable(f"{file}: {rgb.shape[1]}x{rgb.shape[0]}, the frames before it {size[1]}x{size[0]}")
-            size = rgb.shape
-            yield rgb
-        return
-    try:
-        clip, fps = probe(path), Fraction(FPS)
-        for _, rgb in read_frames(clip, start=start / fps, fps=fps, count=count):
-            yield rgb
-    except UserError as error:
-        raise Unusable(str(error)) from None
+    fps = Fraction(FPS)
+    for _, rgb in read_frames(probe(path, fps), start=start / fps, fps=None if path.is_dir() else fps, count=count):
+        yield rgb
 
 
 def find_shots(small):
@@ -1289,91 +1051,22 @@ def find_shots(small):
     cuts = [0]
     for i in range(len(change)):
         around = np.r_[change[max(0, i - 6):i], change[i + 1:i + 7]]
-        if change[i] > 0.08 and change[i] > (2.5 if recoloured[i] > 0.25 else 3) * (np.median(around) if len(around) else 0):
+        factor = 2.5 if recoloured[i] > 0.25 else 3
+        if change[i] > 0.08 and change[i] > factor * (np.median(around) if len(around) else 0):
             cuts.append(i + 1)
     return list(zip(cuts, cuts[1:] + [len(small)]))
 
 
-def cut_video(path):
-    """{"clips": first frames of its usable clips, "dropped": {reason: n}} of a video: N_FRAMES each, none across a
-    cut, none static (under 0.3 % mean change from frame to frame) or black (under 5 % mean brightness)."""
-    small = [np.asarray(Image.fromarray(rgb).resize((32, 32), Image.BOX)) for rgb in video_frames(path)]
-    clips, dropped = [], Counter()
-    if not small:
-        return {"clips": [], "dropped": {"empty": 1}}
-    small = np.stack(small)
+def find_clips(small):
+    """Yields (first, end, fault) of a video's clips of N_FRAMES, none across a cut. Faults: static (under 0.3 % mean change
+    from frame to frame), black (under 5 % mean brightness), short (a shot that holds no clip)."""
     for first, end in find_shots(small):
-        dropped["short"] += (end - first) < N_FRAMES                # shots too short for one clip
+        if end - first < N_FRAMES:
+            yield first, end, "short"
         for start in range(first, end - N_FRAMES + 1, N_FRAMES):
             x = small[start:start + N_FRAMES].astype(np.float32) / 255
-            fault = ("black" if x.mean() < 0.05 else
-                     "static" if np.abs(np.diff(x, axis=0)).mean() < 0.003 else None)
-            if fault:
-                dropped[fault] += 1
-            else:
-                clips.append(start)
-    return {"clips": clips, "dropped": {k: int(v) for k, v in dropped.items() if v}}
-
-
-def cut(path, start):
-    """The clip of a video that begins at frame `start`: [(H, W, 3) uint8], N_FRAMES of them."""
-    frames = list(video_frames(path, start, N_FRAMES))
-    if len(frames) < N_FRAMES:
-        raise Unusable(f"{path}: {len(frames)} frames from {start} on, {N_FRAMES} when it was cut")
-    return frames
-
-
-def size_of(path):
-    """Bytes of a video file, number of frames in a folder; 0 where it cannot be read. Tells a whole video from a part."""
-    with suppress(OSError):
-        return len(frame_files(path)) if path.is_dir() else path.stat().st_size
-    return 0
-
-
-def cut_videos(args, videos):
-    """This rank's clips of real videos as sources, at most --per-video of each, evenly spread. cuts.jsonl remembers
-    where a video is cut, so that a rerun does not decode it again unless its size has changed. With --limit only as
-    many videos are cut as that takes."""
-    log, rows = rank_log(args.to, "cuts")
-    known = {row["video"]: row for row in rows if "error" not in row}                      # unreadable ones are tried again
-    items, left_out, used = [], Counter(), mine(enumerate(videos[:None if args.n == -1 else args.n]))
-    done, seen, lost = done_ids(args), 0, 0
-
-    def enough():                                                   # --limit new clips, and the writer's last group is whole
-        new = [k for k, item in enumerate(items) if item["id"] not in done]
-        return len(new) >= args.limit != -1 and len(items) >= -(-(new[args.limit - 1] + 1) // WRITE_GROUP) * WRITE_GROUP
-    for i, (name, path) in tqdm(used, desc="cutting", unit="video"):
-        if enough():
-            break
-        seen, size = seen + 1, size_of(path)
-        if name in known and known[name].get("size") != size:
-            print(f"{path}: has changed since it was cut; it is cut anew, the clips that were made of it stay")
-            del known[name]
-        if name not in known:
-            try:
-                known[name] = {"video": name, "size": size} | cut_video(path)
-            except Unusable as error:
-                print(f"left out: {error}")
-                known[name] = {"video": name, "size": size, "clips": [], "dropped": {"unreadable": 1}, "error": str(error)}
-            with open(log, "a", encoding="utf-8") as f:
-                f.write(dump([known[name]]))
-        lost = lost + 1 if "error" in known[name] else 0
-        if lost == GIVE_UP and not args.force:
-            raise UserError(f"--from {args.source}: {lost} videos one after another cannot be read, the last: {known[name]['error']}; "
-                            "see that the disk is there and run the same again, or --force to do without them")
-        starts = known[name]["clips"]
-        left_out.update(known[name]["dropped"])
-        if len(starts) > args.per_video:
-            left_out["beyond --per-video"] += len(starts) - args.per_video
-            starts = [starts[k] for k in np.linspace(0, len(starts) - 1, args.per_video).round().astype(int)]
-        items += [source_item(ident(name, size, s, N_FRAMES), [i, s], "", ("", ""),
-                              {"file": name, "frames": [s, s + N_FRAMES]},
-                              load=lambda p=path, s=s: cut(p, s)) for s in starts]
-    print(f"{seen} of {len(used)} videos: {len(items)} clips of {N_FRAMES} frames; left out: " +
-          (", ".join(f"{n} {why}" for why, n in left_out.items()) or "none"))
-    if not items and shard()[1] == 1:                               # another rank may have some; else `report` says it
-        raise UserError(f"--from {args.source}: no usable clip in {seen} videos")
-    return items
+            static = np.abs(np.diff(x, axis=0)).mean() < 0.003
+            yield start, start + N_FRAMES, "black" if x.mean() < 0.05 else "static" if static else ""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1398,244 +1091,139 @@ def fit_weights(x, good, tasks):
         slope = (scipy.special.expit(z) - good) / n
         value = (np.logaddexp(0, z) - good * z).mean() + ridge @ p[1:] ** 2
         return value, np.r_[slope.sum(), both.T @ slope + 2 * ridge * p[1:]]
+
     start = np.r_[0, np.full(k, 0.1), np.zeros(t)]
     bounds = [(None, None)] + [(0, None)] * k + [(None, None)] * t
     p = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x[1:]
     return p[:k] / (p[:k].sum() or 1), p[k:] / (p[:k].sum() or 1)
 
 
-def calibrate(args):
-    """Fit the total's weights to people's ratings, or in the shapes world to the truth; say how well it then ranks.
-
-    Five folds over sources: Spearman's correlation with the rating (or the gain in dB to the true edit) and AUC for
-    good against bad (a rating above the middle; metrics.SUCCESS), over all candidates: which should go? And Spearman
-    within a source: which is best? Beside equal weights and each score, and beside what knowing the task besides is worth: some
-    kinds of edit succeed more often than others. Writes what --score-weights reads; --by-task: with what each task adds.
-    """
-    rows, ratings = read_manifest(args.manifest), {}
-    for path in args.ratings or ():
-        data = read_named(path, "--ratings ")
-        if not data.get("rating") or not isinstance(data.get("answers"), dict):
-            raise UserError(f"--ratings {path}: holds no ratings; pass what the page of metrics.py study --rate saved")
-        odd = [name for name, x in data["answers"].items()
-               if not (isinstance(x, dict) and x and all(map(is_number, x.values())))]
-        if odd:
-            raise UserError(f"--ratings {path}: {odd[0]}: needs numbers, as the page of metrics.py study --rate saves them")
-        for name, answers in data["answers"].items():               # named after the folder of the clip
-            if name.endswith("/target"):
-                ratings.setdefault(name.split("/")[0], []).append(np.mean(list(answers.values())))
-    if args.ratings:
-        rows = [row | {"y": float(np.mean(ratings[row["id"]])), "good": np.mean(ratings[row["id"]]) > 3}
-                for row in rows if row["id"] in ratings and row["kept"]]
+def load_rated(folder, ratings):
+    """Candidates [row] with y, what people gave or the gain to the truth in dB, and good: a rating above the middle, or
+    metrics.SUCCESS. ratings: files of the page of metrics.py study --rate; people see what was kept."""
+    rows, given = read_rows(folder), {}
+    for path in ratings:
+        with reading(f"--ratings {path}", "pass what the page of metrics.py study --rate saved"):
+            data = read_json(path)
+            need(data["rating"], "holds no ratings")
+            for name, answers in data["answers"].items():           # named after the folder of the clip
+                if name.endswith("/target"):
+                    given.setdefault(name.split("/")[0], []).append(np.mean(list(answers.values())))
+    if ratings:
+        means = {name: float(np.mean(x)) for name, x in given.items()}
+        rows = [row | {"y": means[row["id"]], "good": means[row["id"]] > 3} for row in rows if row["kept"] and row["id"] in means]
     else:
-        rows = [row | {"y": row["truth"]["gain"], "good": row["truth"]["success"] > 0} for row in rows
-                if row.get("truth")]
-    good = np.array([row["good"] for row in rows], bool)
-    sources = sorted({row["id"] for row in rows})
-    if len(sources) < 10 or good.all() or not good.any():
-        what = "rating" if args.ratings else "known truth"
-        raise UserError(f"{args.manifest}: {len(sources)} sources with a {what}, {good.sum()} of {len(rows)} "
-                        "candidates good; needs 10 sources, good and bad ones")
-    image = "clip_sim_dir" in rows[0]["scores"]
-    keys = [k for k in (IMAGE_SCORES if image else VIDEO_SCORES) if all(row["scores"].get(k) is not None for row in rows)]
-    x, y = np.array([[row["scores"][k] for k in keys] for row in rows]), np.array([row["y"] for row in rows])
-    place = {name: k for k, name in enumerate(sources)}             # ids are hashes: any order is a random one
-    fold = np.array([place[row["id"]] % 5 for row in rows])
-    names = sorted({row.get("task") or "" for row in rows})
-    tasks = np.array([[(row.get("task") or "") == name for name in names] for row in rows], float)
-    none = tasks[:, :0]
-    out = {name: np.zeros(len(rows)) for name in ("fitted", "fitted, by task", "equal")}
+        rows = [row | {"y": row["truth"]["gain"], "good": row["truth"]["success"] > 0} for row in rows if row.get("truth")]
+    n, good = len({row["id"] for row in rows}), sum(row["good"] for row in rows)
+    if n < 10 or good in (0, len(rows)):
+        raise UserError(f"{folder}: {n} sources with a {'rating' if ratings else 'known truth'}, {good} of {len(rows)} candidates "
+                        "good; needs 10 sources, good and bad ones")
+    return rows
+
+
+def columns_of(rows):
+    """What is fitted: names of the scores that all rows have, scores (N, K), good (N,), names of tasks, tasks (N, T)."""
+    known = IMAGE_SCORES if "clip_sim_dir" in rows[0]["scores"] else VIDEO_SCORES
+    keys = [key for key in known if all(row["scores"].get(key) is not None for row in rows)]
+    x = np.array([[row["scores"][key] for key in keys] for row in rows])
+    names = sorted({row["task"] for row in rows})
+    return keys, x, np.array([row["good"] for row in rows]), names, np.array([[row["task"] == name for name in names] for row in rows], float)
+
+
+def cross_validate(rows):
+    """Prints how well totals and scores rank: Spearman's correlation with y and AUC for good against bad over all candidates
+    (which should go?), and Spearman within a source (which is best?). Fitted totals by five folds over sources."""
+    keys, x, good, _, tasks = columns_of(rows)
+    y, ids = np.array([row["y"] for row in rows]), np.array([row["id"] for row in rows])
+    sources, place = np.unique(ids, return_inverse=True)            # ids are hashes: any order is a random one
+    fitted = {name: np.zeros(len(rows)) for name in ("fitted", "fitted, by task", "equal")}
     for k in range(5):
-        train = fold != k
-        centre, spread = x[train].mean(0), np.maximum(x[train].std(0), 1e-6)
-        z = (x - centre) / spread
-        for name, known in (("fitted", none), ("fitted, by task", tasks)):
+        train = place % 5 != k
+        z = (x - x[train].mean(0)) / np.maximum(x[train].std(0), 1e-6)
+        for name, known in (("fitted", tasks[:, :0]), ("fitted, by task", tasks)):
             w, offsets = fit_weights(z[train], good[train], known[train])
-            out[name][~train] = z[~train] @ w + known[~train] @ offsets
-        out["equal"][~train] = z[~train].mean(1)
-    print(f"{args.manifest}: {len(rows)} candidates of {len(sources)} sources, {good.mean():.0%} good; five folds")
+            fitted[name][~train] = z[~train] @ w + known[~train] @ offsets
+        fitted["equal"][~train] = z[~train].mean(1)
+    print(f"{len(rows)} candidates of {len(sources)} sources, {good.mean():.0%} good; five folds")
     print("| total | Spearman | AUC | Spearman within a source |", "|---|---|---|---|", sep="\n")
-    groups = [np.flatnonzero([row["id"] == name for row in rows]) for name in sources]
-    for name, total in list(out.items()) + [(k, x[:, i]) for i, k in enumerate(keys)]:
-        within = np.array([metrics.spearman(total[g], y[g]) for g in groups])       # NaN: one candidate, or all equal
-        within = within[np.isfinite(within)].mean() if np.isfinite(within).any() else math.nan
-        print(f"| {name} | {metrics.spearman(total, y):.2f} | {auc(total, good):.3f} | {within:.2f} |")
-    if not args.ratings:                                            # people rate only what was kept, one of a source
-        stored = np.array([row["total"] for row in rows])
-        picks = (np.mean([good[pick(g)] for g in groups]) for pick in (lambda g: g[0], lambda g: g[stored[g].argmax()]))
-        print("of a source's candidates the first is good for {:.0%} of the sources, the one with the best total for {:.0%}, "
-              "any for {:.0%}".format(*picks, np.mean([good[g].any() for g in groups])))
+    groups = [np.flatnonzero(place == k) for k in range(len(sources))]
+    for name, total in (fitted | dict(zip(keys, x.T))).items():
+        within = [metrics.spearman(total[g], y[g]) for g in groups]
+        within = [rho for rho in within if math.isfinite(rho)] or [math.nan]        # one candidate, or all equal
+        print(f"| {name} | {metrics.spearman(total, y):.2f} | {auc(total, good):.3f} | {np.mean(within):.2f} |")
+    stored = np.array([row["total"] for row in rows])
+    print(f"of a source's candidates the first is good for {np.mean([good[g[0]] for g in groups]):.0%} of the sources, the one "
+          f"with the best total for {np.mean([good[g[stored[g].argmax()]] for g in groups]):.0%}, any for "
+          f"{np.mean([good[g].any() for g in groups]):.0%}")
+
+
+def fit_total(rows, by_task, to):
+    """Fits the total to all rows and writes what --score-weights reads, with the total that best parts good from bad."""
+    keys, x, good, names, tasks = columns_of(rows)
+    if not by_task:
+        tasks = tasks[:, :0]
     centre, spread = x.mean(0), np.maximum(x.std(0), 1e-6)
-    known = tasks if args.by_task else none
-    w, offsets = fit_weights((x - centre) / spread, good, known)
-    total = (x - centre) / spread @ w + known @ offsets
-    cuts = np.unique(total)                                         # keep the cut with the best balance (Youden's J)
-    best = max(cuts, key=lambda c: (total[good] >= c).mean() - (total[~good] >= c).mean())
-    to = args.to or (args.manifest if args.manifest.is_dir() else args.manifest.parent) / "score_weights.json"
-    fitted = {name: {k: round(float(v), 5) for k, v in zip(keys, values)} for name, values in
-              (("weights", w), ("centre", centre), ("spread", spread))}
-    fitted |= {"tasks": {name: round(float(v), 5) for name, v in zip(names, offsets)}} if args.by_task else {}
-    write_aside(to, json.dumps(fitted | {"min_total": round(float(best), 4), "n": len(rows)}, indent=1))
+    w, offsets = fit_weights((x - centre) / spread, good, tasks)
+    total = (x - centre) / spread @ w + tasks @ offsets             # the cut with the best balance (Youden's J)
+    best = max(np.unique(total), key=lambda c: (total[good] >= c).mean() - (total[~good] >= c).mean())
+    fitted = {"weights": dict(zip(keys, w)), "centre": dict(zip(keys, centre)), "spread": dict(zip(keys, spread))}
+    fitted |= {"tasks": dict(zip(names, offsets))} if by_task else {}
+    fitted = {name: {k: round(float(v), 5) for k, v in values.items()} for name, values in fitted.items()}
+    write_json(to, fitted | {"min_total": round(float(best), 4), "n": len(rows)})
     kept = total >= best
     print(f"{to}: " + ", ".join(f"{k} {v:.2f}" for k, v in zip(keys, w)) +
           f"; a total of {best:.2f} or more keeps {kept.mean():.0%}, {good[kept].mean():.0%} of them good")
 
 
-# ---- look ------------------------------------------------------------------------------------------------
-
-def look(args):
+def look(folder, limit, to):
     """One self-contained page of a data set: pictures playing side by side, scores, why, yields, histograms."""
-    rows = read_manifest(args.manifest)
-    folder = args.manifest if args.manifest.is_dir() else args.manifest.parent
-    sources = {}
-    for row in rows:
-        sources.setdefault(row["id"], []).append(row)
-    n = len(sources) if args.limit == -1 else min(len(sources), args.limit)
-    chosen = [list(sources.values())[i] for i in np.unique(np.linspace(0, max(0, len(sources) - 1), n).astype(int))]
-    items = []
-    for candidates in chosen:
-        top = max(candidates, key=lambda row: (row["kept"], " below " not in row["why"], row.get("total") or -1e9))
-        item = {k: top.get(k) for k in ("id", "task", "instruction", "source_caption", "target_caption", "kept", "why",
-                                        "total", "seed", "guidance", "truth", "scores")} | {"n": len(candidates)}
-        for name in ("source", "target"):
-            for path in (folder / top["id"] / f"{name}.png", folder / top["id"] / f"{name}.mp4"):
-                if path.is_file():
-                    kind = "image/png" if path.suffix == ".png" else "video/mp4"
-                    item[name] = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    sources, items = read_sources(folder), []
+    n = len(sources) if limit == -1 else min(len(sources), limit)
+    for rows in [sources[k] for k in np.unique(np.linspace(0, len(sources) - 1, n).astype(int))]:
+        best = max(rows, key=lambda row: (row["kept"], not row["below"], row["total"] or -1e9))
+        item = best | {"n": len(rows)}
+        for file in (folder / rows[0]["id"]).iterdir():
+            if file.suffix in (".png", ".mp4"):
+                kind = "image/png" if file.suffix == ".png" else "video/mp4"
+                item[file.stem] = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
         items.append(item)
-    keys = list(dict.fromkeys(k for row in rows for k, v in row["scores"].items() if v is not None))
-    values = {k: [(row["scores"][k], row["kept"]) for row in rows if row["scores"].get(k) is not None] for k in keys}
-    data = {"title": folder.resolve().name, "items": items, "keys": keys, "total": len(sources),
-            "yields": yields(folder), "plots": {k: histogram(v) for k, v in values.items()}}
+    rows = [row for rows in sources for row in rows]
+    keys = list(dict.fromkeys(key for row in rows for key, x in row["scores"].items() if x is not None))
+    data = {"title": folder.resolve().name, "items": items, "keys": keys, "total": len(sources), "yields": yields(folder),
+            "plots": {key: histogram([(row["scores"][key], row["kept"]) for row in rows if row["scores"].get(key) is not None])
+                      for key in keys}}
+    page = (ROOT / "assets/look.html").read_text(encoding="utf-8")
     text = json.dumps(data).replace("<", "\\u003c")                # no text of a data set can end the script
-    to = args.to or folder / "look.html"
-    write_aside(to, PAGE.replace("@DATA@", text))
+    write_text(to, page.replace("@DATA@", text))
     print(f"{to}: {len(items)} of {len(sources)} sources, {to.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 def yields(folder):
-    """[stage, sources, candidates, sources with a candidate above all thresholds, kept, the paper's] of this data set
-    and of those beside it."""
+    """[name, sources, candidates, sources with a candidate above all thresholds, kept, the paper's] of this data set and
+    of those beside it."""
     table = []
-    for path in sorted(p for p in folder.resolve().parent.iterdir() if p.is_dir() and os.access(p, os.R_OK | os.X_OK)):
-        if not (path / "dataset.json").is_file() or not any(path.glob("manifest*.jsonl")):          # a teacher is still at work
+    for path in sorted(folder.resolve().parent.glob("*/settings.json")):
+        if not any(path.parent.glob("*/candidates.json")):          # a training run's, or a step has just begun
             continue
-        try:
-            rows, config = read_manifest(path), read_json(path / "dataset.json")
-        except (UserError, OSError) as error:
-            print(f"left out of the table of yields: {error}")
-            continue
-        if not {"stage", "round"} <= config.keys() or not all(
-                {"kept", "why", "scores"} <= row.keys() for row in rows):                           # somebody else's
-            continue
-        stage = config["stage"] + (f" {config['round']}" if config["round"] else "")
-        ids = [{row["id"] for row in rows if test(row)} for test in
-               (lambda row: True, lambda row: row["scores"] and " below " not in row["why"], lambda row: row["kept"])]
-        table.append([path.name, len(ids[0]), len(rows), len(ids[1]), len(ids[2]), PAPER_YIELD.get(stage, "")])
+        rows, settings = read_rows(path.parent), read_json(path)
+        ids = [{row["id"] for row in part} for part in (rows, [row for row in rows if not row["below"]],
+                                                        [row for row in rows if row["kept"]])]
+        step = f"{settings['step']} {settings.get('round', '')}".strip()
+        table.append([path.parent.name, len(ids[0]), len(rows), len(ids[1]), len(ids[2]), PAPER_YIELD.get(step, "")])
     return table
 
 
-def histogram(values, bins=24, width=220, height=70):
-    """SVG of [(value, kept)]: all candidates grey, kept ones blue, with the range below."""
+def histogram(values, bins=24):
+    """Of [(value, kept)]: {"low", "high": of all, "all", "kept": counts of all and of those kept}."""
     x, kept = (np.array(column) for column in zip(*values))
-    low, high = float(x.min()), float(x.max())
-    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
-    every, those = (np.histogram(part, edges)[0] for part in (x, x[kept.astype(bool)]))
-    wide, unit = width / bins, height / every.max()
-    bars = "".join(f'<rect x="{i * wide:.1f}" y="{height - n * unit:.1f}" width="{wide - 1:.1f}" '
-                   f'height="{n * unit:.1f}" fill="{fill}"/>'
-                   for counts, fill in ((every, "#bbb"), (those, "#06c")) for i, n in enumerate(counts) if n)
-    return (f'<svg width="{width}" height="{height + 16}">{bars}<text y="{height + 13}" font-size="11">{low:.3g}</text>'
-            f'<text x="{width}" y="{height + 13}" font-size="11" text-anchor="end">{high:.3g}</text></svg>')
+    counts, edges = np.histogram(x, bins)
+    return {"low": float(edges[0]), "high": float(edges[-1]), "all": counts.tolist(),
+            "kept": np.histogram(x[kept.astype(bool)], edges)[0].tolist()}
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>data set</title><style>
-body {font: 14px/1.4 system-ui, sans-serif; margin: 1.5em auto; max-width: 1280px; padding: 0 1em; color: #222}
-table {border-collapse: collapse} td, th {padding: .2em .8em .2em 0; text-align: left} th {font-weight: 600}
-#plots {display: flex; flex-wrap: wrap; gap: 1em 2em} figure {margin: 0} figcaption {font-size: 12px}
-#bar {position: sticky; top: 0; background: #fff; padding: .6em 0; border-bottom: 1px solid #ccc; z-index: 1}
-#bar label {margin-right: 1em} input[type=number] {width: 6em}
-#list {display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1.2em; margin-top: 1em}
-article {border: 1px solid #ccc; border-left: 5px solid #2a2; padding: .6em; overflow-wrap: anywhere}
-article.dropped {border-left-color: #c33} .pair {display: grid; grid-template-columns: 1fr 1fr; gap: 4px}
-.pair > * {width: 100%; image-rendering: pixelated; background: #eee; min-height: 3em}
-h2 {font-size: 15px; margin: .5em 0 .2em} p {margin: .2em 0} .small {font-size: 12px; color: #555}
-</style><h1></h1><table id="yields"></table><h2>Scores (grey: all candidates, blue: kept)</h2><div id="plots"></div>
-<div id="bar"><label>task <select id="task"></select></label><label>show <select id="kept"><option value="">all</option>
-<option value="1">kept</option><option value="0">dropped</option></select></label><label>score
-<select id="key"></select></label><label>from <input id="low" type="number" step="any"></label>
-<label>to <input id="high" type="number" step="any"></label><span id="count" role="status"></span></div>
-<div id="list"></div><script>
-const data = @DATA@, $ = id => document.getElementById(id);
-function element(tag, props = {}, ...children) {
-  const e = Object.assign(document.createElement(tag), props);
-  e.append(...children);
-  return e;
-}
-document.title = data.title;
-document.querySelector("h1").textContent = data.title;
-for (const [i, row] of [["data set", "sources", "candidates", "with one above all thresholds", "kept", "paper"],
-                        ...data.yields].entries())
-  $("yields").append(element("tr", {}, ...row.map((x, k) => element(i ? "td" : "th", {},
-    i && k > 2 && k < 5 ? `${x} (${Math.round(100 * x / Math.max(row[1], 1))} %)` : String(x)))));
-for (const key of data.keys) {                  // the plots are ours: numbers only
-  const figure = element("figure", {innerHTML: data.plots[key]});
-  figure.append(element("figcaption", {textContent: key}));
-  $("plots").append(figure);
-}
-const option = x => element("option", {value: x, textContent: x || "all"});
-$("task").append(...["", ...new Set(data.items.map(x => x.task || "unknown"))].map(option));
-$("key").append(...["total", ...data.keys].map(option));
-const score = (item, key) => key === "total" ? item.total : item.scores[key];
-function media(url) {
-  if (!url) return element("span", {textContent: "no picture"});
-  return url.startsWith("data:video") ? element("video", {src: url, loop: true, muted: true, autoplay: true})
-                                      : element("img", {src: url, loading: "lazy"});
-}
-function card(item) {
-  const numbers = data.keys.filter(k => item.scores[k] != null).map(k => `${k} ${item.scores[k].toFixed(3)}`);
-  const truth = item.truth ? `truth: gain ${item.truth.gain} dB, ${item.truth.success ? "success" : "no success"}` : "";
-  return element("article", {className: item.kept ? "kept" : "dropped"},
-    element("div", {className: "pair"}, media(item.source), media(item.target)),
-    element("h2", {textContent: item.instruction}),
-    element("p", {textContent: `${item.kept ? "kept" : "dropped"}: ${item.why}` +
-      (item.total == null ? "" : `; total ${item.total}, of ${item.n} candidates`)}),
-    element("p", {className: "small", textContent: `${item.source_caption} \\u2192 ${item.target_caption}`}),
-    element("p", {className: "small", textContent: numbers.join(" \\u00b7 ")}),
-    element("p", {className: "small", textContent: [item.id, item.task, item.guidance && `guidance ${item.guidance}`, truth]
-                                                   .filter(x => x).join(" \\u00b7 ")}));
-}
-function show() {
-  const key = $("key").value, low = $("low").value, high = $("high").value;
-  const found = data.items.filter(x => (!$("task").value || (x.task || "unknown") === $("task").value)
-    && (!$("kept").value || x.kept === ($("kept").value === "1"))
-    && (low === "" || (score(x, key) ?? NaN) >= +low) && (high === "" || (score(x, key) ?? NaN) <= +high));
-  $("count").textContent = `${found.length} of ${data.total} sources`;
-  $("list").replaceChildren(...found.map(card));
-}
-for (const id of ["task", "kept", "key", "low", "high"]) $(id).addEventListener("input", show);
-show();
-</script></html>
-"""
+# ---- command line ----------------------------------------------------------------------------------------
 
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------------------------
-
-def tune(path, seconds, seed, rate=44100):
-    """A small tune for a clip, as a wav file: plucked notes of a pentatonic scale, half a second each."""
-    rng, sound = Random(seed), np.zeros(int(rate * (seconds + 1)), np.float32)
-    for beat in range(int(seconds * 2)):
-        t = np.arange(rate) / rate
-        pitch = 220 * 2 ** (rng.choice((0, 2, 4, 7, 9, 12, 14, 16)) / 12)
-        note = sum(np.sin(2 * np.pi * pitch * k * t) / k ** 2 for k in (1, 2, 3)) * np.exp(-5 * t)
-        sound[beat * rate // 2:beat * rate // 2 + rate] += 0.25 * note
-    wavfile.write(path, rate, (sound[:int(rate * seconds)] * 32767).clip(-32767, 32767).astype(np.int16))
-
-
-def command_scene(args):
+def draw(args):
     """Draw one scene and one edit of it: OUT_source.mp4 (--sound: with a tune) and OUT_target.mp4, the true edit."""
     scene = draw_scene(args.seed, args.domain, args.split)
     tasks = possible_tasks(scene)
@@ -1661,116 +1249,57 @@ def parse(argv=None):
     parser = Parser(description="Make and look at training data.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def named(text):                                # Path("") would be the current folder
-        if not text:
-            raise argparse.ArgumentTypeError("needs a path")
-        return Path(text)
-
     def command(name, text):
         return commands.add_parser(name, help=text, description=text, formatter_class=Defaults)
 
-    def stage(name, text, candidates, batch):
-        p = command(name, text)
-        p.add_argument("--weights", required=True, help="tiny, sd15, a directory in hub layout, a trained run")
-        p.add_argument("--to", required=True, type=named, help="folder of the data set")
-        p.add_argument("--candidates", type=int, default=candidates, help="edits per source")
-        p.add_argument("--batch", type=int, default=batch, help="candidates at a time; lower it where memory is short")
-        p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the editor; default: bfloat16 on CUDA, "
-                       "else float32")
-        p.add_argument("--limit", type=int, default=-1, help="new sources in this run, of every process (-1: all); run again to go on")
-        p.add_argument("--seed", type=int, default=0, help="of guidance, noise, drawn scenes, instructions")
-        p.add_argument("--no-filter", action="store_true", help="keep every source's first candidate")
-        p.add_argument("--min", action="append", metavar="NAME=VALUE", help="another threshold; -inf: none")
-        p.add_argument("--score-weights", type=named, metavar="FILE", help="weights of the total, from calibrate")
-        p.add_argument("--force", action="store_true", help="go on although the settings changed, or many sources cannot be read")
-        metrics.scorer_flags(p)
-        p.set_defaults(judge=None)                                  # it judges clips, not images
-        return p
-
-    def judge_flag(p):
-        p.add_argument("--judge", metavar="DIR", help="a LLaVA-OneVision: filter by its three chances of yes, too, "
-                       "each 0.5 or more; metrics.py then refuses it as a judge of what was trained on them")
-
-    p = stage("images", "steps 1-2: many edits of each image, the best with its trajectory", 30, 30)
-    p.add_argument("--from", dest="source", default="shapes", help="shapes, or image pairs: parquet, folders, .jsonl")
-    p.add_argument("--n", "--sources", type=int, default=-1, help="sources (-1: all; of shapes: 20)")
-    p.add_argument("--steps", type=int, default=20, help="sampling steps, also of the clips made from them")
-    p.add_argument("--dino", metavar="DIR", help="hub id or directory of DINOv2, or none")
-
-    p = stage("videos", "steps 3-4: the kept images as clips, edited under their trajectory (FFG-V2V)", 4, 4)
-    p.add_argument("--images", required=True, type=named, help="data set of `images`, or InsV2V's clips")
-    p.add_argument("--motion", help="motion modules: hub id, directory or .ckpt, or none; default the weights' own")
-    p.add_argument("--mode", default="ffg", choices=["ffg", "image"],
-                   help="image: frame by frame, without the trajectory")
-    p.add_argument("--animate", choices=["world", "camera", "cogvideox"],
-                   help="how an image becomes a clip; default: world for drawn scenes, camera for others")
-    p.add_argument("--cogvideox", default=COGVIDEOX, metavar="DIR", help="hub id or directory of the teacher")
-    p.add_argument("--cogvideox-steps", type=int, default=50, help="its sampling steps")
-    judge_flag(p)
-
-    p = stage("real", "stages II and III: real videos edited by the previous round's model", 4, 4)
-    p.add_argument("--round", type=int, required=True, help="which round it is for: 1, 2, ...")
-    p.add_argument("--from", dest="source", default="shapes", help="shapes, or a folder of videos or JPEGImages")
-    p.add_argument("--n", "--sources", type=int, default=-1, help="videos, or drawn scenes (-1: all; of shapes: 20)")
-    p.add_argument("--steps", type=int, default=20, help="sampling steps")
-    p.add_argument("--per-video", type=int, default=2, help="clips of a video, at most")
-    p.add_argument("--writer", "--instructions", default="tiny", metavar="tiny|llava|FILE",
-                   help="who writes instructions: tiny CLIP, LLaVA-OneVision, or text or JSON lines")
-    p.add_argument("--llava", default=teachers.LLAVA, metavar="DIR", help="hub id or directory of the writer")
-    p.add_argument("--lora", type=named, metavar="FILE", help="what train.py --stage writer made of it")
-    p.add_argument("--task-mix", nargs="+", metavar="TASK=WEIGHT", help="how often LLaVA is asked for which task; "
-                   f"default: {', '.join(teachers.WRITER_TASKS)} equally")
-    judge_flag(p)
-
-    p = command("calibrate", "fit the total's weights to ratings or, in the shapes world, to the truth")
-    p.add_argument("manifest", type=named, help="data set or manifest.jsonl")
-    p.add_argument("--ratings", type=named, nargs="+", metavar="JSON", help="answers of metrics.py study --rate")
+    for name, (settings, step) in STEPS.items():
+        p = command(name, step.__doc__.split("\n")[0])
+        p.add_argument("--to", required=True, type=Path, help="folder of the data set")
+        p.add_argument("--device", type=known_device, help="cuda, cuda:1, mps or cpu (default: the best there is)")
+        add_flags(p, settings())
+        add_flags(p, How())
+    p = command("calibrate", "fit the total's weights to ratings or, in the drawn world, to the truth")
+    p.add_argument("folder", type=Path, help="data set")
+    p.add_argument("--ratings", nargs="+", default=(), metavar="JSON", help="answers of metrics.py study --rate")
     p.add_argument("--by-task", action="store_true", help="let the total know the task: a filter by it leaves out whole "
                    "kinds of edit that seldom succeed")
-    p.add_argument("--to", type=named, help="default: score_weights.json beside the manifest")
-
+    p.add_argument("--to", type=Path, help="default: score_weights.json in the folder")
     p = command("look", "one HTML page of a data set")
-    p.add_argument("manifest", type=named, help="data set or manifest.jsonl")
-    p.add_argument("--limit", type=int, default=200, help="sources on the page, evenly spaced")
-    p.add_argument("--to", type=named, help="default: look.html beside the manifest")
-
+    p.add_argument("folder", type=Path, help="data set")
+    p.add_argument("--limit", type=int, default=200, help="sources on the page, evenly spaced (-1: all)")
+    p.add_argument("--to", type=Path, help="default: look.html in the folder")
     p = command("scene", "one drawn scene and its true edit, as videos")
     p.add_argument("out", help="where to, without ending")
     p.add_argument("--seed", type=int, default=68, help="which scene")
-    p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"],
-                   help="clean, or like a hand-held camera")
-    p.add_argument("--split", default="held", choices=["train", "held"],
-                   help="held: scenes and wordings that training never saw")
-    p.add_argument("--task", choices=TASKS, help="kind of edit; default any that fits")
+    p.add_argument("--domain", default="synthetic", choices=["synthetic", "real"], help="clean, or like a hand-held camera")
+    p.add_argument("--split", default="held", choices=["train", "held"], help="held: scenes and wordings that training never saw")
+    p.add_argument("--task", choices=list(TASKS), help="kind of edit; default any that fits")
     p.add_argument("--size", type=int, default=360, help="height in pixels")
     p.add_argument("--aspect", type=float, default=16 / 9, help="width / height")
     p.add_argument("--seconds", type=float, default=4, help="length")
     p.add_argument("--fps", type=float, default=12, help="frames per second")
     p.add_argument("--sound", action="store_true", help="give the source a tune")
-    args = parser.parse_args(argv)
-    check_device(getattr(args, "device", "cpu"))
-    for name, low, unset in (("candidates", 1, None), ("batch", 1, None), ("steps", 1, None), ("limit", 1, -1),
-                             ("n", 1, -1), ("per_video", 1, None), ("cogvideox_steps", 1, None)):
-        value = getattr(args, name, low)
-        if value < low and value != unset:
-            flag, other = name.replace("_", "-"), ", or -1 for all" if unset else ""
-            raise UserError(f"--{flag} {value}: must be at least {low}{other}")
-    if args.command in ("calibrate", "look") and args.to and args.to.is_dir():
-        raise UserError(f"--to {args.to}: is a folder; needs a file")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    new = args.command in ("images", "videos", "real") and not args.to.exists()
-    try:
-        {"images": stage_images, "videos": stage_videos, "real": stage_real, "calibrate": calibrate, "look": look,
-         "scene": command_scene}[args.command](args)
-    except UserError:
-        with suppress(OSError):                     # a folder that holds something stays
-            if new:
-                args.to.rmdir()
-        raise
+    if args.command == "scene":
+        return draw(args)
+    if args.command == "look":
+        return look(args.folder, args.limit, args.to or args.folder / "look.html")
+    if args.command == "calibrate":
+        rows = load_rated(args.folder, args.ratings)
+        cross_validate(rows)
+        return fit_total(rows, args.by_task, args.to or args.folder / "score_weights.json")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))         # one GPU for each process of torchrun
+    settings, step = STEPS[args.command]
+    s = from_flags(settings(), args)
+    for name in ("weights", "images", "clips", "source"):
+        if getattr(s, name, name) == "":
+            raise UserError(f"curate.py {args.command}: needs --{'from' if name == 'source' else name}")
+    step(args.to, s, replace(from_flags(How(), args), device=args.device))
 
 
 if __name__ == "__main__":

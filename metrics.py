@@ -3,37 +3,41 @@
     python metrics.py edited.mp4 --source video.mp4 --instruction "make it snow" \\
                       --source-caption "a street" --target-caption "a street in the snow"
     python metrics.py tgve DIR [--plus] [--outputs DIR]      the TGVE or TGVE+ benchmark as one table
-    python metrics.py shapes [--sweep] [--agreement]         the same on drawn clips whose true edit is known
+    python metrics.py shapes [--sweep | --agreement | --bare]    the same on drawn clips whose true edit is known
+    python metrics.py footage DIR                            the same on real clips, by effects that are exact
     python metrics.py study DIR_A DIR_B [DIR_SOURCE]         a user study as one HTML page
     python metrics.py votes *.json                           its answers as win rates
 
 Contents
-    images in    to_u8, stretch, resize_crop, Preprocess
+    images in    resize_crop, Preprocess
     networks     CLIP (PickScore is one, too), DINOv2, ViCLIP
     scores       clip_frame, clip_text, pick_score, viclip_out, viclip_dir, image_scores;
-                 on pixels ssim, psnr, flicker, preservation
-    one clip     SCORES, JUDGED (--judge), HELD_OUT, align, score_clips, main_clip
-    benchmarks   read_tgve, read_tgve_plus, edit_benchmark, score_benchmark, table, main_tgve
-    shapes world world_items, agreement_table, sweep, main_shapes
+                 on pixels ssim, psnr, flicker, seam_score, preservation
+    truth        truth_scores, succeeds, against_truth
+    clips        SCORES, Scorers, score_clips, total_score
+    one clip     load_frames, align, main_clip
+    benchmarks   read_tgve, read_tgve_plus, make_edits, score_items, table, main_tgve
+    known truth  drawn_item, drawn_scores, agreement_table, main_shapes, main_footage
     user study   main_study, main_votes
-    teacher      LlavaOneVision: writes instructions for clips, judges edits; its LoRA fine-tuning
 
-Networks return un-normalised projected features, so that a clip is encoded once for all its scores.
-Between files and networks a clip is "frames", (F, H, W, 3) uint8.
+Networks return un-normalised projected features, so that a clip is encoded once for all its scores. Between files
+and networks a clip is "frames", (F, H, W, 3) uint8.
 """
+import argparse
 import base64
 import csv
 import hashlib
-import importlib.util
+import itertools
 import json
 import math
-import os
 import re
 import shutil
 import sys
 import tempfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,16 +45,17 @@ import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from scipy.ndimage import gaussian_filter, uniform_filter
 from tqdm import tqdm
 
 import world
-from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, aside, attention,
-                   find_tensors, hub_dir, load_weights, read_json, read_tensors, run, stretch, to_u8, to_video)
-from sample import (Parser, check_device, check_ranges, choose_model, edit_pictures, editor_flags, model_size, open_video, plan,
-                    probe, read_frames, seam_score, settings, video_writer, window_starts)
-from teachers import LLAVA, LLAVA_FILES, LlavaOneVision, judge_edit
+from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention, begin, build,
+                   find_tensors, fingerprint, hub_dir, load_weights, need, placement, read_json, read_tensors, reading,
+                   run, stretch, to_u8, to_video, write_json, write_text)
+from sample import (IMAGES, REFERENCES, VIDEOS, WINDOW, Parser, between, choose_model, edit_pictures, editor_flags, known_device,
+                    model_size, open_video, plan, probe, read_frames, read_video, settings, video_writer)
+from teachers import LLAVA, LlavaOneVision, judge_edit
 
 # ------------------------------------------------------------------------------------------------------------
 # Images in
@@ -78,16 +83,27 @@ class Preprocess:
         self.resize, self.crop = side(cfg["size"]), side(cfg["crop_size"])
         self.mean, self.std = torch.tensor(cfg["image_mean"]), torch.tensor(cfg["image_std"])
 
-    def bytes(self, images):
-        """Everything before the normalisation: (N, S, S, 3) uint8."""
-        return np.stack([resize_crop(im, self.resize, self.crop) for im in to_u8(images)])
-
-    def normalise(self, u8):
-        """(N, S, S, 3) uint8 -> (N, 3, S, S) float32."""
-        return ((torch.from_numpy(u8).float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
-
     def __call__(self, images):
-        return self.normalise(self.bytes(images))
+        x = np.stack([resize_crop(im, self.resize, self.crop) for im in to_u8(images)])
+        return normalise(x, self.mean, self.std)
+
+
+def normalise(images, mean, std):
+    """(N, H, W, 3) in [0, 255], mean and std (3,) of [0, 1] -> (N, 3, H, W) float32."""
+    x = torch.as_tensor(images).float() / 255
+    return ((x - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def open_network(network, source, device=None, dtype=torch.float32, patterns=("*.json", "model.safetensors")):
+    """(network with the weights of a hub id or a directory in transformers' layout, that directory)."""
+    folder = hub_dir(source, list(patterns))
+    with torch.device("meta"):
+        net = build(network, folder / "config.json")
+    tensors, file = find_tensors(folder)
+    load_weights(net, tensors, f"{folder.name}/{file}", drop=("position_ids",), device=device, dtype=dtype)
+    with reading(folder / "preprocessor_config.json"):
+        net.preprocess = Preprocess(read_json(folder / "preprocessor_config.json"))
+    return net.eval(), folder
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -144,16 +160,14 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """OpenAI's initialisation: residual branches shrink with depth, so that their sum keeps its scale."""
-        for tower, proj in ((self.text_model, self.text_projection),
-                            (self.vision_model, self.visual_projection)):
-            layers, width = tower.encoder.layers, proj.in_features
-            for layer in layers:
-                attn, fc1, fc2 = layer.self_attn, layer.mlp["fc1"], layer.mlp["fc2"]
-                inside, branch = width ** -0.5, (2 * width * len(layers)) ** -0.5
-                for lin, std in ((attn.q_proj, inside), (attn.k_proj, inside), (attn.v_proj, inside),
-                                 (attn.out_proj, branch), (fc1, (2 * width) ** -0.5), (fc2, branch)):
-                    nn.init.normal_(lin.weight, std=std)
-                    nn.init.zeros_(lin.bias)
+        for tower, proj in ((self.text_model, self.text_projection), (self.vision_model, self.visual_projection)):
+            width = proj.in_features
+            branch = (2 * width * len(tower.encoder.layers)) ** -0.5
+            std = {"out_proj": branch, "fc2": branch, "fc1": (2 * width) ** -0.5}
+            for name, layer in tower.encoder.named_modules():           # q, k, v, out, fc1, fc2 of each layer
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=std.get(name.split(".")[-1], width ** -0.5))
+                    nn.init.zeros_(layer.bias)
             nn.init.normal_(proj.weight, std=width ** -0.5)
         text, vision = self.text_model.embeddings, self.vision_model.embeddings
         nn.init.normal_(text.token_embedding.weight, std=0.02)
@@ -167,15 +181,9 @@ class CLIP(nn.Module):
 
         Raises UserError for missing, partial or foreign files.
         """
-        folder = hub_dir(source, ["*.json", "merges.txt", "model.safetensors"])
-        with torch.device("meta"):
-            net = cls(read_json(folder / "config.json"))
-        tensors, file = find_tensors(folder)
-        file = f"{folder.name}/{file}"
-        load_weights(net, tensors, file, drop=("position_ids",), device=device, dtype=dtype)
+        net, folder = open_network(cls, source, device, dtype, ["*.json", "merges.txt", "model.safetensors"])
         net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
-        net.preprocess = Preprocess(read_json(folder / "preprocessor_config.json"))
-        return net.eval()
+        return net
 
     def encode_image(self, pixel_values):
         x = pixel_values.to(self.visual_projection.weight)              # its device and dtype
@@ -250,8 +258,6 @@ class DINOv2(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.get("use_swiglu_ffn"):
-            raise UserError("DINOv2: use_swiglu_ffn (the giant model) is not known; use small, base or large")
         width, registers, eps = cfg["hidden_size"], cfg.get("num_register_tokens", 0), cfg["layer_norm_eps"]
         self.image_size = cfg["image_size"]
         self.embeddings = DINOEmbeddings(width, self.image_size, cfg["patch_size"], registers)
@@ -263,13 +269,7 @@ class DINOv2(nn.Module):
     @classmethod
     def from_pretrained(cls, source, device=None, dtype=torch.float32):
         """source: facebook/dinov2-base, facebook/dinov2-with-registers-large, or a directory like that."""
-        folder = hub_dir(source, ["*.json", "model.safetensors"])
-        with torch.device("meta"):
-            net = cls(read_json(folder / "config.json"))
-        tensors, file = find_tensors(folder)
-        load_weights(net, tensors, f"{folder.name}/{file}", device=device, dtype=dtype)
-        net.preprocess = Preprocess(read_json(folder / "preprocessor_config.json"))
-        return net.eval()
+        return open_network(cls, source, device, dtype)[0]
 
     def forward(self, pixel_values):
         """All tokens after the last norm: (N, 1 + registers + patches, D)."""
@@ -382,17 +382,14 @@ class ViCLIP(nn.Module):
         Sizes come from the tensors; heads are 64 wide unless a config beside the file gives their number.
         """
         folder = hub_dir(source, cls.FILES)
-        path = next((folder / name for name in cls.FILES[:2] if (folder / name).is_file()), None)
-        if path is None:
-            raise UserError(f"{source}: holds neither {cls.FILES[0]} nor {cls.FILES[1]}; "
-                            "pass a copy of OpenGVLab/ViCLIP")
+        path = folder / cls.FILES[0]
+        path = path if path.is_file() else folder / "model.safetensors"
         tensors = read_tensors(path)
-        if "vision_encoder.conv1.weight" not in tensors:
-            raise UserError(f"{path}: holds no vision_encoder.conv1.weight; is it ViCLIP's file?")
-        cfg = viclip_sizes(tensors)
+        with reading(path, "is it ViCLIP's file?"):
+            cfg = viclip_sizes(tensors)
         for name in ("config.json", "mini_sizes.json"):
             if (folder / name).is_file():
-                cfg.update({k: v for k, v in read_json(folder / name).items() if k in cfg})
+                cfg |= {k: v for k, v in read_json(folder / name).items() if k in cfg}
         with torch.device("meta"):
             net = cls(cfg)
         load_weights(net, tensors, f"{folder.name}/{path.name}", device=device, dtype=dtype)
@@ -402,8 +399,7 @@ class ViCLIP(nn.Module):
         return net.eval()
 
     def encode_video(self, video):
-        if video.shape[1] not in (1, self.n_frames):
-            raise UserError(f"ViCLIP: {video.shape[1]} frames; its positions fit {self.n_frames} or 1")
+        assert video.shape[1] in (1, self.n_frames), f"{video.shape[1]} frames; positions fit {self.n_frames} or 1"
         return self.vision_encoder(video.to(self.text_encoder.text_projection)).float()
 
     def encode_text(self, ids):
@@ -412,10 +408,6 @@ class ViCLIP(nn.Module):
     def tokenize(self, texts):
         return self.tokenizer(texts, length=self.context)
 
-    def bytes(self, images):
-        """Frames (see `to_u8`) -> the 8 that ViCLIP sees, (8, S, S, 3) uint8: stretched, not cropped."""
-        return np.stack([bilinear_u8(frame, self.image_size) for frame in self.choose(to_u8(images))])
-
     def choose(self, frames):
         """Every (n // 8)-th of n frames, 8 of them; ours: a shorter clip is slowed down to 8."""
         n = self.n_frames
@@ -423,13 +415,14 @@ class ViCLIP(nn.Module):
             return [frames[i * len(frames) // n] for i in range(n)]
         return frames[::len(frames) // n][:n]
 
-    def normalise(self, u8):
-        """(8, S, S, 3) uint8 -> (1, 8, 3, S, S) float32."""
-        x = (torch.from_numpy(u8).float() / 255 - self.MEAN) / self.STD
-        return x.permute(0, 3, 1, 2)[None].contiguous()
-
     def preprocess(self, images):
-        return self.normalise(self.bytes(images))
+        """Frames (see `to_u8`) -> the 8 that ViCLIP sees, (1, 8, 3, S, S): stretched, not cropped.
+
+        Bilinear without antialias, in whole grey levels: OpenCV's, which fed ViCLIP, to one level.
+        """
+        x = torch.from_numpy(np.stack(self.choose(to_u8(images)))).permute(0, 3, 1, 2).float()
+        x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear").round()
+        return normalise(x.permute(0, 2, 3, 1), self.MEAN, self.STD)[None]
 
 
 def viclip_sizes(t):
@@ -446,29 +439,6 @@ def viclip_sizes(t):
                 text_width=text.shape[1], text_layers=layers("text"), vocab_size=len(text),
                 context_length=len(t["text_encoder.positional_embedding"]),
                 embed_dim=t["vision_encoder.proj"].shape[1])
-
-
-def bilinear_u8(image, size):
-    """uint8 (H, W, 3) -> (size, size, 3) as OpenCV's INTER_LINEAR does it, which is what fed ViCLIP.
-
-    In its fixed point: weights of 11 bits, no antialias, the border repeated.
-    """
-    def taps(n):                                                        # first pixel, share of the next
-        at = ((np.arange(size) + 0.5) * (n / size) - 0.5).astype(np.float32)
-        return np.floor(at).astype(int), at - np.floor(at)
-
-    def weights(share):
-        return np.rint((1 - share) * 2048).astype(int), np.rint(share * 2048).astype(int)
-
-    height, width = image.shape[:2]
-    (x, fx), (y, fy) = taps(width), taps(height)
-    a0, a1 = weights(np.where((x < 0) | (x >= width - 1), 0, fx))       # off the side: one pixel counts
-    b0, b1 = weights(fy)                                                # off the top: it counts twice
-    rows = image.astype(int)
-    rows = rows[:, x.clip(0, width - 1)] * a0[:, None] + rows[:, (x + 1).clip(0, width - 1)] * a1[:, None]
-    top, bottom = rows[y.clip(0, height - 1)] >> 4, rows[(y + 1).clip(0, height - 1)] >> 4
-    out = (b0[:, None, None] * top >> 16) + (b1[:, None, None] * bottom >> 16)
-    return ((out + 2) >> 2).clip(0, 255).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -523,9 +493,7 @@ def image_scores(clip, dino, source, edited, source_caption, target_caption):
     registers) one by nearest pixels, not normalised: as in the released code, not as they were trained.
     """
     images = to_u8(source) + to_u8(edited)                              # the source first
-    sizes = sorted({f"{im.shape[1]}x{im.shape[0]}" for im in images})
-    if len(sizes) > 1:
-        raise UserError(f"image scores: sizes differ, {', '.join(sizes)}; edits must have the source's size")
+    assert len({im.shape for im in images}) == 1, "edits need the source's size"
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255  # (1 + N, 3, H, W)
     mean, std = clip.preprocess.mean[:, None, None], clip.preprocess.std[:, None, None]
     square = (F.interpolate(x, size=(clip.image_size, clip.image_size), mode="bicubic") - mean) / std
@@ -581,15 +549,37 @@ def psnr(first, second, mask=None):
     return float(-10 * np.log10(max(error.mean(), 1e-10))) if error.size else 100.0
 
 
-def flicker(frames):
-    """Mean distance of a frame from the mean of its two neighbours, in grey levels of 255; down.
+def flicker(edited, source):
+    """Flicker over the source's own: 1 is as steady, above flickers, below smears; NaN for fewer than three frames.
 
-    frames: uint8. Steady motion mostly cancels, flicker does not. Compare with the source's own; NaN for
-    fewer than three frames.
+    A clip's flicker is the mean distance of a frame from the mean of its two neighbours, in grey levels: steady motion
+    mostly cancels. A quarter of a level is added to both, since stills have none.
     """
-    x = [frame.astype(np.int16) for frame in frames]
-    bends = [np.abs(2 * now - before - after).mean() / 2 for before, now, after in zip(x, x[1:], x[2:])]
-    return float(np.mean(bends)) if bends else math.nan
+    def bend(frames):
+        x = [frame.astype(np.int16) for frame in frames]
+        bends = [np.abs(2 * now - before - after).mean() / 2 for before, now, after in zip(x, x[1:], x[2:])]
+        return float(np.mean(bends)) if bends else math.nan
+    return (bend(edited) + 0.25) / (bend(source) + 0.25)
+
+
+def window_starts(n_frames):
+    """First new frame of each window in which `edit_stream` edits a clip: 0, 16, 28, 40, ..."""
+    return [0, *range(WINDOW, n_frames, WINDOW - REFERENCES)]
+
+
+def seam_score(edited, source, joins):
+    """How much more the edit changes where two windows meet than elsewhere: 1 is no seam; NaN without joins.
+
+    joins: first frames of the later windows. Changes from frame to frame count relative to the source's own, so that
+    motion cancels.
+    """
+    def changes(frames):                                                # (F - 1,), in [0, 1]
+        return np.array([np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(frames, frames[1:])])
+    ratio = changes(edited) / np.maximum(changes(source), 1 / 255)
+    at_join = np.isin(np.arange(1, len(edited)), joins)
+    if not at_join.any() or at_join.all():
+        return math.nan
+    return float(ratio[at_join].mean() / max(ratio[~at_join].mean(), 1e-6))
 
 
 def changed_region(source, edited):
@@ -622,64 +612,272 @@ def preservation(source, edited, mask=None):
     return float(mask.mean()), psnr(source, edited, ~mask), ssim(source, edited, ~mask)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Where the true edit is known
+# ------------------------------------------------------------------------------------------------------------
+
+SUCCESS = ("success: inside the region that the true edit changes, at least 1 dB closer to the truth than "
+           "the source and the autoencoded source are; outside it, at most 1 dB further from the source than "
+           "the autoencoder's own error, on source or truth")
+CODED = ("autoencoded source", "autoencoded truth")                     # what a perfect editor loses
+
+
 def truth_scores(source, edited, truth, mask):
-    """Distance from the true edit, which only drawn clips have: PSNR and SSIM inside the true region, and how
-    many dB the edit is closer to the truth than the untouched source is: there, and over the whole clip."""
+    """Distance from the true edit: PSNR and SSIM inside its region, and how many dB the edit is closer to the
+    truth than the untouched source is: there, and over the whole clip."""
     inside = psnr(edited, truth, mask)
     return {"psnr_truth": inside, "ssim_truth": ssim(edited, truth, mask),
             "truth_gain": inside - psnr(source, truth, mask),
             "whole_gain": psnr(edited, truth) - psnr(source, truth)}
 
 
+def succeeds(gain, outside, coded):
+    """Success as SUCCESS says it: 1.0 or 0.0. gain: dB nearer to the truth inside the true region than the source
+    is; outside: PSNR to the source, NaN where there is no outside; coded: [(gain, outside)] of what a perfect
+    editor loses, source and truth through the autoencoder, the source first.
+
+    Without the margin, doing nothing would often succeed: the autoencoder's blur alone brings clips closer.
+    """
+    floor = max([0, *(g for g, _ in coded[:1] if not math.isnan(g))])
+    spoiled = outside < min((o for _, o in coded), default=math.nan) - 1
+    return float(gain >= floor + 1 and not spoiled)
+
+
+def add_success(rows):
+    """Into {name: scores} of one clip's edits: success, where the truth is known."""
+    known = {name: (scores["truth_gain"], scores["psnr_outside"]) for name, scores in rows.items()
+             if "truth_gain" in scores}
+    for name, (gain, outside) in known.items():
+        rows[name]["success"] = succeeds(gain, outside, [known[k] for k in CODED if k in known])
+
+
+def against_truth(ed, z_src, source, edits, truth, mask):
+    """{name: truth_scores, psnr_outside and success} of edits {name: frames}, and of CODED.
+
+    All frames (F, H, W, 3) uint8; z_src: the source's latents; mask (F, H, W) bool: the true region.
+    """
+    coded = [ed.decode(z * ed.vae.scaling_factor) for z in (z_src, ed.encode(to_video(truth)))]
+    edits = edits | {name: np.stack(to_u8(x)) for name, x in zip(CODED, coded)}
+    rows = {name: {"psnr_outside": preservation(source, x, mask)[1]} | truth_scores(source, x, truth, mask)
+            for name, x in edits.items()}
+    add_success(rows)
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------------
-# One clip: every score there is an input for
+# Clips: every score there is an input for
 # ------------------------------------------------------------------------------------------------------------
 
-SCORES = {              # printed name, what is better, decimals, what it says, the command's flags it needs
-    "viclip_out": ("ViCLIP_out", "up", 3, "edited clip against the target caption", "target-caption viclip"),
-    "pick_score": ("PickScore", "up", 2, "human preference for each frame under the target caption",
-                   "target-caption pick"),
-    "clip_frame": ("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1", "clip"),
-    "clip_text": ("CLIPText", "up", 2, "frames against the target caption, x 100", "target-caption clip"),
-    "clip_frame_gain": ("CLIPFrame gain", "0", 3, "CLIPFrame minus the source's own", "source clip"),
-    "flicker": ("flicker", "1", 2, "flicker over the source's own; above 1 flickers, below smears", "source"),
-    "seam": ("seam", "1", 2, "change where windows of 16 meet, over change elsewhere", "source"),
-    "changed": ("area changed", "-", 2, "share of the clip that the edit changed", "source"),
-    "psnr_outside": ("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal", "source"),
-    "ssim_outside": ("SSIM outside", "up", 3, "structure kept outside that area", "source"),
-    "viclip_dir": ("ViCLIP_dir", "up", 3, "held out; change of clip against captions'; untouched has 0",
-                   "source source-caption target-caption viclip"),
+@dataclass
+class Score:
+    name: str           # as tables print it
+    better: str         # up, 0 or 1 (the nearer), - (neither)
+    digits: int
+    says: str
+    needs: str = ""     # flags of the command, and what the clip must have
+
+
+SCORES = {
+    "viclip_out": Score("ViCLIP_out", "up", 3, "edited clip against the target caption",
+                        "--target-caption, --viclip"),
+    "pick_score": Score("PickScore", "up", 2, "human preference for each frame under the target caption",
+                        "--target-caption, --pick"),
+    "clip_frame": Score("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1", "--clip, two frames"),
+    "clip_text": Score("CLIPText", "up", 2, "frames against the target caption, x 100",
+                       "--target-caption, --clip"),
+    "clip_frame_gain": Score("CLIPFrame gain", "0", 3, "CLIPFrame minus the source's own",
+                             "--source, --clip, two frames"),
+    "flicker": Score("flicker", "1", 2, "flicker over the source's own; above 1 flickers, below smears",
+                     "--source, three frames"),
+    "seam": Score("seam", "1", 2, "change where windows of 16 meet, over change elsewhere",
+                  "--source, more than one window"),
+    "changed": Score("area changed", "-", 2, "share of the clip that the edit changed", "--source"),
+    "psnr_outside": Score("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal",
+                          "--source, an edit that leaves some of the frame"),
+    "ssim_outside": Score("SSIM outside", "up", 3, "structure kept outside that area",
+                          "--source, an edit that leaves some of the frame"),
+    "viclip_dir": Score("ViCLIP_dir", "up", 3, "held out; change of clip against captions'; untouched has 0",
+                        "--source, --source-caption, --target-caption, --viclip"),
 }
-JUDGED = {                                              # as SCORES; only with --judge, see judge_edit
-    "judge_follows": ("judge: follows", "up", 2, "chance of yes: it follows the instruction", "source instruction"),
-    "judge_preserves": ("judge: keeps", "up", 2, "chance of yes: all else is unchanged", "source instruction"),
-    "judge_clean": ("judge: clean", "up", 2, "chance of yes: no artefacts, no flicker", "source instruction"),
+JUDGED = {                                              # only with --judge, see judge_edit
+    "judge_follows": Score("judge: follows", "up", 2, "chance of yes: it follows the instruction",
+                           "--source, --instruction"),
+    "judge_preserves": Score("judge: keeps", "up", 2, "chance of yes: all else is unchanged",
+                             "--source, --instruction"),
+    "judge_clean": Score("judge: clean", "up", 2, "chance of yes: no artefacts, no flicker",
+                         "--source, --instruction"),
+}
+TRUTH = {                                               # only where the true edit is known
+    "psnr_truth": Score("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
+    "ssim_truth": Score("SSIM to truth", "up", 3, "structure of the true edit inside its region"),
+    "truth_gain": Score("gain, dB", "up", 1, "PSNR to truth minus the untouched source's"),
+    "whole_gain": Score("gain, whole clip", "up", 1, "the same over the whole clip"),
+    "success": Score("success", "up", 2, "share of clips, see SUCCESS"),
 }
 # The judge that curation never filters by. Both models have it, and doing nothing does not win it; but its
 # network also gives ViCLIP_out, so it is not fully independent of the filter.
 HELD_OUT = "viclip_dir"
-# of the total in `agreement_table`: the paper's four but ViCLIP_dir, equal. The filter's are in curate.py, VIDEO_WEIGHTS
+# of the total in `agreement_table`: the paper's four but ViCLIP_dir, equal. The filter's are in curate.py
 WEIGHTS = {"viclip_out": 1, "pick_score": 1, "clip_frame": 1, "clip_text": 1}
-TRUTH = {                                               # as SCORES; only where the true edit is known
-    "psnr_truth": ("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
-    "ssim_truth": ("SSIM to truth", "up", 3, "structure of the true edit inside its region"),
-    "truth_gain": ("gain, dB", "up", 1, "PSNR to truth minus the untouched source's"),
-    "whole_gain": ("gain, whole clip", "up", 1, "the same over the whole clip"),
-    "success": ("success", "up", 2, "share of clips, see SUCCESS"),
-}
-SUCCESS = ("success: inside the region that the true edit changes, at least 1 dB closer to the truth than "
-           "the source and the autoencoded source are; outside it, at most 1 dB further from the source than "
-           "the autoencoder's own error, on source or truth")
 SCORERS = {                                                             # role: hub id or directory
     "published": {"clip": "openai/clip-vit-large-patch14", "pick": "yuvalkirstain/PickScore_v1",
                   "viclip": "OpenGVLab/ViCLIP"},
     "tiny": {"clip": ROOT / "assets/tiny/clip", "viclip": ROOT / "assets/tiny/viclip"},
 }
+NETWORKS = {"clip": CLIP, "pick": CLIP, "viclip": ViCLIP, "judge": LlavaOneVision}
 
+
+@dataclass
+class Scorers:
+    """The networks behind the scores; each is opened when first asked for, and kept."""
+    paths: dict                 # {a key of NETWORKS: hub id or directory}
+    family: str = "published"   # or tiny
+    square: int = 0             # TGVE's script stretches frames to 480x480 before the networks' own preprocessing
+    device: str = None
+    networks: dict = field(default_factory=dict)
+
+    def __contains__(self, role):
+        return role in self.paths
+
+    def open(self, role):
+        if role not in self.networks:
+            device, dtype = placement(self.device)
+            try:
+                net = NETWORKS[role].from_pretrained(self.paths[role], device=device, dtype=dtype)
+            except UserError as error:
+                raise UserError(f"--{role} {self.paths[role]}: {error}; or leave its scores out, "
+                                f"--{role} none") from None
+            self.networks[role] = net
+        return self.networks[role]
+
+
+def scorer_flags(parser):
+    parser.add_argument("--scorers", choices=["auto", "tiny", "published"], default="auto",
+                        help="embedded networks or the hub's; auto: for curation those that lie with the editor, "
+                        "else the hub's if there is a GPU")
+    for role in ("clip", "pick", "viclip"):
+        parser.add_argument(f"--{role}", metavar="DIR",
+                            help=f"hub id or directory of another {role} network, or none")
+    parser.add_argument("--judge", metavar="DIR",
+                        help=f"three scores more, by a LLaVA-OneVision: directory or hub id like {LLAVA}")
+
+
+def choose_scorers(kind="auto", own=None, device=None, **paths):
+    """Scorers of a family, auto, tiny or published; prints which and why.
+
+    own: {role: directory} of those that lie with an editor, which auto then takes. paths: {role: hub id or
+    directory} instead of the family's; None keeps the family's, "none" leaves that role out.
+    """
+    why, roles = "as --scorers says", SCORERS.get(kind, own)
+    if kind == "auto" and own:
+        kind, why = "tiny", "the editor's own"
+    elif kind == "auto":
+        kind = "published" if torch.cuda.is_available() else "tiny"
+        why, roles = "as there is a GPU or not; choose with --scorers", SCORERS[kind]
+    print(f"scorers: {kind} ({why})")
+    roles = roles | {role: path for role, path in paths.items() if path}
+    roles = {role: path for role, path in roles.items() if path != "none"}
+    return Scorers(roles, kind, 480 if kind == "published" else 0, device)
+
+
+@torch.no_grad()
+def score_clips(clips, scorers):
+    """Scores of clips, several edits of each: a list of {edit's name: {key of SCORES: float}}, with the keys that
+    the inputs allow.
+
+    clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them),
+    `source_caption`, `target_caption`, `instruction`, `mask` (F, H, W) of the true edit and `truth`, that edit, which
+    counts if it is `known` to be the only one.
+    """
+    results = []
+    for clip in clips:
+        source, rows = clip.get("source"), {}
+        for name, x in clip["edits"].items():
+            rows[name] = {} if source is None else pixel_scores(source, x, clip.get("mask"))
+            if clip.get("known"):
+                rows[name] |= truth_scores(source, x, clip["truth"], clip["mask"])
+        for role in scorers.paths:
+            for name, scores in network_scores(scorers.open(role), role, clip, scorers.square).items():
+                rows[name] |= scores
+        add_success(rows)
+        results.append(rows)
+    return results
+
+
+def pixel_scores(source, edited, mask=None, n_kept=8):
+    """The scores that need no network; preservation on at most `n_kept` frames, evenly spaced."""
+    at = np.unique(np.linspace(0, len(edited) - 1, n_kept).astype(int))
+    changed, kept_psnr, kept_ssim = preservation(source[at], edited[at], None if mask is None else mask[at])
+    return {"flicker": flicker(edited, source),
+            "seam": seam_score(edited, source, window_starts(len(edited))[1:]),
+            "changed": changed, "psnr_outside": kept_psnr, "ssim_outside": kept_ssim}
+
+
+def network_scores(net, role, clip, square=0):
+    """{edit's name: scores} that one network gives the edits of a clip, whose source is encoded once."""
+    source, before, target = (clip.get(key) for key in ("source", "source_caption", "target_caption"))
+    rows = {name: {} for name in clip["edits"]}
+    if role == "judge":
+        if source is not None and clip.get("instruction"):
+            for name, x in clip["edits"].items():
+                chances = judge_edit(net, source, x, clip["instruction"], min(8, len(x)))
+                rows[name] = {key: chances[key.removeprefix("judge_")] for key in JUDGED}
+        return rows
+    if role != "clip" and not target:
+        return rows
+    if role == "viclip":
+        text, before_text = net.encode_text(net.tokenize([target, before or ""]))
+    else:
+        text = net.encode_text(net.tokenizer([target or ""]))[0]
+    untouched = None if source is None else encode_clip(net, source, square)
+    for name, frames in clip["edits"].items():
+        x = untouched if frames is source else encode_clip(net, frames, square)
+        if role == "clip":
+            rows[name]["clip_frame"] = clip_frame(x)
+            if source is not None:
+                rows[name]["clip_frame_gain"] = clip_frame(x) - clip_frame(untouched)
+            if target:
+                rows[name]["clip_text"] = clip_text(x, text)
+        elif role == "pick":
+            rows[name]["pick_score"] = pick_score(x, text, net.logit_scale.item())
+        else:
+            rows[name]["viclip_out"] = viclip_out(x, text)
+            if source is not None and before:
+                rows[name]["viclip_dir"] = viclip_dir(x, untouched, text, before_text)
+    return rows
+
+
+def encode_clip(net, frames, square=0):
+    """Features of frames, by ViCLIP (P,), by CLIP (F, P). square: stretch frames to this side before, 0: do not."""
+    video = isinstance(net, ViCLIP)
+    frames = net.choose(frames) if video else frames
+    if square:
+        frames = [stretch(frame, square, square) for frame in frames]
+    if video:
+        return net.encode_video(net.preprocess(frames))[0]
+    return torch.cat([net.encode_image(net.preprocess(frames[k:k + 64])) for k in range(0, len(frames), 64)])
+
+
+def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
+    """The filter's total of N candidates: (N,) weighted mean of the scores that all of them have, less `centre`
+    and divided by `spread` ({score: value}, from `curate.py calibrate`); without those, by their own mean and
+    deviation."""
+    keys = [key for key in weights if all(row.get(key) is not None for row in rows)]
+
+    def values(*rows):                                                  # (N, K)
+        return np.array([[row[key] for key in keys] for row in rows], float).reshape(len(rows), -1)
+    x, w = values(*rows), values(weights)[0]
+    centre, spread = (x.mean(0), x.std(0)) if centre is None else values(centre, spread)
+    return ((x - centre) / np.maximum(spread, 1e-6)) @ w / max(w.sum(), 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One clip
+# ------------------------------------------------------------------------------------------------------------
 
 def load_frames(path, start=0):
-    """A video file, from `start` seconds on, or a folder of numbered frames -> (frames (F, H, W, 3) uint8, times (F,) in
-    seconds from the first of them; None of a folder)."""
+    """A video file, from `start` seconds on, or a folder of numbered frames -> (frames (F, H, W, 3) uint8, times
+    (F,) in seconds from the first of them; None of a folder)."""
     clip = probe(path)
     if clip.path.is_dir() and start:
         raise UserError(f"--start {start:g}: {path} is a folder of frames, which have no times")
@@ -692,289 +890,66 @@ def load_frames(path, start=0):
 def align(source, edited, source_times=None, edited_times=None):
     """Source and edit as clips of one length and size: (source, edited, notes on what was done).
 
-    Clips of as many frames, and folders, whose frames have no times (None), are paired one to one. Else times in seconds
-    tell: up to where the shorter clip ends, each frame of the clip that has fewer there meets the one shown at its time.
+    Clips of as many frames, and folders, whose frames have no times (None), are paired one to one. Else times in
+    seconds tell: up to where the shorter clip ends, each frame of the clip that has fewer there meets the one
+    shown at its time.
     """
     notes, n = [], min(len(source), len(edited))
     if len(source) != len(edited):
-        found = f"source has {len(source)} frames, edit {len(edited)}"
-        if source_times is None or edited_times is None:
-            notes.append(f"{found}: the first {n} of both are scored")
-        else:
-            ends = [t[-1] + np.median(np.diff(t)) if len(t) > 1 else 0 for t in (source_times, edited_times)]
-            times = [t[t <= max(0, min(ends) - 0.002)] for t in (source_times, edited_times)]
-            shown = [np.searchsorted(t, min(times, key=len) + 0.002, "right") - 1 for t in times]       # 2 ms: as webm rounds
-            source, edited, n = source[shown[0]], edited[shown[1]], len(shown[0])
-            notes.append(f"{found}: {n} of each are scored, paired by their times")
+        what = f"the first {n} of both are scored"
+        clips, times = (source, edited), (source_times, edited_times)
+        if source_times is not None and edited_times is not None:
+            ends = [t[-1] + np.median(np.diff(t)) if len(t) > 1 else 0 for t in times]
+            times = [t[t <= max(0, min(ends) - 0.002)] for t in times]  # 2 ms: as webm rounds
+            when = min(times, key=len) + 0.002
+            n, what = len(when), f"{len(when)} of each are scored, paired by their times"
+            clips = [x[np.searchsorted(t, when, "right") - 1] for x, t in zip(clips, times)]
+        notes.append(f"source has {len(source)} frames, edit {len(edited)}: {what}")
+        source, edited = (x[:n] for x in clips)
     height, width = source.shape[1:3]
-    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # an odd last row or column, which mp4 shows twice
+    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # an odd last row or column, twice in mp4
         edited = edited[:, :height, :width]
     if source.shape[1:3] != edited.shape[1:3]:
         old = f"{edited.shape[2]}x{edited.shape[1]}"
         notes.append(f"edit stretched from {old} to the source's {width}x{height}")
-        edited = np.stack([stretch(frame, width, height) for frame in edited[:n]])
-    return source[:n], edited[:n], notes
-
-
-def pixel_scores(source, edited, mask=None, n_kept=8):
-    """The scores that need no network; preservation on at most `n_kept` frames, evenly spaced."""
-    at = np.unique(np.linspace(0, len(edited) - 1, n_kept).astype(int))
-    changed, kept_psnr, kept_ssim = preservation(source[at], edited[at], None if mask is None else mask[at])
-
-    def change(x):                                  # from frame to frame, in [0, 1]
-        return [np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(x, x[1:])]
-    seam = seam_score(change(edited), change(source), window_starts(len(edited), "video")[1:])
-    return {"flicker": (flicker(edited) + 0.25) / (flicker(source) + 0.25),  # a quarter level: stills have 0
-            "seam": math.nan if seam is None else seam,
-            "changed": changed, "psnr_outside": kept_psnr, "ssim_outside": kept_ssim}
-
-
-@torch.no_grad()
-def score_clips(clips, scorers, device="cpu", square=480, opened=None):
-    """Scores of many clips, several edits of each: a list of {edit's name: {key of SCORES: float}}, with the
-    keys that the inputs allow.
-
-    clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them),
-    `source_caption`, `target_caption`, `instruction`, `mask` (F, H, W) of the true edit, and `truth`, that
-    edit. scorers: {"clip", "pick", "viclip", "judge"} -> hub id or directory. square: TGVE's script stretches
-    every frame to 480x480 before the networks' own preprocessing; 0 leaves frames as they are. One network is
-    in memory at a time; `opened`, a dict, keeps them for the next call (a large GPU).
-    """
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    crops = [{} for _ in clips]                                         # CLIP and PickScore share them
-
-    def pixels(clip):
-        if clip.get("source") is None:
-            return {name: {} for name in clip["edits"]}
-        return {name: pixel_scores(clip["source"], x, clip.get("mask")) |
-                (truth_scores(clip["source"], x, clip["truth"], clip["mask"]) if "truth" in clip else {})
-                for name, x in clip["edits"].items()}
-
-    with ThreadPoolExecutor() as pool:                                  # the next clips are resized meanwhile
-        rows = list(pool.map(pixels, clips))
-        for role, path in scorers.items():
-            net = opened[role] if opened and role in opened else open_scorer(role, path, device, dtype)
-            if opened is not None:
-                opened[role] = net
-            ready = pool.map(lambda clip, seen: as_seen(net, clip, seen, square), clips, crops)
-            for clip, row, videos in zip(clips, rows, ready):
-                for name, scores in network_scores(net, role, clip, videos).items():
-                    row[name].update(scores)
-            net = None                                                  # freed before the next one is loaded
-    return rows
-
-
-def open_scorer(role, path, device, dtype):
-    try:
-        network = {"viclip": ViCLIP, "judge": LlavaOneVision}.get(role, CLIP)
-        return network.from_pretrained(path, device=device, dtype=dtype)
-    except UserError as error:
-        raise UserError(f"--{role} {path}: {error}" +
-                        f"; or leave its scores out with --{role} none" * (role != "judge")) from None
-
-
-def as_seen(net, clip, crops, square):
-    """{edit's name, None for the source: uint8 as `net` sees it}, computed once for networks of one size."""
-    if isinstance(net, LlavaOneVision):                                 # chooses frames and scales itself
-        return clip["edits"]
-    videos = clip["edits"] | ({None: clip["source"]} if clip.get("source") is not None else {})
-    viclip = isinstance(net, ViCLIP)
-    size = ("viclip", net.image_size) if viclip else (net.preprocess.resize, net.preprocess.crop)
-    for frames in videos.values():
-        if (id(frames), size) not in crops:                             # a control may be the source itself
-            chosen = net.choose(frames) if viclip else frames
-            chosen = [stretch(frame, square, square) for frame in chosen] if square else list(chosen)
-            crops[id(frames), size] = net.bytes(chosen) if viclip else net.preprocess.bytes(chosen)
-    return {name: crops[id(frames), size] for name, frames in videos.items()}
-
-
-def network_scores(net, role, clip, videos):
-    """{edit's name: scores} that one network gives to one clip; videos as from `as_seen`."""
-    target, before = clip.get("target_caption"), clip.get("source_caption")
-    if role == "judge":
-        if clip.get("source") is None or not clip.get("instruction"):
-            return {}
-        said = {name: judge_edit(net, clip["source"], x, clip["instruction"], min(8, len(x)))
-                for name, x in videos.items()}
-        return {name: {key: p[key.removeprefix("judge_")] for key in JUDGED} for name, p in said.items()}
-    unique = {id(u8): u8 for u8 in videos.values()}
-    if role == "viclip":
-        if not target:
-            return {}
-        text = net.encode_text(net.tokenize([target, before or ""]))
-        batch = net.encode_video(torch.cat([net.normalise(u8) for u8 in unique.values()]))
-        features = dict(zip(unique, batch))                             # (P,) each
-    else:
-        text = net.encode_text(net.tokenizer([target or ""]))
-        features = {key: torch.cat([net.encode_image(net.preprocess.normalise(part))            # (F, P) each
-                                    for part in np.array_split(u8, 1 + len(u8) // 64)])
-                    for key, u8 in unique.items()}
-    features = {name: features[id(u8)] for name, u8 in videos.items()}
-    source, out = features.pop(None, None), {}
-    for name, x in features.items():
-        out[name] = {}
-        if role == "clip":
-            out[name]["clip_frame"] = clip_frame(x)
-            if source is not None:
-                out[name]["clip_frame_gain"] = clip_frame(x) - clip_frame(source)
-            if target:
-                out[name]["clip_text"] = clip_text(x, text[0])
-        elif role == "pick" and target:
-            out[name]["pick_score"] = pick_score(x, text[0], net.logit_scale.item())
-        elif role == "viclip":
-            out[name]["viclip_out"] = viclip_out(x, text[0])
-            if source is not None and before:
-                out[name]["viclip_dir"] = viclip_dir(x, source, *text)
-    return out
-
-
-def why_missing(key, clip, scorers):
-    """Why a clip has no such score, in the words of the command line."""
-    flags = ("source", "instruction", "source-caption", "target-caption")
-    given = {flag for flag in flags if len(clip.get(flag.replace("-", "_"), ()))}
-    lacks = [f"--{flag}" for flag in (SCORES | JUDGED)[key][4].split() if flag not in given | set(scorers)]
-    if lacks:
-        return "needs " + " and ".join(lacks)
-    return {"clip_frame": "needs two frames", "clip_frame_gain": "needs two frames",
-            "flicker": "needs three frames", "seam": "one window has none",
-            "psnr_outside": "the edit changes the whole frame",
-            "ssim_outside": "the edit changes the whole frame"}.get(key, "not a number")
-
-
-def print_scores(row, clip, scorers):
-    for key, (name, better, digits, meaning, _) in (SCORES | (JUDGED if "judge" in scorers else {})).items():
-        value = row.get(key, math.nan)
-        shown = f"{value:.{digits}f}" if math.isfinite(value) else "-"
-        note = meaning if math.isfinite(value) else f"left out: {why_missing(key, clip, scorers)}"
-        print(f"{name:<15}{shown:>8}   better: {better:<5}{note}")
-
-
-def choose_scorers(args, own=None):
-    """({role: hub id or directory}, square of `score_clips`, "published" or "tiny") as the flags ask for; prints which and why.
-
-    own: {role: directory} of the scorers that lie with an editor, which --scorers auto then takes.
-    """
-    check_device(args.device)
-    kind, why, ready = args.scorers, "as --scorers says", SCORERS
-    if kind == "auto" and own:
-        kind, why, ready = "tiny", "the editor's own", {"tiny": own}
-    elif kind == "auto":
-        kind = "published" if torch.cuda.is_available() else "tiny"
-        why = "there is a GPU; --scorers tiny for the embedded ones" if kind == "published" else \
-              "no GPU here; --scorers published for the paper's"
-    scorers = {}
-    for role in ("clip", "pick", "viclip"):
-        path = getattr(args, role) or ready[kind].get(role, "none")
-        if isinstance(path, Path) and not path.is_dir():
-            print(f"{role}: none at {path}; its scores are left out")
-        elif path != "none":
-            scorers[role] = path
-    if getattr(args, "judge", None):
-        scorers["judge"] = args.judge
-    print(f"scorers: {kind} ({why})")
-    return scorers, 480 if kind == "published" else 0, kind
-
-
-def scorer_flags(parser):
-    parser.add_argument("--scorers", choices=["auto", "tiny", "published"], default="auto",
-                        help="embedded networks or the hub's; auto: for curation those that lie with the editor, else the hub's "
-                        "if there is a GPU")
-    for role in ("clip", "pick", "viclip"):
-        parser.add_argument(f"--{role}", metavar="DIR",
-                            help=f"hub id or directory of another {role} network, or none")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=best, help="cuda, mps or cpu")
-
-
-def judge_flags(parser):
-    parser.add_argument("--judge", metavar="DIR",
-                        help=f"three scores more, by a LLaVA-OneVision: directory or hub id like {LLAVA}")
-
-
-def judge_mark(source):
-    """Eight digits that tell one LLaVA from another, wherever it lies."""
-    try:
-        return weights_mark(hub_dir(source, LLAVA_FILES))
-    except UserError as error:
-        raise UserError(f"--judge {source}: {error}") from None
-
-
-def weights_mark(folder):
-    """Eight digits of the sizes and beginnings of a network's weight files."""
-    crc = 0
-    for path in sorted(p for p in Path(folder).iterdir() if p.match("*model*.safetensors") or p.suffix in (".bin", ".pth")):
-        with open(path, "rb") as f:
-            crc = zlib.crc32(f.read(1 << 20), zlib.crc32(str(path.stat().st_size).encode(), crc))
-    return f"{crc:08x}"
-
-
-def content_mark(path):
-    """Eight digits of a file's bytes, or of those of all files in a folder."""
-    path, crc = Path(path), 0
-    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
-        crc = zlib.crc32(file.name.encode(), crc) if path.is_dir() else crc
-        with open(file, "rb") as f:
-            while part := f.read(1 << 24):
-                crc = zlib.crc32(part, crc)
-    return f"{crc:08x}"
-
-
-def check_judge(judge, weights, told):
-    """UserError if `judge` filtered clips that `weights`, or a run before it, was trained on, unless told.
-
-    A run's meta.json names its data sets and the run it started from; a data set's dataset.json names the model that made
-    its edits, and under `filtered_by` which judge, if any, chose its clips. A note is printed where a data set is gone.
-    """
-    mark, todo, seen = judge_mark(judge), [Path(weights)], set()
-    while todo:
-        run_folder = todo.pop()
-        run_folder = run_folder.parent if run_folder.suffix == ".safetensors" else run_folder
-        if run_folder in seen or not (run_folder / "meta.json").is_file():
-            continue
-        seen.add(run_folder)
-        args = read_json(run_folder / "meta.json").get("args", {})
-        for folder in args.get("train_on", ()):
-            path = ROOT / folder / "dataset.json"                       # an absolute path stays what it is
-            if not path.is_file():
-                print(f"{folder}: gone, so nobody knows whether --judge {judge} chose what {run_folder} learnt from")
-                continue
-            data = read_json(path)
-            todo.append(ROOT / (data.get("weights") or ""))             # the model that made its edits
-            if (data.get("filtered_by") or {}).get("mark") == mark:
-                if not told:
-                    raise UserError(f"--judge {judge}: it chose the clips of {folder} that {run_folder} was trained "
-                                    "on, so it would praise its own choice; pass another, or --same-judge to report "
-                                    "it nevertheless")
-                print(f"judge: {judge} also chose the clips of {folder}; its scores flatter this model")
-        todo.append(ROOT / (args.get("weights") or ""))
+        edited = np.stack([stretch(frame, width, height) for frame in edited])
+    return source, edited, notes
 
 
 def main_clip(argv):
-    parser = Parser(prog="metrics.py", description="Scores of one edited clip; `tgve|shapes|study|votes --help` for the rest.")
-    parser.add_argument("edited", help="video file or folder of frames")
-    parser.add_argument("--source", help="the clip it was made from")
-    parser.add_argument("--start", type=float, default=0, help="seconds of the source at which the edit begins")
-    parser.add_argument("--instruction", default="", help="what was asked for; --judge needs it")
-    parser.add_argument("--source-caption", default="", help="what the source shows")
-    parser.add_argument("--target-caption", default="", help="what the edit should show")
+    parser = Parser(prog="metrics.py", description="Scores of one edited clip; `tgve|shapes|footage|study|votes "
+                    "--help` for the rest.")
+    add = parser.add_argument
+    add("edited", help="video file or folder of frames")
+    add("--source", help="the clip it was made from")
+    add("--start", type=between(0, 1e6), default=0, help="seconds of the source at which the edit begins")
+    add("--instruction", default="", help="what was asked for; --judge needs it")
+    add("--source-caption", default="", help="what the source shows")
+    add("--target-caption", default="", help="what the edit should show")
+    add("--device", type=known_device, help="cuda, mps or cpu (default: the best there is)")
     scorer_flags(parser)
-    judge_flags(parser)
     args = parser.parse_args(argv)
-    check_ranges(parser, args)
     if args.start and not args.source:
         raise UserError(f"--start {args.start:g}: is a time of --source, which lacks")
     edited, times = load_frames(args.edited)
-    notes = []
     clip = {key: getattr(args, key).strip() for key in ("instruction", "source_caption", "target_caption")}
+    notes = []
     if args.source:
         source, source_times = load_frames(args.source, args.start)
         clip["source"], edited, notes = align(source, edited, source_times, times)
-    clip["edits"] = {"edit": edited}
-    scorers, square, _ = choose_scorers(args)
-    [row] = score_clips([clip], scorers, args.device, square)
-    what = f", {args.instruction!r}" if args.instruction else ""
-    print(*notes, f"{args.edited}: {len(edited)} frames{what}", sep="\n")
-    print_scores(row["edit"], clip, scorers)
+    scorers = scorers_of(args)
+    [rows] = score_clips([clip | {"edits": {"edit": edited}}], scorers)
+    print(*notes, f"{args.edited}: {len(edited)} frames", sep="\n")
+    for key, score in (SCORES | (JUDGED if "judge" in scorers else {})).items():
+        value = rows["edit"].get(key, math.nan)
+        found = math.isfinite(value)
+        shown = f"{value:.{score.digits}f}" if found else "-"
+        says = score.says if found else f"left out: needs {score.needs}"
+        print(f"{score.name:<15}{shown:>8}   better: {score.better:<5}{says}")
+
+
+def scorers_of(args):
+    return choose_scorers(args.scorers, None, args.device, **{role: getattr(args, role) for role in NETWORKS})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -984,101 +959,68 @@ def main_clip(argv):
 TGVE_COLUMNS = {"Style Change Caption": "style", "Object Change Caption": "object",
                 "Background Change Caption": "background", "Multiple Changes Caption": "multiple"}
 SETS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}
-COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker",
-           "psnr_outside", HELD_OUT)
-IN_PAPER = ("viclip_out", "viclip_dir", "pick_score", "clip_frame", "clip_text")
-PAPER = {                                                               # arXiv 2503.17641, Table 1
-    "tgve": {"Tune-A-Video": (.243, .162, 20.36, .924, 27.12), "STDF": (.226, .110, 20.40, .933, 26.34),
-             "Fairy": (.208, .164, 19.80, .933), "TokenFlow": (.257, .117, 20.58, .943, 25.41),
-             "AnyV2V": (.230, .141, 19.70, .919, 24.03), "InsV2V": (.262, .208, 20.76, .911, 25.56),
-             "EVE": (.262, .221, 20.76, .922), "InstructVEdit": (.280, .237, 20.92, .919, 27.69)},
-    "tgve_plus": {"Tune-A-Video": (.242, .131, 20.47, .933, 25.59), "STDF": (.227, .093, 20.60, .933, 25.70),
-                  "Fairy": (.197, .140, 19.81, .933), "TokenFlow": (.254, .085, 20.62, .944, 24.96),
-                  "AnyV2V": (.227, .109, 19.80, .919, 23.52), "InsV2V": (.236, .174, 20.37, .925, 25.36),
-                  "EVE": (.251, .198, 20.88, .926), "InstructVEdit": (.271, .183, 20.94, .917, 26.65)},
-}
 
 
 def benchmark_item(folder, subset, video, task, source_caption, target_caption, instruction):
     """One line of a benchmark: an id, which is also the folder of its edit, and where the source is."""
-    places = [folder / subset / "480p_frames" / video, folder / subset / "480p_videos" / f"{video}.mp4"]
-    path = next((str(p) for p in places if p.exists()), None)
+    path = folder / subset / "480p_frames" / video
+    path = path if path.is_dir() else folder / subset / "480p_videos" / f"{video}.mp4"
     return dict(id=f"{subset}/{video}/{task}", task=task, path=path, source_caption=source_caption,
-                target_caption=target_caption, instruction=instruction,
-                problem=None if path else f"no source video at {places[1]}")
+                target_caption=target_caption, instruction=instruction)
 
 
 def read_tgve(folder, prompts=None):
     """LOVEU-TGVE-2023 as published: a CSV with section rows ("DAVIS Videos:") and blank ones, three folders.
 
-    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without
-    it items have no instruction and can only be scored. Returns items of `benchmark_item`, four per video.
+    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without it
+    items have no instruction and can only be scored. Returns items of `benchmark_item`, four per video.
     """
-    file = next(iter(sorted(folder.glob("*.csv"))), None)
-    if file is None:
-        raise UserError(f"{folder}: holds no CSV; expected LOVEU-TGVE-2023_Dataset.csv and its video folders")
-    prompts = prompts or next(iter(sorted(folder.glob("*prompt*.json"))), None)
-    prompts = read_json(prompts) if prompts else {}
-    if not all(isinstance(x, dict) and all(isinstance(s, str) for s in x.values()) for x in prompts.values()):
-        raise UserError(f"{folder}: its prompts need to be a JSON object, {{video: {{\"edit_style\": instruction, …}}}}")
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as f:
-            header, *rows = [[cell.strip() for cell in row] for row in csv.reader(f)] or [[]]
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: is not UTF-8; save it as \"CSV UTF-8\"") from None
-    wanted = ["Video name", "Our GT caption", *TGVE_COLUMNS]
-    lacks = [c for c in wanted if c not in header]
-    if lacks:
-        raise UserError(f"{file}: lacks the columns {', '.join(lacks)}; it has {', '.join(header)}")
-    rows = [dict(zip(header, row)) for row in rows]
-    items, subset, seen = [], None, set()
-    for row in rows:
-        name = row.get("Video name", "")
-        if name.endswith("Videos:"):
-            subset = SETS.get(name.split()[0].lower(), name.split()[0])
-        elif name and subset is None:
-            raise UserError(f"{file}: {name} comes before any section row such as 'DAVIS Videos:'")
-        elif name:
-            seen.add(name)
-            for column, task in TGVE_COLUMNS.items():
-                instruction = prompts.get(name, {}).get(f"edit_{task}", "")
-                items.append(benchmark_item(folder, subset, name, task, row.get("Our GT caption", ""),
-                                            row.get(column, ""), instruction))
-                if not row.get(column):
-                    items[-1]["problem"] = f"empty {column}"
-    unknown = sorted(set(prompts) - seen)
+    file = min(folder.glob("*.csv"), default=folder / "LOVEU-TGVE-2023_Dataset.csv")
+    prompts = prompts or min(folder.glob("*prompt*.json"), default=None)
+    asked, items, subset = read_json(prompts) if prompts else {}, [], None
+    with reading(file, "is it TGVE's CSV, saved as UTF-8?"), open(file, encoding="utf-8-sig", newline="") as f:
+        for row in csv.DictReader(f, restval=""):
+            name = row["Video name"].strip()
+            if name.endswith("Videos:"):
+                subset = SETS.get(name.split()[0].lower(), name.split()[0])
+            elif name:
+                need(subset, f"{name} comes before any section row such as 'DAVIS Videos:'")
+                for column, task in TGVE_COLUMNS.items():
+                    with reading(prompts, 'needs {video: {"edit_style": instruction, ...}}'):
+                        instruction = asked.get(name, {}).get(f"edit_{task}", "").strip()
+                    items.append(benchmark_item(folder, subset, name, task, row["Our GT caption"].strip(),
+                                                row[column].strip(), instruction))
+    unknown = sorted(asked.keys() - {item["path"].stem for item in items})
     if unknown:
         print(f"prompts for videos that {file.name} does not have: {', '.join(unknown)}")
     return items
 
 
+PLUS_COLUMNS = {            # what a column of TGVE+'s parquet may be called
+    "instruction": ("instruction", "edit_prompt"), "task": ("task", "type"), "video": ("video", "path", "file"),
+    "source": ("input_caption", "source_caption", "original_caption", "original_prompt", "input"),
+    "target": ("output_caption", "target_caption", "edited_caption", "edited_prompt", "output")}
+
+
 def read_tgve_plus(folder):
     """TGVE+ (facebook/tgve_plus): one parquet beside TGVE's video folders, its columns found by name."""
-    file = next(iter(sorted(folder.rglob("*.parquet"))), None)
-    if file is None:
-        raise UserError(f"{folder}: holds no parquet; put facebook/tgve_plus's beside TGVE's video folders")
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{file}: reading parquet needs pyarrow; pip install pyarrow")
-    import pyarrow.parquet
-    rows = pyarrow.parquet.read_table(file).to_pylist()
-    names, column = list(rows[0]) if rows else [], {}
-    spellings = {"instruction": ("instruction", "edit_prompt"), "task": ("task", "type"),
-                 "video": ("video", "path", "file"),
-                 "source": ("input_caption", "source_caption", "original_caption", "original_prompt", "input"),
-                 "target": ("output_caption", "target_caption", "edited_caption", "edited_prompt", "output")}
-    for key, words in spellings.items():
-        column[key] = next((n for w in words for n in names if w in n.lower().replace(" ", "_")), None)
-        if column[key] is None:
-            raise UserError(f"{file}: no column for the {key}; it has {', '.join(names)}")
-    items, count = [], {}
-    for row in rows:
-        path, task = Path(row[column["video"]]), re.sub(r"\W+", "_", str(row[column["task"]]).lower())
-        key = path.parts[0], path.stem, task
-        count[key] = count.get(key, 0) + 1                           # a task may come several times per video
-        task_id = task if count[key] == 1 else f"{task}-{count[key]}"
-        item = benchmark_item(folder, path.parts[0], path.stem, task_id, row[column["source"]] or "",
-                              row[column["target"]] or "", row[column["instruction"]] or "")
-        items.append(item | {"task": task})
+    file = min(folder.rglob("*.parquet"), default=folder / "facebook/tgve_plus's parquet")
+    items, names, count = [], {}, Counter()
+    with reading(file, "is it facebook/tgve_plus's? reading it takes pyarrow (pip install pyarrow)"):
+        import pyarrow.parquet
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+        for key, words in PLUS_COLUMNS.items():
+            found = [name for word in words for name in rows[0] if word in name.lower().replace(" ", "_")]
+            need(found, f"no column for the {key}; it has {', '.join(rows[0])}")
+            names[key] = found[0]
+        for row in rows:
+            row = {key: row[name] or "" for key, name in names.items()}
+            path, task = Path(row["video"]), re.sub(r"\W+", "_", row["task"].lower())
+            count[path, task] += 1                                      # a task may come several times a video
+            n = count[path, task]
+            item = benchmark_item(folder, path.parts[0], path.stem, task if n == 1 else f"{task}-{n}",
+                                  row["source"], row["target"], row["instruction"])
+            items.append(item | {"task": task})
     return items
 
 
@@ -1087,417 +1029,354 @@ def thin(frames, n=32):
     return frames[::max(1, len(frames) // n)][:n]
 
 
-def edit_benchmark(items, folder, edit, how, ending=".jpg"):
-    """Write edit(item), rgb frames, of every item as <folder>/<id>/00000.jpg, …, the submission layout.
-
-    Folders appear whole, and those that are there already are kept: a run continues where it stopped. <folder>/made.jsonl
-    says what made each: an edit made in another way (`how`), of another source or by another instruction is refused."""
-    log = folder / "made.jsonl"
-    made = {row["id"]: row for row in read_log(log)}
-    wanted = {i["id"]: {"id": i["id"], "instruction": i["instruction"], "source": i["mark"], "settings": how} for i in items
-              if not i["problem"]}
-    there = {name for name in wanted if (folder / name).is_dir()}
-    other = [name for name in there if made.get(name) != wanted[name]]
-    if other:
-        raise UserError(f"{folder / other[0]}: was made with other settings or from another clip, {made.get(other[0])}, now "
-                        f"{wanted[other[0]]}; pass another --out")
-    todo = [i for i in items if i["id"] in wanted.keys() - there]
-    for item in tqdm(todo, desc=folder.name, unit="clip", disable=not todo):
-        if not item["instruction"]:
-            item["problem"] = "no instruction for it in the prompts"
-            continue
-        target = folder / item["id"]
-        part = target.with_name(f".{target.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        try:
-            for i, rgb in enumerate(edit(item)):
-                Image.fromarray(rgb).save(part / f"{i:05d}{ending}", quality=95)
-        except BaseException as error:
-            shutil.rmtree(part, ignore_errors=True)
-            if not isinstance(error, UserError):
-                raise
-            item["problem"] = str(error)                                # a source that cannot be read
-            continue
-        append_line(log, wanted[item["id"]])
-        os.replace(part, target)
-
-
-def run_editor(ed, item, source, size, options):
-    """The edit of source (F, H, W, 3) uint8 as rgb frames of its size, as `sample.py` delivers it; short side `size`
-    inside the model."""
-    small = model_size(*source.shape[1:3], size, ed.multiple)
-    options = options | {"seed": options["seed"] + item.get("number", 0)}
-    for rgb, *_ in edit_pictures(ed, source, small, item["instruction"], **options):
-        yield rgb
-
-
-def stamp(ed):
-    """Eight digits that change with weights, schedule, guidance, deadband and kind of noise: old edits are not taken for a new model's."""
-    crc = 0
-    for net in (ed.unet, ed.vae, ed.text_encoder):
-        for x in net.state_dict().values():
-            crc = zlib.crc32(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
-    return f"{zlib.crc32(repr((sorted(ed.scheduler.items()), ed.guidance, ed.deadband, ed.same_noise)).encode(), crc):08x}"
-
-
-def read_lines(path):
-    """JSON lines of a file -> (dicts, lines cut by a crash: 0 or 1). UserError for a broken line inside."""
-    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")       # a whole line ends in \n
-    rows = []
-    for n, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}, line {n}: is not JSON; remove that line, its source is then done again") from None
-    return rows, int(bool(rest))
-
-
-def read_log(path):
-    """[dict] of a file of JSON lines, none where it is not there; a line that a crash cut is taken out of it."""
-    rows, cut = read_lines(path) if path.exists() else ([], 0)
-    if cut:
-        write_aside(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def append_line(path, row):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        f.write(json.dumps(row) + "\n")
-
-
-def read_item(item, folders, read):
-    """(What `score_clips` takes of an item and its edits in `folders`: as many frames of each, and of the controls; notes on how
-    they were aligned). UserError for what is not there or cannot be read. read: see `score_benchmark`."""
-    clip, edits, notes = read(item), {}, []
-    length = clip.pop("length", None)
-    for name, folder in folders.items():
-        place = folder / item["id"]
-        if not place.is_dir():
-            raise UserError(f"no edit at {place}")
-        edited = load_frames(place)[0]
-        edited = thin(edited) if len(edited) == length else edited          # of all of the source's frames
-        _, edits[name], found = align(clip["source"], edited)
-        notes += found
-    n = min(len(clip["source"]), *map(len, edits.values()))
-    clip, edits = ({k: x[:n] for k, x in frames.items()} for frames in (clip, edits))
-    source, first = clip["source"], next(iter(edits.values()))[:1]
-    edits |= {"untouched source": source, "frozen first edit": np.broadcast_to(first, source.shape)}
-    return item | clip | {"edits": edits}, list(dict.fromkeys(notes))
-
-
-def score_benchmark(items, folders, scorers, square, device, log, read, chunk=16):
-    """Scores of every item's edits, of its untouched source and of its first edited frame, frozen.
-
-    folders: {row's name: folder in the submission layout}, the first the one that matters. read(item) -> what
-    `score_clips` takes, `source` and perhaps `truth` and `mask`, and `length`, the source's frames before it was thinned.
-    Every finished chunk of clips is appended to `log` at once, with a mark of all that the scores depend on: scorers, texts,
-    source and edits. Returns {id: {row: scores}}; what cannot be read gets a "problem".
-    """
-    opened = {} if torch.device(device).type == "cuda" else None
-    rows = [*folders, "untouched source", "frozen first edit"]
-    names = {role: (str(where), weights_mark(where) if Path(where).is_dir() else "") for role, where in scorers.items()}
-
-    def mark(item):
-        edits = {name: content_mark(folder / item["id"]) for name, folder in folders.items() if (folder / item["id"]).is_dir()}
-        what = names, square, item["mark"], [item[k] for k in ("instruction", "source_caption", "target_caption")], edits
-        return f"{zlib.crc32(json.dumps(what, sort_keys=True).encode()):08x}"
-    known, marks, done, todo = {(r["id"], r["mark"]): r for r in read_log(log) if "mark" in r}, {}, {}, []
-    for item in (i for i in items if not i["problem"]):
-        marks[item["id"]] = mark(item)
-        row = known.get((item["id"], marks[item["id"]]))
-        if row and not set(rows) - set(row["scores"]):
-            done[item["id"]], item["notes"] = row["scores"], row["notes"]
-        else:
-            todo.append(item)
-    for at in tqdm(range(0, len(todo), chunk), unit="chunk", disable=not todo):
-        there, clips = [], []
-        for item in todo[at:at + chunk]:
-            try:
-                clip, item["notes"] = read_item(item, folders, read)
-            except UserError as error:
-                item["problem"] = str(error)
-                continue
-            there.append(item)
-            clips.append(clip)
-        for item, result in zip(there, score_clips(clips, scorers, device, square, opened)):
-            add_success(result)
-            done[item["id"]] = {row: {k: v for k, v in scores.items() if math.isfinite(v)} for row, scores in result.items()}
-            append_line(log, {"id": item["id"], "mark": marks[item["id"]], "notes": item["notes"], "scores": done[item["id"]]})
-    return done
-
-
-CODED = ("autoencoded source", "autoencoded truth")                     # what a perfect editor loses
-
-
-def succeeds(gain, outside, coded):
-    """Success as SUCCESS says it: 1.0 or 0.0. gain: dB nearer to the truth inside the true region than the source is;
-    outside: PSNR to the source, NaN where there is no outside; coded: [(gain, outside)] of what a perfect editor loses,
-    source and truth through the autoencoder, the source first.
-
-    Without the margin, doing nothing would often succeed: the autoencoder's blur alone brings clips closer.
-    """
-    floor = max([0, *(g for g, _ in coded[:1] if not math.isnan(g))])
-    spoiled = outside < min((o for _, o in coded), default=math.nan) - 1
-    return float(gain >= floor + 1 and not spoiled)
-
-
-def add_success(result):
-    """Into {row: scores} of one clip: success, where the truth is known."""
-    coded = [(result[row].get("truth_gain", math.nan), result[row]["psnr_outside"]) for row in CODED if row in result]
-    for scores in result.values():
-        if "truth_gain" in scores:
-            scores["success"] = succeeds(scores["truth_gain"], scores["psnr_outside"], coded)
-
-
-def interval(values, groups=None):
-    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples, fixed seed). groups: a name for each value; those
-    of one name, such as edits of one video, are not independent and are drawn together."""
-    _, place = np.unique(np.arange(len(values)) if groups is None else groups, return_inverse=True)
-    sums, counts = np.bincount(place, values), np.bincount(place)
-
-    def mean(sums, counts, axis):
-        return sums.sum(axis) / counts.sum(axis)
-    found = scipy.stats.bootstrap((sums, counts), mean, n_resamples=2000, method="percentile", paired=True, vectorized=True,
-                                  rng=np.random.default_rng(0))
-    return found.confidence_interval
-
-
-def mean_cell(x, digits, intervals, sign="", groups=None):
-    shown = [x.mean()] if len(x) else []
-    shown += interval(x, groups) if intervals and len(x if groups is None else set(groups)) > 1 else []
-    shown = [f"{value:{sign}.{digits}f}" for value in shown]
-    return (shown[0] if shown else "-") + (f" [{shown[1]}, {shown[2]}]" if len(shown) > 1 else "")
-
-
-def table_head(name, columns):
-    return f"| {name} | n | {' | '.join(map(column_name, columns))} |\n" + "|---" * (len(columns) + 2) + "|"
-
-
-def column_name(key):
-    name, better = (SCORES | TRUTH | JUDGED)[key][:2]
-    return name + (" (held out)" if key == HELD_OUT else "") + {"up": " ↑", "down": " ↓"}.get(better, "")
-
-
-def table_row(name, rows, columns, intervals=False, sign="", groups=None):
-    """One Markdown row of means over clips; where some clips lack a score, it says over how many. groups: see `interval`."""
-    cells = []
-    for key in columns:
-        has = [i for i, r in enumerate(rows) if math.isfinite(r.get(key, math.nan))]
-        x = np.array([rows[i][key] for i in has])
-        cell = mean_cell(x, (SCORES | TRUTH | JUDGED)[key][2], intervals, sign, groups and [groups[i] for i in has])
-        cells.append(cell + (f" (n={len(x)})" if 0 < len(x) < len(rows) else ""))
-    return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
-
-
-def table(items, done, folders, title, columns, paper=()):
-    """The benchmark as Markdown lines: this run, its tasks, the controls, the gains on them, the paper's."""
-    by_row = {row: {i["id"]: done[i["id"]][row] for i in items if row in done.get(i["id"], ())}
-              for row in (*folders, "untouched source", "frozen first edit")}
-    main, *controls = by_row
-    ours = by_row[main]
-    lines = [table_head(title, columns)]
-
-    def video_of(names):                                                # several edits of it are not independent
-        return [name.rsplit("/", 1)[0] for name in names]
-    lines.append(table_row("this run [95 %]", list(ours.values()), columns, intervals=True, groups=video_of(ours)))
-    for by in ("task", "domain"):
-        for value in dict.fromkeys(i[by] for i in items if by in i):
-            part = [ours[i["id"]] for i in items if i.get(by) == value and i["id"] in ours]
-            lines.append(table_row(value, part, columns))
-    for name in controls:
-        lines.append(table_row(f"control: {name}", list(by_row[name].values()), columns))
-    for name in controls:                                               # paired: clip by clip
-        both = [k for k in ours if k in by_row[name]]
-        gains = [{key: ours[k].get(key, math.nan) - by_row[name][k].get(key, math.nan) for key in columns} for k in both]
-        lines.append(table_row(f"this run − {name} [95 %]", gains, columns, intervals=True, sign="+", groups=video_of(both)))
-    for name, values in dict(paper).items():
-        row = table_row(f"copied from the paper: {name}", [dict(zip(IN_PAPER, values))], columns)
-        lines.append(row.replace("| 1 |", "| |", 1))
-    missing = [f"{i['id']}: {i['problem']}" for i in items if i["problem"]]
-    lines += ["", f"{len(ours)} of {len(items)} clips scored."] + [f"missing: {m}" for m in missing]
-    lines += [f"note: {i['id']}: {note}" for i in items for note in i.get("notes", [])]
-    return lines
-
-
-def benchmark_flags(parser):
-    editor_flags(parser)
-    parser.add_argument("--no-image-control", action="store_true", help="leave out the frame-by-frame editor and, of drawn "
-                        "clips, the edit without detail")
-    parser.add_argument("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
-    judge_flags(parser)
-    parser.add_argument("--same-judge", action="store_true",
-                        help="report --judge although it chose what the model was trained on")
-    scorer_flags(parser)
-
-
-def open_editor(args):
-    """(editor, its frame's short side, options of `edit_pictures`, one line about it, a name for its folder, and that name
-    without the place from which the editor was loaded: what an edit depends on)."""
-    source, why = choose_model(args.model, args.weights, args.device)
-    print(f"model: {source} ({why})")
-    if args.judge:
-        check_judge(args.judge, source, args.same_judge)
-    ed = VideoEditor.from_pretrained(source, device=args.device)
-    (size, options), mark = settings(args, ed), stamp(ed)
-    steps, s_txt, s_src = (options[k] for k in ("steps", "s_txt", "s_src"))
-    title = f"{source} {mark}, text {s_txt:g}, source {s_src:g}, {steps} steps, seed {args.seed}, {size} px"
-    title += ", without detail" * args.no_detail
-    how = f"{mark}_t{s_txt:g}_s{s_src:g}_n{steps}_seed{args.seed}_{size}px" + "_detail" * (not args.no_detail)
-    return ed, size, options | {"detail": not args.no_detail}, title, f"{Path(source).name}-{how}", how
-
-
-def score_and_report(items, folders, scorers, square, device, out, title, read, report):
-    """Score, print the lines that report(done) gives, and write them beside every clip's scores."""
-    head = {"title": title, "scorers": {k: str(v) for k, v in scorers.items()}, "square": square}
-    done = score_benchmark(items, folders, scorers, square, device, out / "scores.jsonl", read)
-    lines = report(done) + [f"scorers: {', '.join(f'{k} {v}' for k, v in head['scorers'].items())}"]
-    write_aside(out / "table.md", "\n".join(lines) + "\n")
-    clips = [item | {"scores": done.get(item["id"], {})} for item in items]
-    write_aside(out / "scores.json", json.dumps(head | {"clips": clips}, indent=1))
-    print(*lines, f"table and every clip's scores: {out}", sep="\n")
-    if not done:
-        raise UserError(f"none of {len(items)} clips could be scored; {items[0]['problem'] if items else 'there is none'}")
-
-
-def main_tgve(argv):
-    parser = Parser(prog="metrics.py tgve", description="Run and score TGVE or TGVE+; prints one Markdown table.")
-    parser.add_argument("dir", type=Path,
-                        help="LOVEU-TGVE-2023 as published: CSV, video folders, InsV2V's prompt JSON")
-    parser.add_argument("--plus", action="store_true", help="TGVE+: DIR also holds facebook/tgve_plus")
-    parser.add_argument("--prompts", type=Path, help="InsV2V's prompt JSON (default: *prompt*.json in DIR)")
-    parser.add_argument("--outputs", type=Path,
-                        help="score these edits, <set>/<video>/<task>/00000.jpg, and edit nothing")
-    parser.add_argument("--limit", type=int, default=-1, help="only the first N clips (-1: all)")
-    benchmark_flags(parser)
-    args = parser.parse_args(argv)
-    check_ranges(parser, args, size=(8, 2048))
-    if args.limit == 0 or args.limit < -1:
-        raise UserError(f"--limit {args.limit}: must be at least 1, or -1 for all clips")
-
-    name = "tgve_plus" if args.plus else "tgve"
-    items = read_tgve_plus(args.dir) if args.plus else read_tgve(args.dir, args.prompts)
-    items = items if args.limit == -1 else items[:args.limit]
-    marks = {path: content_mark(path) for path in {item["path"] for item in items} if path}
-    items = [item | {"mark": marks.get(item["path"], "")} for item in items]
-    scorers, square, _ = choose_scorers(args)
-    columns = (*COLUMNS[:-1], *JUDGED, HELD_OUT) if args.judge else COLUMNS
-    if args.outputs:
-        if not args.outputs.is_dir():
-            raise UserError(f"--outputs {args.outputs}: no such directory")
-        place = args.outputs.resolve()
-        label = f"{place.name}-{zlib.crc32(str(place).encode()):08x}"
-        out, title = args.out or ROOT / "results" / name / label, str(args.outputs)
-        folders = {"edit": args.outputs}
-    else:
-        ed, size, options, title, label, how = open_editor(args)
-        out = args.out or ROOT / "results" / name / label
-        folders = {"edit": out / "edit"}
-        if not args.no_image_control:
-            folders["image editor, frame by frame"] = out / "image"
-        for folder, mode in zip(folders.values(), ("auto", "image")):
-            edit_benchmark(items, folder, lambda item: run_editor(ed, item, read_source(item)["source"], size,
-                                                                  options | {"mode": mode}), f"{how}, {mode}")
-        del ed                                      # its memory is the scorers' now
-    score_and_report(items, folders, scorers, square, args.device, out, title, read_source,
-                     lambda done: table(items, done, folders, title, columns, PAPER[name]))
-
-
 def read_source(item):
+    if not item["target_caption"]:
+        raise UserError("its target caption is empty")
     frames = load_frames(item["path"])[0]
     return {"source": thin(frames), "length": len(frames)}
 
 
-def write_aside(path, text):
-    """A text file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as part:
-        part.write_text(text, encoding="utf-8")
+def edit_and_score(items, read, rows, scorers, out, ending=".jpg", edits_at=None):
+    """Every item's edit in every row as <out>/<row>/<id>/00000.jpg, …, the submission layout, and its scores in
+    <out>/scores/<id>.json: of the rows, of the untouched source and of the first row's first frame, frozen.
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The same protocol in the shapes world, where the true edit is known
-# ------------------------------------------------------------------------------------------------------------
-
-WORLD_COLUMNS = (*COLUMNS[:-1], "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success", *JUDGED,
-                 HELD_OUT)
-
-
-def world_items(n, which, domains):
-    """n held-out clips of the shapes world, tasks and domains in turn; more of them begin with the same ones.
-
-    Scenes, wordings and combinations are of the world's "held" split, with seeds that no other script uses.
-    `known`: the result follows from source and instruction alone, so there is one true edit.
+    read(item) -> {"source": frames, perhaps "mask", "truth", "known"}; rows: {name: function of the item and what
+    was read -> rgb frames}, the first the one that matters. edits_at: a folder of edits instead of the first row's.
+    Folders appear whole, and edits that are there are kept; scores are taken anew where scorers or edits are
+    others. Returns ({id: {row: scores}}, notes on what was left out or aligned).
     """
-    items, number = [], 7_000_000 + 100_000 * which
-    while len(items) < n:
-        number += 1
-        turn, at = divmod(len(items), len(world.TASKS))
-        task, domain = world.TASKS[at], domains[(at + turn) % len(domains)]
-        scene = world.draw_scene(number, domain, "held")
-        if task in world.possible_tasks(scene):
-            edit = world.propose_edit(scene, number, task, "held")
-            items.append(dict(id=f"{domain}/{number}/{task}", task=task, domain=domain, number=number,
-                              source_caption=edit.source_caption, target_caption=edit.target_caption,
-                              instruction=edit.instruction, known=edit.deterministic, problem=None))
-    return items
+    done, notes = {}, []
+    networks = fingerprint(*(path for path in scorers.paths.values() if Path(path).is_dir()))
+    for item in tqdm(items, desc=out.name, unit="clip"):
+        file = out / "scores" / f"{item['id']}.json"
+        places = {row: (edits_at or out / row) / item["id"] for row in rows}
+        try:
+            clip = item | read(item)
+            for row, place in places.items():
+                if not place.is_dir():
+                    write_frames(place, rows[row](item, clip), ending)
+            made_of = f"{scorers.paths} {networks} {fingerprint(*places.values())}"
+            known = read_json(file) if file.is_file() else {}
+            if known.get("made_of") != made_of:
+                clip, said = read_edits(clip, places)
+                [scores] = score_clips([clip], scorers)
+                scores = {row: {key: x for key, x in found.items() if math.isfinite(x)}
+                          for row, found in scores.items()}
+                known = {"made_of": made_of, "notes": said, "scores": scores}
+                write_json(file, known)
+        except UserError as error:
+            notes.append(f"left out: {item['id']}: {error}")
+            continue
+        done[item["id"]] = known["scores"]
+        notes += [f"note: {item['id']}: {note}" for note in known["notes"]]
+    if not done:
+        raise UserError(f"none of {len(items)} clips could be scored; {''.join(notes[:1])}")
+    return done, [f"{len(done)} of {len(items)} clips scored", *notes]
 
 
-def world_clip(item, n_frames, size):
-    """An item's source and true edit, (F, S, S, 3) uint8, and the true region (F, S, S) bool: where the edit
-    changes the picture by more than 4 %, or everywhere for a global one."""
-    scene = world.draw_scene(item["number"], item["domain"], "held")
-    edit = world.propose_edit(scene, item["number"], item["task"], "held")
-    source, truth = (world.quantise(world.render(s, n_frames, size, size)) for s in (scene, edit.target))
-    return source, truth, world.true_region(source, truth, edit.is_global)
+def write_frames(folder, frames, ending):
+    """A folder of pictures that is there whole or not at all."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for i, rgb in enumerate(frames):
+            Image.fromarray(rgb).save(part / f"{i:05d}{ending}", quality=95)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def through_autoencoder(ed, frames):
-    return to_u8(ed.decode(ed.encode(to_video(frames)) * ed.vae.scaling_factor))
+def read_edits(clip, places):
+    """(clip with its edits from places {row: folder} and the two controls, all of one length; notes on that)."""
+    edits, notes = {}, []
+    for row, place in places.items():
+        edited = load_frames(place)[0]
+        if len(edited) == clip.get("length"):                           # of all of the source's frames
+            edited = thin(edited)
+        _, edits[row], found = align(clip["source"], edited)
+        notes += found
+    n = min(map(len, edits.values()))
+    edits = {row: x[:n] for row, x in edits.items()}
+    clip = clip | {key: clip[key][:n] for key in ("source", "truth", "mask") if key in clip}
+    first = next(iter(edits.values()))[:1]
+    controls = {"untouched source": clip["source"], "frozen first edit": np.repeat(first, n, axis=0)}
+    return clip | {"edits": edits | controls}, list(dict.fromkeys(notes))
 
 
-def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
-    """The filter's total of N candidates: (N,) weighted mean of the scores that all of them have, less `centre` and
-    divided by `spread` ({score: value}, from `curate.py calibrate`); without those, by their own mean and deviation."""
-    keys = [key for key in weights if all(row.get(key) is not None for row in rows)]
-    x = np.array([[row[key] for key in keys] for row in rows], float).reshape(len(rows), -1)       # (N, K)
-    w = np.array([weights[key] for key in keys], float)
-    centre, spread = (x.mean(0), x.std(0)) if centre is None else (np.array([d[k] for k in keys]) for d in (centre, spread))
-    return ((x - centre) / np.maximum(spread, 1e-6)) @ w / max(w.sum(), 1e-9)
+def edit_clip(ed, size, options, item, clip):
+    """Generator of an item's edited frames, as `sample.py` delivers them; short side `size` inside the model."""
+    small = model_size(*clip["source"].shape[1:3], size, ed.multiple)
+    options = options | {"seed": options["seed"] + item.get("number", 0)}
+    for rgb, *_ in edit_pictures(ed, clip["source"], small, item["instruction"], **options):
+        yield rgb
 
 
-def agreement_table(items, done, candidates):
+# the columns of all benchmarks; those in which no clip has a score are left out
+COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker", "psnr_outside",
+           "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success", *JUDGED, HELD_OUT)
+IN_PAPER = ("viclip_out", "viclip_dir", "pick_score", "clip_frame", "clip_text")
+PAPER = {                   # arXiv 2503.17641, Table 1; some rows lack the last score
+    "tgve": """Tune-A-Video  .243 .162 20.36 .924 27.12
+               STDF          .226 .110 20.40 .933 26.34
+               Fairy         .208 .164 19.80 .933
+               TokenFlow     .257 .117 20.58 .943 25.41
+               AnyV2V        .230 .141 19.70 .919 24.03
+               InsV2V        .262 .208 20.76 .911 25.56
+               EVE           .262 .221 20.76 .922
+               InstructVEdit .280 .237 20.92 .919 27.69""",
+    "tgve_plus": """Tune-A-Video  .242 .131 20.47 .933 25.59
+                    STDF          .227 .093 20.60 .933 25.70
+                    Fairy         .197 .140 19.81 .933
+                    TokenFlow     .254 .085 20.62 .944 24.96
+                    AnyV2V        .227 .109 19.80 .919 23.52
+                    InsV2V        .236 .174 20.37 .925 25.36
+                    EVE           .251 .198 20.88 .926
+                    InstructVEdit .271 .183 20.94 .917 26.65"""}
+
+
+def interval(values, groups):
+    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples, fixed seed). groups: a name for each
+    value; those of one name, such as edits of one video, are not independent and are drawn together."""
+    _, place = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(place, values), np.bincount(place)
+
+    def mean(sums, counts, axis):
+        return sums.sum(axis) / counts.sum(axis)
+    found = scipy.stats.bootstrap((sums, counts), mean, n_resamples=2000, method="percentile", paired=True,
+                                  vectorized=True, rng=np.random.default_rng(0))
+    return found.confidence_interval
+
+
+def cell(values, digits, groups=None, sign=""):
+    """A mean and, where there are groups for it, its `interval`."""
+    if not len(values):
+        return "-"
+    shown = f"{np.mean(values):{sign}.{digits}f}"
+    if groups is None or len(set(groups)) < 2:
+        return shown
+    low, high = interval(values, groups)
+    return f"{shown} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def table_head(name, columns):
+    names = [(SCORES | TRUTH | JUDGED)[key].name + " (held out)" * (key == HELD_OUT) for key in columns]
+    return f"| {name} | n | {' | '.join(names)} |\n{'|---' * (len(columns) + 2)}|"
+
+
+def table_row(name, rows, columns, groups=None, sign=""):
+    """One Markdown row of means over clips; where some clips lack a score, it says over how many. groups: a name
+    for each clip, for an `interval`."""
+    cells = []
+    for key in columns:
+        has = [i for i, row in enumerate(rows) if math.isfinite(row.get(key, math.nan))]
+        shown = cell([rows[i][key] for i in has], (SCORES | TRUTH | JUDGED)[key].digits,
+                     groups and [groups[i] for i in has], sign)
+        cells.append(shown + (f" (n={len(has)})" if 0 < len(has) < len(rows) else ""))
+    return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
+
+
+def table(items, done, title, paper=""):
+    """A benchmark as Markdown lines: this run, its tasks and domains, the controls, the gains on them, the
+    paper's. done: {id: {row: scores}}, the first row this run, the others its controls."""
+    columns, items = columns_of(done), [item for item in items if item["id"] in done]
+    videos = [item["id"].rsplit("/", 1)[0] for item in items]           # several edits of one are not independent
+    (_, ours), *controls = [(row, [clip[row] for clip in done.values()]) for row in done[items[0]["id"]]]
+    lines = [table_head(title, columns), table_row("this run [95 %]", ours, columns, videos)]
+    for key in ("task", "domain"):
+        for value in dict.fromkeys(item[key] for item in items if key in item):
+            part = [scores for item, scores in zip(items, ours) if item[key] == value]
+            lines.append(table_row(value, part, columns))
+    lines += [table_row(f"control: {row}", scores, columns) for row, scores in controls]
+    for row, scores in controls:                                        # paired: clip by clip
+        gains = [{key: a[key] - b[key] for key in a.keys() & b.keys()} for a, b in zip(ours, scores)]
+        lines.append(table_row(f"this run − {row} [95 %]", gains, columns, videos, "+"))
+    for line in paper.splitlines():
+        name, *values = line.split()
+        row = table_row(f"copied from the paper: {name}", [dict(zip(IN_PAPER, map(float, values)))], columns)
+        lines.append(row.replace("| 1 |", "| |", 1))
+    return lines
+
+
+def columns_of(done):
+    found = {key for clip in done.values() for scores in clip.values() for key in scores}
+    return [key for key in COLUMNS if key in found]
+
+
+def report(lines, notes, scorers, out):
+    """Print a benchmark's lines, and write them beside its scores."""
+    networks = ", ".join(f"{role} {path}" for role, path in scorers.paths.items())
+    made_by = ", ".join(f"{key} {value}" for key, value in read_json(out / "settings.json").items())
+    lines = [*lines, "", *notes, f"scorers: {networks}", f"settings: {made_by}"]
+    write_text(out / "table.md", "\n".join(lines) + "\n")
+    print(*lines, f"table and every clip's scores: {out}", sep="\n")
+
+
+def folder(text):
+    """The type of a flag that names a folder."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return Path(text)
+
+
+def benchmark_flags(parser):
+    editor_flags(parser)
+    scorer_flags(parser)
+    add = parser.add_argument
+    add("--no-image-control", action="store_true", help="leave out the controls: the image editor frame by frame "
+        "and, of drawn clips, the edit without detail")
+    add("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
+    add("--device", type=known_device, help="cuda, mps or cpu (default: the best there is)")
+
+
+def open_editor(args):
+    """(editor, its frame's short side, {name: options of `edit_pictures`} of a table's rows) as the flags say."""
+    source, why = choose_model(args.model, args.weights, args.device)
+    print(f"model: {source} ({why})")
+    ed = VideoEditor.from_pretrained(source, device=args.device)
+    size, options = settings(args, ed)
+    rows = {"edit": options | {"mode": "auto", "detail": not args.no_detail}}
+    if not args.no_image_control:
+        rows["image editor, frame by frame"] = rows["edit"] | {"mode": "image"}
+    return ed, size, rows
+
+
+def results(what, name, made_by, out=None):
+    """The folder of a benchmark's results, of which settings.json tells what they depend on."""
+    digits = zlib.crc32(json.dumps(made_by, sort_keys=True).encode())
+    out = out or ROOT / "results" / what / f"{Path(name).name}-{digits:08x}"
+    begin(out, made_by)
+    return out
+
+
+def filtered_by(ed):
+    """Lines on the judges that chose what an editor was trained on, as the settings.json of its data sets say."""
+    lines, file = [], Path(ed.folders[0]) / "settings.json"
+    for data in read_json(file).get("train_on", ()) if file.is_file() else ():
+        file = ROOT / data / "settings.json"
+        judge = read_json(file).get("judge") if file.is_file() else None
+        lines += [f"judge: {judge} chose the clips of {data}; it flatters what was trained on them"] if judge else []
+    return lines
+
+
+def main_tgve(argv):
+    parser = Parser(prog="metrics.py tgve", description="Run and score TGVE or TGVE+; prints one Markdown table.")
+    add = parser.add_argument
+    add("dir", type=folder, help="LOVEU-TGVE-2023 as published: CSV, video folders, InsV2V's prompt JSON")
+    add("--plus", action="store_true", help="TGVE+: DIR also holds facebook/tgve_plus")
+    add("--prompts", type=Path, help="InsV2V's prompt JSON (default: *prompt*.json in DIR)")
+    add("--outputs", type=folder, help="score these edits, <set>/<video>/<task>/00000.jpg, and edit nothing")
+    add("--limit", type=between(1, None, int, -1), default=-1, help="only the first N clips (-1: all)")
+    benchmark_flags(parser)
+    args = parser.parse_args(argv)
+    what = "tgve_plus" if args.plus else "tgve"
+    items = read_tgve_plus(args.dir) if args.plus else read_tgve(args.dir, args.prompts)
+    made_by = {"texts": zlib.crc32(json.dumps([item | {"path": ""} for item in items]).encode())}
+    items = items[:args.limit] if args.limit > 0 else items
+    scorers, notes = scorers_of(args), []
+    if args.outputs:
+        name, made_by["outputs"] = args.outputs.name, str(args.outputs.resolve())
+        edits = {"edit": None}
+    else:
+        ed, size, rows = open_editor(args)
+        name, made_by = ed.name, made_by | {"editor": ed.fingerprint, "size": size} | rows["edit"]
+        edits = {row: partial(edit_clip, ed, size, options) for row, options in rows.items()}
+        asked = [item for item in items if item["instruction"]]
+        notes = [f"{len(items) - len(asked)} clips have no instruction in the prompts", *filtered_by(ed)]
+        items = asked
+    out = results(what, name, made_by, args.out)
+    done, said = edit_and_score(items, read_source, edits, scorers, out, edits_at=args.outputs)
+    report(table(items, done, out.name, PAPER[what]), said + notes, scorers, out)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same protocol where the true edit is known: drawn clips, and exact effects on real ones
+# ------------------------------------------------------------------------------------------------------------
+
+def drawn_item(number, task, domain, t0=0):
+    """A held-out scene of the drawn world and an edit of it; None where the task does not fit the scene.
+
+    Scenes, wordings and combinations are of the world's "held" split. t0: seconds into the scene at which the clip
+    begins. `known`: the result follows from source and instruction alone, so there is one true edit.
+    """
+    scene = world.draw_scene(number, domain, "held")
+    if task not in world.possible_tasks(scene):
+        return None
+    edit = world.propose_edit(scene, number, task, "held")
+    return dict(id=f"{domain}/{number}/{task}", task=task, domain=domain, number=number, t0=t0, scene=scene,
+                edit=edit, known=edit.deterministic, source_caption=edit.source_caption,
+                target_caption=edit.target_caption, instruction=edit.instruction)
+
+
+def drawn_items(n, which, domains):
+    """n held-out clips, tasks and domains in turn; more of them begin with the same ones. Their seeds no other
+    script uses."""
+    items, tasks = [], list(world.TASKS)
+    for number in itertools.count(7_000_001 + 100_000 * which):
+        if len(items) == n:
+            return items
+        turn, at = divmod(len(items), len(tasks))
+        item = drawn_item(number, tasks[at], domains[(at + turn) % len(domains)])
+        items += [item] if item else []
+
+
+def draw(item, n_frames, size):
+    """An item's source and true edit, (F, S, S, 3) uint8, and the true region (F, S, S) bool."""
+    source, truth = (world.quantise(world.render(scene, n_frames, size, size, t0=item["t0"]))
+                     for scene in (item["scene"], item["edit"].target))
+    return {"source": source, "truth": truth, "mask": world.true_region(source, truth, item["edit"].is_global)}
+
+
+@torch.no_grad()
+def drawn_scores(ed, n, domain, n_frames, mode="auto", **guidance):
+    """[{"id", "task", scores against the truth, "flicker"}] of the editor's own frames, nothing else done to them.
+
+    Of n held-out drawn clips a task, those whose truth is known. guidance: as `VideoEditor.edit` takes it.
+    """
+    rows, mode = [], "image" if n_frames == 1 else mode
+    for task in world.TASKS:
+        fitting = filter(None, (drawn_item(k, task, domain, k % 4) for k in itertools.count(1)))
+        for item in itertools.islice(fitting, n):
+            source, truth, mask = draw(item, n_frames, ed.size).values()
+            if item["known"] and mask.any():
+                video = to_video(source)
+                edited = ed.edit(video, item["instruction"], seed=item["number"], mode=mode, **guidance)
+                edited = np.stack(to_u8(edited))
+                scores = against_truth(ed, ed.encode(video), source, {"edit": edited}, truth, mask)["edit"]
+                rows.append({"id": item["id"], "task": task} | scores | {"flicker": flicker(edited, source)})
+    return rows
+
+
+def agreement_table(done, candidates):
     """Markdown lines: Spearman's correlation of every score and of the total with the PSNR gain to the truth.
 
     Within a clip: over its candidates, then the mean over clips (which candidate is best?); pooled: over all
     candidates of all clips (which should go?). Scores with an ideal of 0 or 1 count by the distance from it.
     """
-    known = [i["id"] for i in items if "truth_gain" in done.get(i["id"], {}).get(candidates[0], {})]
+    known = [rows for rows in done.values() if "truth_gain" in rows[candidates[0]]]
     if not known or len(candidates) < 3:
         return ["agreement: needs clips with a known truth and at least 3 candidates of each"]
 
     def values(key):                                                    # (clips, candidates)
-        return np.array([[done[k][c].get(key, math.nan) for c in candidates] for k in known])
-    scores = {}
-    for key, (name, better, *_) in SCORES.items():
-        if better in ("0", "1"):
-            scores[f"{name} (distance from {better})"] = -abs(values(key) - int(better))
-        elif better == "up":
-            scores[name + " (held out)" * (key == HELD_OUT)] = values(key)
-    rows = [done[k][c] for k in known for c in candidates]
-    scores["weighted total"] = total_score(rows).reshape(len(known), -1)
+        return np.array([[rows[c].get(key, math.nan) for c in candidates] for rows in known])
+    columns = {}
+    for key, score in SCORES.items():
+        if score.better in ("0", "1"):
+            columns[f"{score.name} (distance from {score.better})"] = -abs(values(key) - int(score.better))
+        elif score.better == "up":
+            columns[score.name] = values(key)
+    total = total_score([rows[c] for rows in known for c in candidates])
+    columns["weighted total"] = total.reshape(len(known), -1)
     lines = ["| score | clips | inside, within a clip [95 %] | inside, pooled | whole, within a clip [95 %] "
              "| whole, pooled |", "|---|---|---|---|---|---|"]
-    for name, x in scores.items():
+    for name, x in columns.items():
         full = np.isfinite(x).all(1) & (np.ptp(x, axis=1) > 1e-9)       # clips that this score tells apart
         cells = [str(full.sum())]
         for gain in ("truth_gain", "whole_gain"):                       # inside the true region, overall
             y = values(gain)
-            each = np.array([spearman(a, b) for a, b in zip(x[full], y[full])])
-            each = each[np.isfinite(each)]
-            cells.append(mean_cell(each, 2, True))
-            cells.append(f"{spearman(x[full].ravel(), y[full].ravel()):.2f}")
+            each = [spearman(a, b) for a, b in zip(x[full], y[full])]
+            each = [r for r in each if math.isfinite(r)]
+            cells += [cell(each, 2, range(len(each))), f"{spearman(x[full].ravel(), y[full].ravel()):.2f}"]
         if full.any():
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, f"{len(candidates)} candidates of each clip; preservation is outside the true region"]
@@ -1509,129 +1388,108 @@ def spearman(x, y):
     return float(scipy.stats.spearmanr(x, y).statistic) if varied else math.nan
 
 
-def sweep(items, done, grid, columns, path):
-    """Fidelity against preservation for every guidance: Markdown lines, and the same as a scatter in a PNG.
-
-    grid: {(text, source): rows of `done`, one per seed}.
-    """
-    lines = [table_head("text, source", columns)]
-    panels = {key: {} for key in ("truth_gain", HELD_OUT) if key in columns}
-    for (s_txt, s_src), candidates in grid.items():
-        rows = [done[i["id"]][c] for i in items for c in candidates if c in done.get(i["id"], {})]
-        lines.append(table_row(f"{s_txt:g}, {s_src:g}", rows, columns))
-        for key, series in panels.items():
-            means = [np.mean([r[k] for r in rows if k in r] or [math.nan]) for k in ("psnr_outside", key)]
-            series.setdefault(s_src, []).append((s_txt, *means))
-    sheet = np.concatenate([np.asarray(scatter(series, column_name("psnr_outside"), column_name(key)))
-                            for key, series in panels.items()], 1)
-    with aside(path) as part:
-        Image.fromarray(sheet).save(part, "PNG")
-    return lines
-
-
-def scatter(series, x_name, y_name, width=640, height=480, margin=64):
-    """A picture of {source guidance: [(text guidance, x, y)]}: a coloured line each, points labelled."""
-    picture, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(14)
-    draw = ImageDraw.Draw(picture)
-    points = np.array([(x, y) for line in series.values() for _, x, y in line if math.isfinite(x + y)])
-    low, high = (points.min(0), points.max(0)) if len(points) else (np.zeros(2), np.ones(2))
-    pad = np.maximum(0.08 * (high - low), 1e-3)
-    low, high = low - pad, high + pad
-
-    def place(x, y):
-        share = (np.array([x, y]) - low) / (high - low)
-        across, up = share * (width - 1.5 * margin, height - 1.5 * margin)
-        return margin + across, height - margin - up
-    for i in range(5):                                                  # axes: five ticks each
-        x, y = low + (high - low) * i / 4
-        at_x, at_y = place(x, low[1]), place(low[0], y)
-        draw.line([at_x, (at_x[0], margin / 2)], "#ddd")
-        draw.line([at_y, (width - margin / 2, at_y[1])], "#ddd")
-        draw.text((at_x[0], at_x[1] + 4), f"{x:.3g}", "black", font, anchor="mt")
-        draw.text((at_y[0] - 4, at_y[1]), f"{y:.3g}", "black", font, anchor="rm")
-    draw.text((width / 2, height - 22), x_name.replace("↑", "(up)"), "black", font, anchor="mt")
-    draw.text((margin, 6), y_name.replace("↑", "(up)"), "black", font)
-    for i, (s_src, line) in enumerate(series.items()):
-        colour = ("#0066cc", "#cc3300", "#228833", "#aa3377", "#777700", "#000000")[i % 6]
-        spots = [(s_txt, *place(x, y)) for s_txt, x, y in line if math.isfinite(x + y)]
-        draw.line([(x, y) for _, x, y in spots], colour, 2)
-        for s_txt, x, y in spots:
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-            draw.text((x + 6, y - 6), f"{s_txt:g}", colour, font, anchor="lb")
-        draw.text((width - margin / 2, 6 + 18 * i), f"source {s_src:g}", colour, font, anchor="rt")
-    return picture
-
-
 def main_shapes(argv):
     parser = Parser(prog="metrics.py shapes",
                     description="Regression test for quality: held-out drawn clips whose true edit is known.")
-    parser.add_argument("--n", type=int, help="clips (default: 200; with --sweep or --agreement 24)")
-    parser.add_argument("--frames", type=int, default=8, help="frames of a clip")
-    parser.add_argument("--domain", default="both", choices=["both", "synthetic", "real"], help="of scenes")
-    parser.add_argument("--clips", type=int, default=0, help="which clips: another number draws others")
-    parser.add_argument("--sweep", action="store_true", help="guidance grid: fidelity against preservation")
-    parser.add_argument("--agreement", action="store_true",
-                        help="the grid with two seeds: which scores agree with the truth?")
-    parser.add_argument("--grid-text", type=float, nargs="+", help="text guidance of the grid")
-    parser.add_argument("--grid-source", type=float, nargs="+", help="source guidance of the grid")
+    add = parser.add_argument
+    add("--n", type=between(1, 10 ** 5, int),
+        help="clips (default: 200; with --sweep, --agreement or, of each task, --bare: 24)")
+    add("--frames", type=between(1, 10 ** 4, int), default=8, help="frames of a clip")
+    add("--domain", default="both", choices=["both", "synthetic", "real"], help="of scenes")
+    add("--clips", type=between(0, 10 ** 6, int), default=0, help="which clips: another number draws others")
+    add("--sweep", action="store_true", help="guidance grid: fidelity against preservation")
+    add("--agreement", action="store_true", help="the grid with two seeds: which scores agree with the truth?")
+    add("--grid-text", type=between(0, 30), nargs="+", help="text guidance of the grid")
+    add("--grid-source", type=between(0, 10), nargs="+", help="source guidance of the grid")
+    add("--bare", action="store_true", help="the model's own frames against the truth, as train.py's tables have it")
     benchmark_flags(parser)
     args = parser.parse_args(argv)
-    check_ranges(parser, args, size=(8, 2048), clips=(0, 1e6), n=(1, 1e5))
-    for flag, high, values in (("--grid-text", 30, args.grid_text), ("--grid-source", 10, args.grid_source)):
-        if not all(0 <= x <= high for x in values or ()):
-            raise UserError(f"{flag} {' '.join(f'{x:g}' for x in values)}: all must lie between 0 and {high}")
-    in_grid = args.sweep or args.agreement
-    n = args.n if args.n is not None else 24 if in_grid else 200
-    scorers, square, _ = choose_scorers(args)
-    ed, size, options, title, label, how = open_editor(args)
+    grid = args.sweep or args.agreement
+    n = args.n or (24 if grid or args.bare else 200)
+    domains = ["synthetic", "real"] if args.domain == "both" else [args.domain]
+    ed, size, rows = open_editor(args)
+    options = rows["edit"]
+    if args.bare:
+        return print_bare(ed, n, domains, args.frames, {key: options[key] for key in ("steps", "s_txt", "s_src")})
     if size % ed.multiple:
         raise UserError(f"--size {size}: drawn clips need a multiple of {ed.multiple}")
-    items = world_items(n, args.clips, ["synthetic", "real"] if args.domain == "both" else [args.domain])
-    title += f", {args.frames} frames, clips {args.clips}"
-    out = args.out or ROOT / f"results/shapes/{label}_f{args.frames}_clips{args.clips}{'_grid' * in_grid}"
+    made_by = {"editor": ed.fingerprint, "world": fingerprint(world.__file__), "frames": args.frames, "size": size}
+    if grid:
+        rows = guidance_grid(options, args.grid_text, args.grid_source, seeds=1 + args.agreement)
+    elif options["detail"] and not args.no_image_control:
+        rows["without detail"] = options | {"detail": False}
+    items, scorers = drawn_items(n, args.clips, domains), scorers_of(args)
+    out = results("sweep" if grid else "shapes", ed.name, made_by | options, args.out)
+    edits = known_edits(ed, size, {row: how | {"seed": 1_000_003 * how["seed"]} for row, how in rows.items()})
+    done, notes = edit_and_score(items, partial(draw, n_frames=args.frames, size=size), edits, scorers, out, ".png")
+    lines = [] if grid else table(items, done, out.name)
+    if args.sweep:
+        columns = columns_of(done)
+        lines.append(table_head("text, source", columns))
+        for guidance in dict.fromkeys(row.split(" seed")[0] for row in rows):
+            scores = [clip[row] for clip in done.values() for row in rows if row.startswith(f"{guidance} seed")]
+            lines.append(table_row(guidance, scores, columns))
+    if args.agreement:
+        lines += ["", "Spearman's correlation with the gain in PSNR to the truth", "",
+                  *agreement_table(done, list(rows))]
+    report(lines, [*notes, SUCCESS, KNOWN, *filtered_by(ed)], scorers, out)
 
-    def clip(item):
-        return world_clip(item, args.frames, size)
-    items = [item | {"mark": f"{zlib.crc32(b''.join(x.tobytes() for x in clip(item)[:2])):08x}"} for item in items]
 
-    cfg, detail = (options["s_txt"], options["s_src"]), options["detail"]
-    if in_grid:
-        texts = args.grid_text or [round(cfg[0] * f, 2) for f in (2 / 3, 1, 1.5, 2.5)]
-        sources = args.grid_source or [round(cfg[1] * f, 2) for f in (0.8, 1, 1.3)]
-        seeds = range(args.seed, args.seed + 1 + args.agreement)
-        runs = [(f"t{t:g}_s{s:g}_seed{k}", t, s, k, "auto", detail) for s in sources for t in texts for k in seeds]
-    else:
-        runs = [("edit", *cfg, args.seed, "auto", detail), ("image editor, frame by frame", *cfg, args.seed, "image", detail),
-                ("without detail", *cfg, args.seed, "auto", False)]
-        runs = runs[:1 if args.no_image_control else 2 + detail]
-    folders, grid = {}, {}                          # {row: folder}, {(text, source): its rows}
-    for row, s_txt, s_src, seed, mode, detailed in runs:
-        folders[row] = out / row.replace(",", "").replace(" ", "_")
-        grid.setdefault((s_txt, s_src), []).append(row)
-        changed = options | dict(s_txt=s_txt, s_src=s_src, seed=1_000_003 * seed, mode=mode, detail=detailed)
-        edit_benchmark(items, folders[row],
-                       lambda item: run_editor(ed, item, clip(item)[0], size, changed), f"{how}, {row}, {mode}", ".png")
-    for k, row in enumerate(CODED):                 # source, truth
-        folders[row] = out / row.replace(" ", "_")
-        edit_benchmark(items, folders[row], lambda item: through_autoencoder(ed, clip(item)[k]), f"{how}, {row}", ".png")
-    del ed                                          # its memory is the scorers' now
+KNOWN = "truth: of edits whose result follows from source and instruction alone"
 
-    def read(item):
-        source, truth, mask = clip(item)
-        return {"source": source, "mask": mask} | ({"truth": truth} if item["known"] else {})
 
-    def report(done):
-        seen = {key for rows in done.values() for scores in rows.values() for key in scores}
-        columns = [key for key in WORLD_COLUMNS if key in seen]
-        lines = [f"{title}; guidance varied", ""] if in_grid else table(items, done, folders, title, columns)
-        if args.sweep:
-            picture = out / "sweep.png"
-            lines += [*sweep(items, done, grid, columns, picture), f"scatter: {picture}", ""]
-        if args.agreement:
-            lines += ["Spearman's correlation with the gain in PSNR to the truth", "",
-                      *agreement_table(items, done, sum(grid.values(), []))]
-        return lines + ["", SUCCESS, "truth: of edits whose result follows from source and instruction alone"]
-    score_and_report(items, folders, scorers, square, args.device, out, title, read, report)
+def guidance_grid(options, texts, sources, seeds):
+    """{"text, source seed": options} of every guidance, by default around the editor's own."""
+    texts = texts or [round(options["s_txt"] * f, 2) for f in (2 / 3, 1, 1.5, 2.5)]
+    sources = sources or [round(options["s_src"] * f, 2) for f in (0.8, 1, 1.3)]
+    seeds = range(options["seed"], options["seed"] + seeds)
+    return {f"{s_txt:g}, {s_src:g} seed {seed}": options | {"s_txt": s_txt, "s_src": s_src, "seed": seed}
+            for s_src, s_txt, seed in itertools.product(sources, texts, seeds)}
+
+
+def known_edits(ed, size, rows):
+    """As `edit_and_score` takes them: rows {name: options of `edit_pictures`}, and what a perfect editor loses."""
+    def autoencode(which, item, clip):
+        return to_u8(ed.decode(ed.encode(to_video(clip[which])) * ed.vae.scaling_factor))
+    edits = {row: partial(edit_clip, ed, size, options) for row, options in rows.items()}
+    return edits | {row: partial(autoencode, which) for row, which in zip(CODED, ("source", "truth"))}
+
+
+def print_bare(ed, n, domains, n_frames, guidance):
+    """`drawn_scores` as Markdown, by domain and task."""
+    columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
+    print(table_head("held out, the model's own frames", columns))
+    for domain in domains:
+        scores = drawn_scores(ed, n, domain, n_frames, **guidance)
+        print(table_row(f"{domain} [95 %]", scores, columns, range(len(scores))))
+        for task in world.TASKS:
+            print(table_row(task, [row for row in scores if row["task"] == task], columns))
+
+
+def main_footage(argv):
+    parser = Parser(prog="metrics.py footage", description="Real clips: grayscale, sepia and night against the exact "
+                    "operation, and no instruction at all against the source.")
+    add = parser.add_argument
+    add("dir", type=folder, help="videos, or folders of frames")
+    add("--frames", type=between(1, 10 ** 4, int), default=8, help="frames of a clip")
+    benchmark_flags(parser)
+    args = parser.parse_args(argv)
+    ed, size, rows = open_editor(args)
+    scorers, clips = scorers_of(args), find_clips(args.dir)
+    texts = {"nothing": "", "grayscale": "make it grayscale", "sepia": "make it sepia", "night": "make it night"}
+    items = [dict(id=f"{name}/{task}", task=task, path=path, instruction=text, known=task != "nothing")
+             for name, path in clips.items() for task, text in texts.items()]
+    made_by = {"editor": ed.fingerprint, "clips": fingerprint(*clips.values()), "frames": args.frames, "size": size}
+    out = results("footage", ed.name, made_by | rows["edit"], args.out)
+
+    def read(item):                                                     # as `draw`
+        source = read_video(item["path"], size, frames=args.frames, multiple=ed.multiple)[0]
+        source = truth = np.stack(to_u8(source))
+        if item["known"]:                                               # else all of the clip is outside the edit
+            truth = world.quantise(world.EFFECTS[item["task"]](source / 255, np.arange(len(source)) / 10, 0))
+        return {"source": source, "truth": truth, "mask": np.full(source.shape[:3], item["known"])}
+    done, notes = edit_and_score(items, read, known_edits(ed, size, rows), scorers, out, ".png")
+    report(table(items, done, out.name), [*notes, SUCCESS, *filtered_by(ed)], scorers, out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1640,16 +1498,37 @@ def main_shapes(argv):
 
 QUESTIONS = {"text": "Which video follows the caption better?",
              "structure": "Which keeps the source's structure better?", "quality": "Which looks better?"}
+RATINGS = {"text": "How well does it follow the caption? (1 not at all, 5 fully)",
+           "structure": "How well does it keep the source?", "quality": "How good does it look?"}
 
 
-def find_clips(folder):
+def find_clips(where):
     """{name: video file or folder of frames} of everything below a folder: edited/cat.mp4 -> "cat"."""
-    found = [p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    videos = {str(p.relative_to(folder).with_suffix("")): p for p in found
-              if p.suffix.lower() in (".mp4", ".webm", ".mov", ".mkv", ".gif") or p.name in ("source.png", "target.png")}
-    frames = {str(p.parent.relative_to(folder)): p.parent for p in found
-              if p.suffix.lower() in (".jpg", ".jpeg", ".png") and p.parent != folder and p.name not in ("source.png", "target.png")}
-    return frames | videos
+    found = {}
+    for path in sorted(where.rglob("*")):
+        place = path.relative_to(where)
+        if place.parts[0][0] == "." or path.name[0] == ".":
+            continue
+        if path.suffix.lower() in VIDEOS or path.name in ("source.png", "target.png"):      # a data set of images
+            found[str(place.with_suffix(""))] = path
+        elif path.suffix.lower() in IMAGES and path.parent != where:
+            found.setdefault(str(place.parent), path.parent)
+    return found
+
+
+def data_url(path, fps=8):
+    """A clip as a data: URL that browsers play; frames, other containers and other codecs are written as mp4."""
+    if path.suffix.lower() in (".mp4", ".webm") and plays_in_browsers(path):
+        blob, kind = path.read_bytes(), path.suffix[1:].lower()
+    else:
+        with tempfile.TemporaryDirectory() as place:
+            clip, film = probe(path, fps), Path(place) / "clip.mp4"
+            _, tick, lengths = plan(clip)
+            with video_writer(film, clip.width, clip.height, clip.rate, tick, clip.pixel) as write:
+                for (ticks, rgb), length in zip(read_frames(clip), lengths):
+                    write(rgb, ticks, length)
+            blob, kind = film.read_bytes(), "mp4"
+    return f"data:video/{kind};base64,{base64.b64encode(blob).decode()}"
 
 
 def plays_in_browsers(path):
@@ -1657,112 +1536,88 @@ def plays_in_browsers(path):
         return stream.codec_context.name in ("h264", "vp8", "vp9", "av1", "libdav1d", "libvpx-vp9")
 
 
-def data_url(path, fps=8):
-    """A clip as a data: URL that browsers play; frames, other containers and other codecs are written as mp4 first."""
-    if path.suffix.lower() in (".mp4", ".webm") and plays_in_browsers(path):
-        blob, kind = path.read_bytes(), path.suffix[1:].lower()
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            clip = probe(path, fps)
-            _, tick, lengths = plan(clip)
-            with video_writer(Path(folder) / "clip.mp4", clip.width, clip.height, clip.rate, tick, clip.pixel) as write:
-                for (ticks, rgb), length in zip(read_frames(clip), lengths):
-                    write(rgb, ticks, length)
-            blob, kind = (Path(folder) / "clip.mp4").read_bytes(), "mp4"
-    return f"data:video/{kind};base64,{base64.b64encode(blob).decode()}"
-
-
 def main_study(argv):
-    parser = Parser(prog="metrics.py study", description="One HTML page that asks which of two edits is better, or how good one is.")
-    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR",
-                        help="edits A, edits B [sources]; with --rate: edits [sources]; paired by name")
-    parser.add_argument("--captions", type=Path,
-                        help="JSON {clip's name: caption} (default: captions.json in the first DIR)")
-    parser.add_argument("--rate", action="store_true", help="1 to 5 for one edit, to calibrate the filter")
-    parser.add_argument("--out", type=Path, default=Path("study.html"), help="page to write")
+    parser = Parser(prog="metrics.py study",
+                    description="One HTML page that asks which of two edits is better, or how good one is.")
+    add = parser.add_argument
+    add("dirs", nargs="+", type=folder, metavar="DIR",
+        help="edits A, edits B [sources]; with --rate: edits [sources]; paired by name")
+    add("--captions", type=Path, help="JSON {clip's name: caption} (default: captions.json in the first DIR)")
+    add("--rate", action="store_true", help="1 to 5 for one edit, to calibrate the filter")
+    add("--out", type=Path, default=Path("study.html"), help="page to write")
     args = parser.parse_args(argv)
-    n_edits = 1 if args.rate else 2
-    if not n_edits <= len(args.dirs) <= n_edits + 1:
-        raise UserError(f"study: {len(args.dirs)} folders; it takes {n_edits} of edits, then one of sources")
-    for folder in args.dirs:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such directory")
-    if args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a folder; name the page")
-    clips, said = [find_clips(folder) for folder in args.dirs], {}
-    if args.rate and len(clips) == 1 and any(args.dirs[0].glob("manifest*.jsonl")):         # a data set of curate.py
-        import curate
-        rows = {f"{row['id']}/target": row for row in curate.read_manifest(args.dirs[0]) if row["kept"]}
-        clips = [{name: clips[0][name.replace("target", key)] for name in rows} for key in ("target", "source")]
-        said = {name: row["instruction"] for name, row in rows.items()}
-    names = sorted(set.intersection(*map(set, clips[:n_edits])))
-    if not names:
-        raise UserError(f"{args.dirs[0]}, {args.dirs[n_edits - 1]}: no clips of the same name in both")
-    alone = sorted(set.union(*map(set, clips[:n_edits])) - set(names))
+    keys = ["a", "source"] if args.rate else ["a", "b", "source"]
+    edits = args.dirs[:len(keys) - 1]
+    if not len(keys) - 1 <= len(args.dirs) <= len(keys):
+        raise UserError(f"study: {len(args.dirs)} folders; it takes {len(keys) - 1} of edits, then one of sources")
+    clips, captions = [find_clips(where) for where in args.dirs], {}
+    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list) if row["kept"]]
+    if args.rate and rows:                                              # a data set of curate.py
+        captions = {f"{row['id']}/target": row["instruction"] for row in rows}
+        clips = [{name: clips[0][name.replace("target", key)] for name in captions} for key in ("target", "source")]
+    file = args.captions or edits[0] / "captions.json"
+    if args.captions or file.is_file():
+        captions = read_json(file)
+    names = set.intersection(*map(set, clips[:len(edits)]))
+    alone = set.union(*map(set, clips[:len(edits)])) - names
     if alone:
-        print(f"left out, in one folder only: {', '.join(alone)}")
-    file = args.captions or args.dirs[0] / "captions.json"
-    captions = read_json(file) if args.captions or file.is_file() else said
+        print(f"left out, in one folder only: {', '.join(sorted(alone))}")
+    if not names:
+        raise UserError(f"study: no clips of the same name in {' and '.join(map(str, edits))}")
     items = []
-    for name in names:
-        paths = {key: found.get(name) or found.get(str(Path(name).parent))      # one source for several tasks
-                 for key, found in zip(("a", "source") if args.rate else ("a", "b", "source"), clips)}
-        rates = [float(probe(path).rate) for path in paths.values() if path and not path.is_dir()]
-        item = {"name": name, "caption": str(captions.get(name, ""))}
-        items.append(item | {key: data_url(path, rates[0] if rates else 8) for key, path in paths.items() if path})
-    labels = [folder.resolve().name for folder in args.dirs[:n_edits]]
+    for name in sorted(names):                                          # one source may serve several tasks
+        paths = {key: found.get(name, found.get(str(Path(name).parent))) for key, found in zip(keys, clips)}
+        paths = {key: path for key, path in paths.items() if path}
+        rate = next((float(probe(path).rate) for path in paths.values() if not path.is_dir()), 8)
+        films = {key: data_url(path, rate) for key, path in paths.items()}
+        items.append({"name": name, "caption": str(captions.get(name, ""))} | films)
     digest = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
-    data = {"id": f"{'-'.join(labels)}-{digest}", "rating": args.rate,
-            "names": [str(folder) for folder in args.dirs[:n_edits]], "questions": QUESTIONS, "items": items}
-    if args.rate:
-        data["questions"] = {"text": "How well does it follow the caption? (1 not at all, 5 fully)",
-                             "structure": "How well does it keep the source?",
-                             "quality": "How good does it look?"}
+    data = {"id": "-".join([*(where.resolve().name for where in edits), digest]), "rating": args.rate,
+            "names": list(map(str, edits)), "questions": RATINGS if args.rate else QUESTIONS, "items": items}
     text = json.dumps(data).replace("<", "\\u003c")                    # no name or caption can end the script
     page = (ROOT / "assets/study.html").read_text(encoding="utf-8")
-    write_aside(args.out, page.replace("@DATA@", text))
+    write_text(args.out, page.replace("@DATA@", text))
     print(f"{args.out}: {len(items)} clips, {args.out.stat().st_size / 2 ** 20:.1f} MB; open it in a browser")
 
 
 def main_votes(argv):
     parser = Parser(prog="metrics.py votes", description="Win rates from the JSON files that the study's page saves.")
     parser.add_argument("files", nargs="+", type=Path)
-    files = {path: read_json(path) for path in parser.parse_args(argv).files}
-    for path, file in files.items():
-        if not {"study", "rating", "names", "answers"} <= set(file):
-            raise UserError(f"{path}: holds no answers of a study; pass what the page's button saved")
-        if file["rating"]:
-            raise UserError(f"{path}: holds ratings, not votes; curate.py calibrate reads them")
-        answers = file["answers"].values() if isinstance(file["answers"], dict) else [None]
-        whole = isinstance(file["study"], str) and isinstance(file["names"], list) and len(file["names"]) == 2
-        if not whole or not all(isinstance(x, dict) and all(v in ("a", "b") for v in x.values()) for x in answers):
-            raise UserError(f"{path}: needs a study, two names and answers a or b, as the page's button saves them")
-    studies = {file["study"] for file in files.values()}
+    people, studies = {}, set()
+    for path in parser.parse_args(argv).files:
+        file = read_json(path)
+        with reading(path, "pass what the study's page saved"):
+            need(not file["rating"], "holds ratings, which curate.py calibrate reads")
+            (a, b), answers = file["names"], [dict(vote) for vote in file["answers"].values()]
+            need(all(set(vote.values()) <= {"a", "b"} for vote in answers), "has answers other than a and b")
+            people[file.get("person", path)] = answers                  # the last file of each
+            studies.add(file["study"])
     if len(studies) > 1:
         raise UserError(f"votes: files of several studies, {', '.join(sorted(studies))}; pass those of one")
-    people = {file.get("person", str(path)): file for path, file in files.items()}      # the last file of each
-    a, b = next(iter(people.values()))["names"]
-    print(f"{a} against {b}: {len(people)} {'person' if len(people) == 1 else 'people'}")
-    print("| question | n | wins, % | 95 % |", "|---|---|---|---|", sep="\n")
+    print(f"{a} against {b}: {len(people)} people\n| question | n | wins, % | 95 % |\n|---|---|---|---|")
     rates = []
     for question in QUESTIONS:
-        votes = [vote[question] for file in people.values() for vote in file["answers"].values() if question in vote]
-        if votes:
-            test = scipy.stats.binomtest(votes.count("a"), len(votes))
+        given = [vote[question] for answers in people.values() for vote in answers if question in vote]
+        if given:
+            test = scipy.stats.binomtest(given.count("a"), len(given))
             low, high = test.proportion_ci(method="exact")
-            rates.append(test.statistic)
-            print(f"| {question} | {len(votes)} | {100 * test.statistic:.1f} | {100 * low:.1f} to {100 * high:.1f} |")
+            rates.append(100 * test.statistic)
+            print(f"| {question} | {len(given)} | {rates[-1]:.1f} | {100 * low:.1f} to {100 * high:.1f} |")
     if not rates:
         raise UserError("votes: no answers in these files")
-    print(f"| average | | {100 * np.mean(rates):.1f} | |")
-
+    print(f"| average | | {np.mean(rates):.1f} | |")
 
 
 # ============================================================================================================
+
 def main():
-    commands = {"tgve": main_tgve, "shapes": main_shapes, "study": main_study, "votes": main_votes}
+    commands = {"tgve": main_tgve, "shapes": main_shapes, "footage": main_footage, "study": main_study,
+                "votes": main_votes}
     name, *rest = sys.argv[1:] or ["--help"]
-    commands[name](rest) if name in commands else main_clip([name, *rest])
+    if name in commands:
+        commands[name](rest)
+    else:
+        main_clip([name, *rest])
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """InstructVEdit's video editor in plain PyTorch (arXiv 2503.17641), loading the published weights' own keys.
 
 Contents, in reading order
-    errors       UserError, run, reading, need                           (one line for whatever a user gets wrong)
-    files        aside, save_tensors, begin, fingerprint, hub_dir, repository, read_tensors, load_weights
-    small pieces attention, embedding, timestep_embedding, frame_positions; to_tensor, to_rgb, resize
-    text         Tokenizer, CLIPEncoder, TextModel, TextEncoder          (CLIP ViT-L/14's text tower)
-    pixels       VAE                                                     (AutoencoderKL)
-    U-Net        ResnetBlock, Attention, EPM, Transformer, MotionModule (with SMA), UNet
+    errors       UserError, run, reading, need                      one line for whatever a user gets wrong
+    files        aside, save_tensors, begin, fingerprint, repository, read_tensors, load_weights, open_network
+    small pieces attention, embedding, timestep_embedding, frame_positions, to_tensor, to_rgb, resize
+    text         Tokenizer, CLIPEncoder, TextModel, TextEncoder     CLIP ViT-L/14's text tower
+    pixels       VAE                                                AutoencoderKL
+    U-Net        ResnetBlock, EPM, Attention, Transformer, MotionModule (with SMA), UNet
     sampling     DDIM
-    editor       VideoEditor: text + VAE + U-Net + three-branch guidance
+    editor       VideoEditor: text, VAE, U-Net and three-branch guidance
 
-Shapes: video (B, F, 3, H, W) in [-1, 1]; latents z (B, F, c, h, w); N = B*F where frames are folded into the batch;
-tokens (N, L, D) with L = h*w. Attribute names are the keys of the published files (diffusers layout), so weights need
-no translation table.
+Shapes: video (B, F, 3, H, W) in [-1, 1]; latents z (B, F, c, h, w); N = B*F where frames are folded into the
+batch; tokens (N, L, D) with L = h*w. Attribute names are the keys of the published files (diffusers layout),
+so weights need no translation table.
 """
 import errno
 import gzip
@@ -42,22 +42,23 @@ SD15_MOTION = "guoyww/animatediff-motion-adapter-v1-5-2"           # Apache-2.0
 N_FRAMES = 16           # of a training clip, of a pass of `edit_stream`, of EPM's matrix
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a user, a file, the memory or the disk gets wrong
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Errors: what a user, a file, the memory or the disk gets wrong
+# ------------------------------------------------------------------------------------------------------------
 
 class UserError(Exception):
     """What a user or a file got wrong: one line that names the flag or file, what came and what would fit."""
 
 
 def run(main):
-    """Call a script's `main()`; what a user, a file, the memory or the disk gets wrong is one line, exit status 2."""
+    """Call a script's `main()`; what a user, a file, the memory or the disk gets wrong is one line, exit
+    status 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")               # a console that lacks a letter gets its number
+        stream.reconfigure(errors="backslashreplace")          # a console that lacks a letter gets its number
     try:
         main()
-    except BrokenPipeError:                                         # who reads has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                # what is left to print goes nowhere
+    except BrokenPipeError:                                        # who reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)               # what is left to print goes nowhere
         sys.exit(1)
     except KeyboardInterrupt:
         fail("interrupted; nothing half-written", 130)
@@ -69,7 +70,8 @@ def run(main):
             fail("error: out of memory: lower --size, --batch or --frames, pass --checkpointing in training, "
                  "or --device cpu")
         if disk_full(error):
-            fail(f"error: {where or 'a file'} cannot be written: the disk is full; make room and run the same again")
+            fail(f"error: {where or 'a file'} cannot be written: the disk is full; make room and run the "
+                 "same again")
         if not where:
             raise
         fail(f"error: {where}: {error.strerror}")
@@ -92,7 +94,8 @@ def disk_full(error):
 
 @contextmanager
 def reading(path, hint=""):
-    """What goes wrong while a user's file is read becomes one line that names it; a missing key reads "lacks 'key'"."""
+    """What goes wrong while a user's file is read becomes one line that names it; a missing key reads "lacks
+    'key'"."""
     try:
         yield
     except UserError:
@@ -100,9 +103,10 @@ def reading(path, hint=""):
     except Exception as error:                      # the one boundary between people's files and this program
         if out_of_memory(error) or disk_full(error):
             raise
-        what = f"lacks {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or str(error)
-        what = (what or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{path}: {what}" + (f"; {hint}" if hint else "")) from None
+        what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, KeyError):
+            what = f"lacks {error}"
+        raise UserError(f"{path}: {what.splitlines()[0][:160]}" + (f"; {hint}" if hint else "")) from None
 
 
 def need(ok, message):
@@ -111,20 +115,21 @@ def need(ok, message):
         raise ValueError(message)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files: written whole or not at all; weights by their published names
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Files: written whole or not at all; networks found and loaded by their published names
+# ------------------------------------------------------------------------------------------------------------
 
 @contextmanager
 def aside(path):
-    """For a file that is there whole or not at all: yields a hidden path beside `path`, which takes its place if nothing fails."""
+    """A file that is there whole or not at all: yields a hidden path beside it, which takes its place if all
+    goes well."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")       # two processes may write the same
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")      # two processes may write the same
     try:
         yield part
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)                                # of a full disk
+        part.unlink(missing_ok=True)                               # of a full disk
 
 
 def write_text(path, text):
@@ -140,40 +145,43 @@ def write_json(path, data):
 
 def save_tensors(path, tensors, dtype=None):
     """{name: tensor} as safetensors, floating ones in `dtype`; the file is there whole or not at all."""
-    tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in tensors.items()}
+    tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+               for k, v in tensors.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with aside(path) as part:
         save_file(tensors, part)
 
 
 def begin(folder, settings, force=False):
-    """settings.json says what made a folder. Other settings than its own are refused, by name, unless `force`."""
+    """settings.json says what made a folder. Other settings than its own are refused, by name, unless
+    `force`."""
     path = Path(folder) / "settings.json"
-    settings = json.loads(json.dumps(settings, default=str))
-    old = read_json(path) if path.is_file() else settings
-    changed = [f"{k} {old.get(k)} (now {settings.get(k)})" for k in settings | old if old.get(k) != settings.get(k)]
+    new = json.loads(json.dumps(settings, default=str))
+    old = read_json(path) if path.is_file() else new
+    changed = [f"{k} {old.get(k)} (now {new.get(k)})" for k in new | old if old.get(k) != new.get(k)]
     if changed and not force:
-        raise UserError(f"{folder}: made with {', '.join(changed)}; pass the same, another folder, or --force to go on "
-                        "with the new")
-    write_json(path, settings)
+        raise UserError(f"{folder}: made with {', '.join(changed)}; pass the same, another folder, or "
+                        "--force to go on with the new")
+    write_json(path, new)
 
 
 def fingerprint(*paths):
-    """Eight digits that tell files, or all files in folders, from others: their names, sizes, first and last megabyte."""
+    """Eight digits that tell files, or all files in folders, from others: their names, first and last
+    megabytes."""
     crc = 0
     for path in map(Path, paths):
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            size = file.stat().st_size
-            crc = zlib.crc32(f"{file.name} {size}".encode(), crc)
-            with open(file, "rb") as f:
-                crc = zlib.crc32(f.read(1 << 20), crc)
-                f.seek(max(1 << 20, size - (1 << 20)))
-                crc = zlib.crc32(f.read(), crc)
+        for file in [path, *sorted(path.rglob("*"))]:
+            if file.is_file():
+                with open(file, "rb") as f:
+                    crc = zlib.crc32(file.name.encode() + f.read(1 << 20), crc)
+                    f.seek(max(f.tell(), file.stat().st_size - (1 << 20)))
+                    crc = zlib.crc32(f.read(), crc)
     return f"{crc:08x}"
 
 
 def placement(device=None, dtype=None):
-    """Where and in what a network runs: the best device there is; bfloat16 on CUDA, else float32. Returns torch's own."""
+    """Where and in what a network runs, as torch's own: the best device there is; bfloat16 on CUDA, else
+    float32."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(device or best)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -181,35 +189,35 @@ def placement(device=None, dtype=None):
 
 
 def hub_dir(source, patterns=None):
-    """Local directory of `source`: a directory as it is, or a hub id, downloaded on first use (files in `patterns`)."""
+    """Local directory of `source`: a directory as it is, or a hub id, fetched on first use (files in
+    `patterns`)."""
     source = str(source)
     if Path(source).is_dir():
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UserError(f"{source}: no such directory; pass a directory in hub layout or a hub id like {SD15}")
-    from huggingface_hub import snapshot_download                  # slow to import, and a local model needs none of it
+        raise UserError(f"{source}: no such directory; pass one in hub layout or a hub id like {SD15}")
+    from huggingface_hub import snapshot_download         # slow to import, and a local model needs none of it
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:                                     # its HTTP library's errors come through, too
+    except Exception as error:                                   # its HTTP library's errors come through, too
         if disk_full(error):
             raise
-        raise UserError(f"{source}: not in the local cache and the hub cannot give it ({type(error).__name__}); "
-                        "go online once, or pass a directory with a local copy of that repository") from None
+        raise UserError(f"{source}: not in the local cache and the hub cannot give it "
+                        f"({type(error).__name__}); go online once, or pass a folder with a copy") from None
 
 
 def repository(source, patterns=None):
     """The folders that make up an editor: its own, then its base's, and so on; see `part`.
 
-    source: what VideoEditor.from_pretrained takes. A trained run holds what was trained; its model_index.json names the
-    base that gives the rest: {"instructvedit": {"base": ...}}, a path from ROOT or a hub id. patterns: the hub's files,
-    by default those of an editor.
-    """
+    source: what VideoEditor.from_pretrained takes. A trained run holds what was trained; its model_index.json
+    names the base that gives the rest: {"instructvedit": {"base": ...}}, a path from ROOT or a hub id.
+    patterns: the hub's files, by default those of an editor. """
     folders = []
     while source:
         source = {"tiny": ROOT / "assets/tiny", "sd15": SD15}.get(str(source), source)
         folder = hub_dir(source, patterns or VideoEditor.FILES)
         if folder in folders:
-            raise UserError(f"{folders[-1] / 'model_index.json'}: names {source} as its base, whose base it is itself")
+            raise UserError(f"{folders[-1]}/model_index.json: names {source} as its base, whose base it is")
         folders.append(folder)
         source = read_index(folder).get("base")
         if source and (ROOT / source).is_dir():
@@ -218,7 +226,8 @@ def repository(source, patterns=None):
 
 
 def read_index(folder):
-    """What a folder's model_index.json says to this project: a run's base, an editor's numbers. Published ones: nothing."""
+    """What model_index.json says to this project: a run's base, an editor's numbers. Published ones say
+    nothing."""
     path = Path(folder) / "model_index.json"
     with reading(path):
         about = read_json(path).get("instructvedit", {}) if path.is_file() else {}
@@ -227,7 +236,8 @@ def read_index(folder):
 
 
 def portable(source):
-    """How a run's model_index.json names its base: inside ROOT by the path from there, else whole; hub ids as they are."""
+    """How a run names its base: a directory inside ROOT by the path from there, others whole; hub ids as they
+    are."""
     path = Path(source).resolve()
     if not path.is_dir():
         return str(source)
@@ -239,8 +249,8 @@ def part(folders, name):
     for folder in folders:
         if (folder / name).is_dir():
             return folder / name
-    raise UserError(f"{folders[0]}: has no {name}/, and names no base that has; is it an editor in hub layout, and was "
-                    "its training finished?")
+    raise UserError(f"{folders[0]}: has no {name}/, and names no base that has; is it an editor in hub "
+                    "layout, and was its training finished?")
 
 
 def finished(run):
@@ -249,7 +259,8 @@ def finished(run):
 
 
 def read_json(path, kind=dict):
-    """A JSON file that holds a `kind`, dict or list; UserError where it is missing, not JSON, or holds something else."""
+    """A JSON file that holds a `kind`, dict or list; UserError where it is missing, or holds something
+    else."""
     with reading(path):
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         need(isinstance(data, kind), f"holds a {type(data).__name__}, where a {kind.__name__} is needed")
@@ -257,15 +268,16 @@ def read_json(path, kind=dict):
 
 
 # settings of published configs that change results: built in here as Stable Diffusion 1.5's files have them
-PLAIN_SETTINGS = dict(act_fn="silu", flip_sin_to_cos=True, freq_shift=0, center_input_sample=False, downsample_padding=1,
-                      mid_block_scale_factor=1, resnet_out_scale_factor=1.0, resnet_time_scale_shift="default",
-                      only_cross_attention=False, dual_cross_attention=False, use_linear_projection=False,
-                      class_embed_type=None, addition_embed_type=None, shift_factor=0, latents_mean=None,
-                      latents_std=None)
+PLAIN_SETTINGS = dict(
+    act_fn="silu", flip_sin_to_cos=True, freq_shift=0, center_input_sample=False, downsample_padding=1,
+    mid_block_scale_factor=1, resnet_out_scale_factor=1.0, resnet_time_scale_shift="default",
+    only_cross_attention=False, dual_cross_attention=False, use_linear_projection=False,
+    class_embed_type=None, addition_embed_type=None, shift_factor=0, latents_mean=None, latents_std=None)
 
 
 def build(network, path, cfg=None):
-    """network(cfg), by default the config at `path`; UserError where that lacks something, or is not known here."""
+    """network(cfg), by default of the config at `path`; UserError where that lacks something, or is not known
+    here."""
     with reading(path):
         cfg = cfg or read_json(path)
         for key, known in PLAIN_SETTINGS.items():
@@ -274,7 +286,8 @@ def build(network, path, cfg=None):
 
 
 def read_tensors(path):
-    """All tensors of a .safetensors file (memory-mapped, so nothing is copied yet) or of a weights-only pickle."""
+    """All tensors of a .safetensors file (memory-mapped, so nothing is copied yet) or of a weights-only
+    pickle."""
     path = Path(path)
     with reading(path, "a weight file is needed, safetensors or a pickle of plain tensors"):
         if path.suffix == ".safetensors":
@@ -301,16 +314,17 @@ def find_tensors(folder):
         for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
             if (folder / (stem + suffix)).is_file():
                 return read_tensors(folder / (stem + suffix)), stem + suffix
-    raise UserError(f"{folder}: no weight file; expected diffusion_pytorch_model.safetensors or model.safetensors")
+    raise UserError(f"{folder}: no weights; needs diffusion_pytorch_model.safetensors or model.safetensors")
 
 
 def load_weights(module, tensors, what, rename=(), drop=(), absent=(), only="", device=None, dtype=None):
-    """Put `tensors` into `module` (usually built on the meta device) by assignment: nothing is allocated twice.
+    """Put `tensors` into `module` (usually built on the meta device) by assignment: nothing is allocated
+    twice.
 
-    rename: (old, new) substring pairs applied to the file's keys. drop: substrings of keys the file may hold and we
-    do not use. absent: substrings of our keys that the file need not hold. Anything else missing, unexpected or of
-    another shape is a UserError naming the keys. Floating tensors go to `device` and `dtype`.
-    """
+    rename: (old, new) substring pairs applied to the file's keys. drop: substrings of keys the file may hold
+    and we do not use. absent: substrings of our keys that the file need not hold. Anything else missing,
+    unexpected or of another shape is a UserError naming the keys. Floating tensors go to `device` and
+    `dtype`. """
     ours = {k: v for k, v in module.state_dict().items() if only in k}
     theirs = {}
     for k, v in tensors.items():
@@ -318,17 +332,18 @@ def load_weights(module, tensors, what, rename=(), drop=(), absent=(), only="", 
             for old, new in rename:
                 k = k.replace(old, new)
             theirs[k] = v
-    both = [(k, v, theirs[k]) for k, v in ours.items() if k in theirs]
+    pairs = [(k, v, theirs[k]) for k, v in ours.items() if k in theirs]
     problems = {
         "lacks": [k for k in ours if k not in theirs and not any(a in k for a in absent)],
         "has unknown": [k for k in theirs if k not in ours],
-        "has wrong shapes for": [f"{k} {tuple(y.shape)} instead of {tuple(x.shape)}"
-                                 for k, x, y in both if x.shape != y.shape],
-        "has whole numbers in": [f"{k} {y.dtype}" for k, x, y in both if x.is_floating_point() > y.is_floating_point()]}
+        "has wrong shapes for": [f"{k} {tuple(v.shape)} instead of {tuple(own.shape)}"
+                                 for k, own, v in pairs if own.shape != v.shape],
+        "has whole numbers in": [f"{k} {v.dtype}" for k, own, v in pairs
+                                 if own.is_floating_point() and not v.is_floating_point()]}
     for problem, keys in problems.items():
         if keys:
-            raise UserError(f"{what}: {problem} {len(keys)} of {len(ours)} tensors, first {', '.join(keys[:3])}; "
-                            "is it the file of another model, or cut short?")
+            raise UserError(f"{what}: {problem} {len(keys)} of {len(ours)} tensors, first "
+                            f"{', '.join(keys[:3])}; is it the file of another model, or cut short?")
     cast = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in theirs.items()}
     module.load_state_dict(cast, assign=True, strict=False)
     left = sorted({a for a in absent if any(a in k and k not in theirs for k in ours)})
@@ -337,20 +352,21 @@ def load_weights(module, tensors, what, rename=(), drop=(), absent=(), only="", 
 
 
 def open_network(network, folder, device, dtype, cfg=None, rename=(), drop=()):
-    """network(cfg), by default of the folder's config.json, with the weights beside it, ready for inference."""
+    """network(cfg), by default of the folder's config.json, with the weights beside it, ready for
+    inference."""
     with torch.device("meta"):
         net = build(network, folder / "config.json", cfg)
     tensors, file = find_tensors(folder)
-    load_weights(net, tensors, f"{folder / file}", rename, drop, device=device, dtype=dtype)
+    load_weights(net, tensors, folder / file, rename, drop, device=device, dtype=dtype)
     return net.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Small pieces
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 ACTIVATIONS = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),          # OpenAI CLIP; CLIP-H and DINOv2 use the exact one
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),   # OpenAI CLIP; CLIP-H and DINOv2 use the exact one
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
@@ -358,44 +374,42 @@ ACTIVATIONS = {
 
 
 def attention(q, k, v, heads, mask=None, causal=False, scale=None):
-    """softmax(q k^T * scale) v per head, fused. q (N, Lq, C), k and v (N, Lk, C) -> (N, Lq, C); scale 1/sqrt(C/heads)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))           # (N, heads, L, C/heads)
+    """softmax(q k^T * scale) v per head. q (N, Lq, C), k and v (N, Lk, C) -> (N, Lq, C); scale
+    1/sqrt(C/heads)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))       # (N, heads, L, C/heads)
     x = fused_attention(q, k, v, mask, causal, scale)
     return x.transpose(1, 2).flatten(2)
 
 
 def fused_attention(q, k, v, mask=None, causal=False, scale=None):
     """PyTorch's fused attention, (N, heads, L, d)."""
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype.itemsize == 2:             # a CPU's bfloat16 kernel is many times slower
+    how, dtype = dict(is_causal=causal, scale=scale), q.dtype
+    if q.device.type == "cpu" and dtype.itemsize == 2:          # a CPU's bfloat16 kernel is many times slower
         q, k, v, mask = (x if x is None or x.dtype == torch.bool else x.float() for x in (q, k, v, mask))
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).to(dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+            return F.scaled_dot_product_attention(q, k, v, mask, **how).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
 
 def embedding(n, width):
-    """nn.Embedding with its usual start values, which on the meta device would first import torch's compiler (0.5 s)."""
+    """nn.Embedding as it starts, but on the meta device without first importing torch's compiler (0.5 s)."""
     weight = torch.empty(n, width)
     return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
 
 
 def timestep_embedding(t, dim):
     """Sinusoids of the time step, cosines first. t (N,) -> (N, dim) float32."""
-    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
-    angle = t.float()[:, None] * freqs
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(-math.log(10000) * steps / (dim // 2))
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def frame_positions(n_frames, dim, device, dtype):
-    """AnimateDiff's sinusoidal frame positions (1, F, dim): sine on even channels, cosine on odd, base 10000."""
+    """AnimateDiff's sinusoidal frame positions (1, F, dim): sine on even channels, cosine on odd, base
+    10000."""
     cos, sin = timestep_embedding(torch.arange(n_frames, device=device), dim).chunk(2, dim=-1)
     return torch.stack([sin, cos], dim=-1).flatten(1)[None].to(dtype)
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pixels: video (B, F, 3, H, W) in [-1, 1], frames (F, H, W, 3) uint8
-# ---------------------------------------------------------------------------------------------------------------
 
 def to_tensor(rgb):
     """rgb (H, W, 3) uint8 -> frame (3, H, W) in [-1, 1]."""
@@ -404,7 +418,8 @@ def to_tensor(rgb):
 
 def to_rgb(frame):
     """frame (3, H, W) in [-1, 1] -> rgb (H, W, 3) uint8."""
-    return ((frame.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    levels = ((frame.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return levels.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def resize(frame, height, width):
@@ -434,45 +449,49 @@ def to_video(frames):
     return torch.stack([to_tensor(x) for x in frames])[None]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text: CLIP's tokenizer and text tower
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """CLIP's byte-pair tokenizer from vocab.json + merges.txt. tokenizer(texts, length=77) -> ids (N, length) int64.
+    """CLIP's byte-pair tokenizer from vocab.json + merges.txt. tokenizer(texts, length=77) -> ids (N, length)
+    int64.
 
-    `pad`, an id or a token, fills up after the end token; by default the end token itself, as in Stable Diffusion 1.
-    Texts are taken as transformers takes them: in small letters, accents composed, one blank for all white space.
-    """
+    `pad`, an id or a token, fills up after the end token; by default the end token itself, as in Stable
+    Diffusion 1. A text is read as transformers reads it: small letters, accents composed, one blank for all
+    white space. """
+    SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    MARKS = "<|startoftext|>", "<|endoftext|>"
+
     def __init__(self, vocab, merges, pad=None):
         if not isinstance(vocab, dict):                            # two file names, as published
-            with reading(merges, f"is it the one that belongs to {vocab}?"):
+            with reading(merges, f"does it belong to {vocab}?"):
                 vocab, merges = models.BPE.read_file(str(vocab), str(merges))
-                # 256 letters, alone and at a word's end, and two marks are no merges
-                need(len(vocab) <= len(merges) + 514, f"{len(merges)} merges do not make {len(vocab)} tokens, cut short?")
-        fast = FastTokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
-        fast.normalizer = normalizers.Sequence([
-            normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-        fast.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        marks = ["<|startoftext|>", "<|endoftext|>"]
-        fast.post_processor = processors.TemplateProcessing(
-            single=f"{marks[0]} $A {marks[1]}", special_tokens=[(mark, vocab[mark]) for mark in marks])
-        fast.add_special_tokens(marks)
-        self.fast, self.vocab = fast, vocab
-        self.start, self.end = (vocab[mark] for mark in marks)
+                # all tokens are merges but 256 letters, alone and at a word's end, and the two marks
+                need(len(vocab) <= len(merges) + 514, f"{len(merges)} merges, for {len(vocab)} tokens")
+        self.vocab, (self.start, self.end) = vocab, (vocab[mark] for mark in self.MARKS)
         self.pad = self.end if pad is None else vocab[pad] if isinstance(pad, str) else pad
+        self.fast = FastTokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+        self.fast.normalizer = normalizers.Sequence([
+            normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        self.fast.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(self.SPLIT), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        start, end = self.MARKS
+        self.fast.post_processor = processors.TemplateProcessing(
+            f"{start} $A {end}", special_tokens=[(start, self.start), (end, self.end)])
+        self.fast.add_special_tokens(list(self.MARKS))
 
     @classmethod
     def from_bpe_gz(cls, path, pad=0):
-        """From OpenAI's own bpe_simple_vocab_16e6.txt.gz, whose vocabulary is implied by the order of its merges."""
+        """From OpenAI's own bpe_simple_vocab_16e6.txt.gz, whose vocabulary is implied by the order of its
+        merges."""
         with reading(path):
             lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")[1:49152 - 256 - 2 + 1]
             merges = [tuple(line.split()) for line in lines if line]
-            letters = sorted(pre_tokenizers.ByteLevel.alphabet())                  # one for each byte
+            letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
             words = letters + [c + "</w>" for c in letters] + [a + b for a, b in merges]
-            return cls({w: i for i, w in enumerate(words + ["<|startoftext|>", "<|endoftext|>"])}, merges, pad)
+            return cls({word: i for i, word in enumerate([*words, *cls.MARKS])}, merges, pad)
 
     def encode(self, text):
         """Token ids of one text, without start and end, however many."""
@@ -483,8 +502,9 @@ class Tokenizer:
     def __call__(self, texts, length=77):
         self.fast.enable_truncation(length)                        # a long text keeps its end token
         self.fast.enable_padding(length=length, pad_id=self.pad)
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]               # a shell's odd bytes
-        return torch.tensor([self.fast.encode(text).ids for text in texts], dtype=torch.int64).reshape(-1, length)
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]       # a shell's odd bytes
+        ids = [self.fast.encode(text).ids for text in texts]
+        return torch.tensor(ids, dtype=torch.int64).reshape(-1, length)
 
 
 class CLIPAttention(nn.Module):
@@ -495,7 +515,8 @@ class CLIPAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x, causal):
-        return self.out_proj(attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=causal))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attention(q, k, v, self.heads, causal=causal))
 
 
 class CLIPLayer(nn.Module):
@@ -525,23 +546,27 @@ class CLIPEncoder(nn.Module):
 
 
 class TextModel(nn.Module):
-    """CLIP's text tower. ids (N, L) int64 -> states (N, L, D) after the final norm. cfg: transformers' config keys."""
+    """CLIP's text tower. ids (N, L) int64 -> states (N, L, D) after the final norm. cfg: transformers' config
+    keys."""
     def __init__(self, cfg):
         super().__init__()
         d, eps = cfg["hidden_size"], float(cfg.get("layer_norm_eps", 1e-5))
-        self.embeddings = nn.ModuleDict({"token_embedding": embedding(cfg["vocab_size"], d),
-                                         "position_embedding": embedding(cfg["max_position_embeddings"], d)})
-        self.encoder = CLIPEncoder(d, cfg["num_hidden_layers"], cfg["num_attention_heads"], cfg["intermediate_size"],
-                                   cfg.get("hidden_act", "quick_gelu"), eps)
+        self.embeddings = nn.ModuleDict({
+            "token_embedding": embedding(cfg["vocab_size"], d),
+            "position_embedding": embedding(cfg["max_position_embeddings"], d)})
+        self.encoder = CLIPEncoder(d, cfg["num_hidden_layers"], cfg["num_attention_heads"],
+                                   cfg["intermediate_size"], cfg.get("hidden_act", "quick_gelu"), eps)
         self.final_layer_norm = nn.LayerNorm(d, eps=eps)
 
     def forward(self, ids):
-        x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"].weight[:ids.shape[1]]
-        return self.final_layer_norm(self.encoder(x, causal=True))      # no padding mask: SD attends to the padding
+        x = self.embeddings["token_embedding"](ids)
+        x = x + self.embeddings["position_embedding"].weight[:ids.shape[1]]
+        return self.final_layer_norm(self.encoder(x, causal=True))     # no mask: SD attends to the padding
 
 
 class TextEncoder(nn.Module):
-    """The editor's text encoder: all 77 states of CLIP's text tower, padding included, as in Stable Diffusion."""
+    """The editor's text encoder: all 77 states of CLIP's text tower, padding included, as in Stable
+    Diffusion."""
     def __init__(self, cfg):
         super().__init__()
         self.text_model = TextModel(cfg)
@@ -550,9 +575,9 @@ class TextEncoder(nn.Module):
         return self.text_model(ids)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pixels <-> latents: AutoencoderKL
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class ResnetBlock(nn.Module):
     """GroupNorm-SiLU-conv twice plus a residual; `temb` (N, T) is added between the two. x (N, C, h, w)."""
@@ -574,22 +599,24 @@ class ResnetBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """One 3x3 conv after (up) or while (down) the size changes by two."""
-    def __init__(self, channels, how):
+    """One 3x3 conv after (up) or while (down) the size changes by two; `uneven` pads right and bottom
+    only."""
+    def __init__(self, channels, up, uneven=False):
         super().__init__()
-        stride, pad = (1, 1) if how == "up" else (2, 1 if how == "down" else 0)
-        self.how, self.conv = how, nn.Conv2d(channels, channels, 3, stride=stride, padding=pad)
+        self.up, self.uneven = up, uneven
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=0 if uneven else 1)
 
     def forward(self, x, size=None):
-        if self.how == "up":                                       # to the skip's size, so odd sizes come back
-            x = F.interpolate(x, size=size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
-        if self.how == "down_vae":                                 # SD's VAE pads right and bottom only
+        if self.up:                                               # to the skip's size, so odd sizes come back
+            x = F.interpolate(x, size, scale_factor=None if size else 2, mode="nearest")
+        if self.uneven:
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
 
 
 class VAEAttention(nn.Module):
-    """Single-head self-attention over all positions, in the middle of the encoder and decoder. x (N, C, h, w)."""
+    """Single-head self-attention over all positions, in the middle of the encoder and decoder. x (N, C, h,
+    w)."""
     def __init__(self, channels, groups):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
@@ -603,23 +630,20 @@ class VAEAttention(nn.Module):
 
 
 class VAEHalf(nn.Module):
-    """Encoder, or with `up` the decoder: conv, levels of resnets, an attention in the middle, conv."""
-    def __init__(self, cfg, up):
+    """Encoder (way "down") or decoder ("up"): conv, levels of n resnets, conv; an attention at the smallest
+    size."""
+    def __init__(self, way, c_in, widths, c_out, n, groups):
         super().__init__()
-        self.up = up
-        widths, groups, n = cfg["block_out_channels"], cfg["norm_num_groups"], cfg["layers_per_block"]
-        c_in, c_out = cfg["in_channels"], 2 * cfg["latent_channels"]           # mean and log variance
-        if up:
-            widths, n, c_in, c_out = widths[::-1], n + 1, cfg["latent_channels"], cfg["out_channels"]
-        levels = nn.ModuleList()
-        for c, width in zip([widths[0], *widths], widths):                     # channels before and after each level
-            resnets = [ResnetBlock(c_j, width, groups, 1e-6) for c_j in [c] + [width] * (n - 1)]
-            levels.append(nn.ModuleDict({"resnets": nn.ModuleList(resnets)}))
-        for level, width in zip(levels[:-1], widths):
-            level["upsamplers" if up else "downsamplers"] = nn.ModuleList([Resample(width, "up" if up else "down_vae")])
+        self.way, up = way, way == "up"
         middle = widths[0] if up else widths[-1]
+        levels = nn.ModuleList()
+        for c, width in zip([widths[0], *widths], widths):         # channels before and after each level
+            resnets = [ResnetBlock(before, width, groups, 1e-6) for before in [c] + [width] * (n - 1)]
+            levels.append(nn.ModuleDict({"resnets": nn.ModuleList(resnets)}))
+        for level, width in zip(levels[:-1], widths):              # SD's VAE pads unevenly on the way down
+            level[f"{way}samplers"] = nn.ModuleList([Resample(width, up, uneven=not up)])
         self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
-        self.add_module("up_blocks" if up else "down_blocks", levels)
+        self.add_module(f"{way}_blocks", levels)
         self.mid_block = nn.ModuleDict({
             "attentions": nn.ModuleList([VAEAttention(middle, groups)]),
             "resnets": nn.ModuleList(ResnetBlock(middle, middle, groups, 1e-6) for _ in range(2))})
@@ -632,25 +656,31 @@ class VAEHalf(nn.Module):
 
     def forward(self, x):
         x = self.conv_in(x)
-        x = self.middle(x) if self.up else x
-        for level in self.up_blocks if self.up else self.down_blocks:
+        if self.way == "up":
+            x = self.middle(x)
+        for level in self.get_submodule(f"{self.way}_blocks"):
             for layers in level.values():                          # resnets, then the resampler
                 for layer in layers:
                     x = layer(x)
-        x = x if self.up else self.middle(x)
+        if self.way == "down":
+            x = self.middle(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAE(nn.Module):
-    """AutoencoderKL: x (N, 3, H, W) in [-1, 1] <-> latents (N, c, H/f, W/f), f = 2^(levels-1), c = latent_channels."""
-    LEGACY = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
+    """AutoencoderKL: x (N, 3, H, W) in [-1, 1] <-> latents (N, c, H/f, W/f), f = 2^(levels-1), c =
+    latent_channels."""
+    LEGACY = (                                                     # keys of older files
+        (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
 
     def __init__(self, cfg):
         super().__init__()
         self.config, c = cfg, cfg["latent_channels"]
-        self.scaling_factor = float(cfg.get("scaling_factor", 0.18215))        # brings SD's latents to unit variance
-        self.factor = 2 ** (len(cfg["block_out_channels"]) - 1)
-        self.encoder, self.decoder = VAEHalf(cfg, up=False), VAEHalf(cfg, up=True)
+        widths, n, groups = cfg["block_out_channels"], cfg["layers_per_block"], cfg["norm_num_groups"]
+        self.scaling_factor = float(cfg.get("scaling_factor", 0.18215))    # SD's latents to unit variance
+        self.factor = 2 ** (len(widths) - 1)
+        self.encoder = VAEHalf("down", cfg["in_channels"], widths, 2 * c, n, groups)   # mean and log variance
+        self.decoder = VAEHalf("up", c, widths[::-1], cfg["out_channels"], n + 1, groups)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * c, 2 * c, 1), nn.Conv2d(c, c, 1)
 
     def encode(self, x):
@@ -663,54 +693,55 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # U-Net: Stable Diffusion 1.5's with 8 input channels (InstructPix2Pix), motion modules, SMA, EPM
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class EPM(nn.Module):
     """Editing-guided propagation (paper 3.3.2, eqs. 6-8): which frame should listen to which.
 
-    x (N, C, h, w) -> bias (B, F, F) for attention from frame i (row) to frame j (column): two 3x3 convs, global
-    average pool to c channels a frame, frames joined, two-layer MLP. Starts at 0 on the diagonal and `start` elsewhere,
-    last weight 0, so that each frame at first attends to itself. Fixed to `frames` frames: shorter clips are padded
-    by repeating the last frame's features and read the top left corner of the matrix.
-    """
+    x (N, C, h, w) -> bias (B, F, F) for attention from frame i (row) to frame j (column): two 3x3 convs,
+    global average pool to c channels a frame, frames joined, two-layer MLP. Starts at 0 on the diagonal and
+    `start` elsewhere, last weight 0, so that each frame at first attends to itself. Fixed to `frames` frames:
+    shorter clips are padded by repeating the last frame's features and read the top left corner of the
+    matrix. """
     def __init__(self, channels, frames=N_FRAMES, c=32, hidden=128, start=-10.0):
         super().__init__()
         self.frames = frames
         self.conv1, self.conv2 = nn.Conv2d(channels, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
         self.fc1, self.fc2 = nn.Linear(frames * c, hidden), nn.Linear(hidden, frames * frames)
         nn.init.zeros_(self.fc2.weight)
-        with torch.no_grad():                                      # PAPER: 0 and -10 are the start values given in 3.3.2
+        with torch.no_grad():                                      # PAPER: 0 and -10 are 3.3.2's start values
             self.fc2.bias.copy_((start * (1 - torch.eye(frames))).flatten())
 
     def forward(self, x, n_frames):
         if n_frames > self.frames:
-            raise UserError(f"--frames {n_frames}: the trained EPM knows {self.frames} frames; edit in windows")
-        y = self.conv2(F.silu(self.conv1(x))).mean(dim=(2, 3)).unflatten(0, (-1, n_frames))          # (B, F, c)
+            raise UserError(f"--frames {n_frames}: the trained EPM knows {self.frames}; edit in windows")
+        y = self.conv2(F.silu(self.conv1(x))).mean(dim=(2, 3)).unflatten(0, (-1, n_frames))        # (B, F, c)
         y = torch.cat([y, y[:, -1:].expand(-1, self.frames - n_frames, -1)], dim=1).flatten(1)
         bias = self.fc2(F.silu(self.fc1(y))).unflatten(1, (self.frames, self.frames))
         return bias[:, :n_frames, :n_frames]
 
 
 def epm_attention(q, k, v, heads, bias):
-    """Joint attention over all frames with a bias per frame pair, exactly, without ever building tokens x tokens.
+    """Joint attention over all frames with a bias per frame pair, exactly, without ever building tokens x
+    tokens.
 
-    q, k, v (B, F*L, C), bias (B, F, F) -> (B, F*L, C). Each query gets the one-hot of its frame appended, each key
-    its frame's column of the bias times sqrt(d): their product is the bias, and any fused attention computes it,
-    gradients included. Padding to a multiple of 8 keeps the fused kernels available. (Paper eq. 7-8.)
-    """
+    q, k, v (B, F*L, C), bias (B, F, F) -> (B, F*L, C). Each query gets the one-hot of its frame appended,
+    each key its frame's column of the bias times sqrt(d): their product is the bias, and any fused attention
+    computes it, gradients included. Padding to a multiple of 8 keeps the fused kernels available. (Paper eq.
+    7-8.) """
     b, n_frames, d = q.shape[0], bias.shape[1], q.shape[-1] // heads
     length = q.shape[1] // n_frames
     if q.device.type == "cpu" and not bias.requires_grad:
-        # CUDA's kernels run 40 wide heads as 64 anyway, a CPU pays for every column. For one frame's queries the bias
-        # is a row over the keys, (B, 1, 1, F*L), which the CPU's kernel broadcasts, though it has no gradient for it.
-        rows = bias.to(q.dtype).repeat_interleave(length, 2)[:, None]                                # (B, 1, F, F*L)
-        frames = zip(q.split(length, dim=1), rows.split(1, dim=2))
-        return torch.cat([attention(x, k, v, heads, mask=row) for x, row in frames], dim=1)
-    onehot = torch.eye(n_frames, dtype=q.dtype, device=q.device).repeat_interleave(length, 0)        # (F*L, F)
-    column = (bias.transpose(1, 2) * math.sqrt(d)).to(q.dtype).repeat_interleave(length, 1)         # (B, F*L, F)
-    q, k, v = (x.unflatten(-1, (heads, d)).transpose(1, 2) for x in (q, k, v))                       # (B, heads, F*L, d)
+        # CUDA's kernels run 40 wide heads as 64 anyway, a CPU pays for every column. For one frame's queries
+        # the bias is a row over the keys, (B, 1, 1, F*L): a CPU's kernel broadcasts it, but has no gradient.
+        rows = bias.to(q.dtype).repeat_interleave(length, 2)[:, None].split(1, dim=2)
+        frames = q.split(length, dim=1)
+        return torch.cat([attention(x, k, v, heads, mask=row) for x, row in zip(frames, rows)], dim=1)
+    onehot = torch.eye(n_frames, dtype=q.dtype, device=q.device).repeat_interleave(length, 0)      # (F*L, F)
+    column = (bias.transpose(1, 2) * math.sqrt(d)).to(q.dtype).repeat_interleave(length, 1)      # (B, F*L, F)
+    q, k, v = (x.unflatten(-1, (heads, d)).transpose(1, 2) for x in (q, k, v))            # (B, heads, F*L, d)
     q = torch.cat([q, onehot.expand(b, heads, -1, -1)], dim=-1)
     k = torch.cat([k, column[:, None].expand(-1, heads, -1, -1)], dim=-1)
     width = math.ceil((d + n_frames) / 8) * 8
@@ -737,18 +768,17 @@ class Attention(nn.Module):
         """Spatial self-attention site of the U-Net. x (N, L, C), N = B*F; size (h, w).
 
         video: with EPM all frames' tokens attend to each other under its bias; without, each frame to itself.
-        ffg: the first of the F rows is the anchor (FFG-V2V's first-frame trajectory, paper eq. 2-3); every frame
-        takes keys and values from it, beside its own.
-        """
+        ffg: the first of the F rows is the anchor (FFG-V2V's first-frame trajectory, paper eq. 2-3); every
+        frame takes keys and values from it, beside its own. """
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
-        if mode == "ffg":
-            k, v = (y.unflatten(0, (-1, n_frames)) for y in (k, v))                        # (B, F, L, C)
-            k, v = (torch.cat([y, y[:, :1].expand_as(y)], dim=2).flatten(0, 1) for y in (k, v))
-        elif mode == "video" and hasattr(self, "epm"):
+        if mode == "video" and hasattr(self, "epm"):
             bias = self.epm(x.transpose(1, 2).unflatten(2, size), n_frames)
-            q, k, v = (y.unflatten(0, (-1, n_frames)).flatten(1, 2) for y in (q, k, v))              # (B, F*L, C)
-            y = epm_attention(q, k, v, self.heads, bias)
-            return self.to_out[0](y.unflatten(1, (n_frames, -1)).flatten(0, 1))
+            q, k, v = (y.unflatten(0, (-1, n_frames)).flatten(1, 2) for y in (q, k, v))          # (B, F*L, C)
+            y = epm_attention(q, k, v, self.heads, bias).unflatten(1, (n_frames, -1)).flatten(0, 1)
+            return self.to_out[0](y)
+        if mode == "ffg":
+            k, v = (y.unflatten(0, (-1, n_frames)) for y in (k, v))                             # (B, F, L, C)
+            k, v = (torch.cat([y, y[:, :1].expand_as(y)], dim=2).flatten(0, 1) for y in (k, v))
         return self.to_out[0](attention(q, k, v, self.heads))
 
 
@@ -762,21 +792,19 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-def feed_forward(width):
-    return nn.ModuleDict({"net": nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))})
-
-
 class TransformerBlock(nn.Module):
-    """Self-attention (across frames, see Attention), cross-attention to the text, feed-forward; each residual."""
+    """Self-attention (across frames, see Attention), cross-attention to the text, feed-forward; each
+    residual."""
     def __init__(self, width, heads, ctx_width=None):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.attn1, self.attn2 = Attention(width, heads), Attention(width, heads, ctx_width)
-        self.ff = feed_forward(width)
+        self.ff = nn.ModuleDict({
+            "net": nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))})
 
     def forward(self, x, ctx, n_frames, mode, size):
         x = x + self.attn1.across_frames(self.norm1(x), n_frames, mode, size)
-        # all frames of a clip share one text, so its keys are computed once per clip: (B, F*L, C) against (B, 77, D)
+        # all frames of a clip share one text, whose keys are computed once: (B, F*L, C) against (B, 77, D)
         y = self.attn2(self.norm2(x).unflatten(0, (-1, n_frames)).flatten(1, 2), ctx)
         x = x + y.unflatten(1, (n_frames, -1)).flatten(0, 1)
         return x + self.ff["net"](self.norm3(x))
@@ -791,14 +819,14 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, ctx_width)])
 
     def forward(self, x, ctx, n_frames, mode):
-        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)                          # (N, h*w, C)
+        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)                                # (N, h*w, C)
         y = self.transformer_blocks[0](y, ctx, n_frames, mode, x.shape[2:])
         return x + self.proj_out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class MotionBlock(TransformerBlock):
-    """The same layers along time: both attentions are among the frames of one place."""
-    def forward(self, x):                                          # (B*h*w, F, C)
+    """The same layers along time: both attentions are among the frames of one place. x (B*h*w, F, C)."""
+    def forward(self, x):
         pos = frame_positions(x.shape[1], x.shape[2], x.device, x.dtype)
         x = x + self.attn1(self.norm1(x) + pos)
         x = x + self.attn2(self.norm2(x) + pos)
@@ -808,10 +836,10 @@ class MotionBlock(TransformerBlock):
 class MotionModule(nn.Module):
     """AnimateDiff's temporal layers under SMA (paper eq. 4-5): x + gamma * (motion(x) - x). x (N, C, h, w).
 
-    gamma: one scalar a module. 0 at the start of training (the video model then is the image editor, exactly);
-    1 where published motion weights are used as they are (FFG-V2V). Knows at most `max_frames` frames.
-    """
-    over_frames = False                             # GroupNorm's statistics: frame by frame, as AnimateDiff trained it
+    gamma: one scalar a module. 0 at the start of training (the video model then is the image editor,
+    exactly); 1 where published motion weights are used as they are (FFG-V2V). Knows at most `max_frames`
+    frames. """
+    over_frames = False                     # GroupNorm's statistics: a frame's own, as AnimateDiff trained it
 
     def __init__(self, channels, heads, groups, max_frames):
         super().__init__()
@@ -830,21 +858,22 @@ class MotionModule(nn.Module):
             y = self.norm(x.unflatten(0, (-1, n_frames)).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
         else:
             y = self.norm(x)
-        y = y.flatten(2).unflatten(0, (-1, n_frames)).permute(0, 3, 1, 2).flatten(0, 1)    # (B*h*w, F, C)
+        y = y.flatten(2).unflatten(0, (-1, n_frames)).permute(0, 3, 1, 2).flatten(0, 1)        # (B*h*w, F, C)
         y = self.proj_out(self.transformer_blocks[0](self.proj_in(y)))
-        y = y.unflatten(0, (-1, size.numel())).permute(0, 2, 3, 1).flatten(0, 1)           # (N, C, h*w)
+        y = y.unflatten(0, (-1, size.numel())).permute(0, 2, 3, 1).flatten(0, 1)                 # (N, C, h*w)
         return x + self.gamma * y.unflatten(2, size)
 
 
 class Block(nn.Module):
-    """One level of the U-Net. resnets and attentions alternate, a motion module after each pair, then the resampler."""
+    """A level of the U-Net. resnets and attentions alternate, a motion module after each pair, then the
+    resampler."""
     def __init__(self, c_ins, width, attend, resample, groups, eps, temb):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c, width, groups, eps, temb) for c in c_ins)
         if attend:
             self.attentions = nn.ModuleList(Transformer(width, **attend) for _ in c_ins)
         if resample:
-            self.add_module(resample + "samplers", nn.ModuleList([Resample(width, resample)]))
+            self.add_module(f"{resample}samplers", nn.ModuleList([Resample(width, up=resample == "up")]))
 
     def layer(self, i, x, temb, ctx, n_frames, mode):
         x = self.resnets[i](x, temb)
@@ -855,7 +884,7 @@ class Block(nn.Module):
     def motion(self, i, x, n_frames, mode):
         if not hasattr(self, "motion_modules") or mode == "image":
             return x
-        if mode == "ffg":                                          # the anchor row follows the image editor: no motion
+        if mode == "ffg":                                          # the anchor row follows the image editor
             x = x.unflatten(0, (-1, n_frames))
             moved = self.motion_modules[i](x[:, 1:].flatten(0, 1), n_frames - 1)
             return torch.cat([x[:, :1], moved.unflatten(0, (len(x), -1))], dim=1).flatten(0, 1)
@@ -869,31 +898,32 @@ class MidBlock(Block):
         self.attentions = nn.ModuleList([Transformer(width, **attend)])
 
     def forward(self, x, temb, ctx, n_frames, mode):
-        x = self.layer(0, x, temb, ctx, n_frames, mode)
-        return self.resnets[1](x, temb)
+        return self.resnets[1](self.layer(0, x, temb, ctx, n_frames, mode), temb)
 
 
 class UNet(nn.Module):
-    """The video U-Net. unet(z, t, ctx) -> prediction (B, F, c, h, w), epsilon or v as the scheduler config says.
+    """The video U-Net. unet(z, t, ctx) -> prediction (B, F, c, h, w), epsilon or v as the scheduler config
+    says.
 
-    z (B, F, 2c, h, w) = [noisy latent, source latent]; t (B,) int64; ctx (B, 77, D) one text per clip.
-    mode: "video" (motion modules and EPM where present), "ffg" (the first of the F rows is the anchor, see
-    Attention), "image" (every frame by itself, no motion: the image editor). cfg: diffusers' UNet2DConditionModel
-    keys, and of a video editor "motion" and "epm"; `attention_head_dim` there means the number of heads in SD 1.5.
-    """
+    z (B, F, 2c, h, w) = [noisy latent, source latent]; t (B,) int64; ctx (B, 77, D) one text per clip. mode:
+    "video" (motion modules and EPM where present), "ffg" (the first of the F rows is the anchor, see
+    Attention), "image" (every frame by itself, no motion: the image editor). cfg: diffusers'
+    UNet2DConditionModel keys, and of a video editor "motion" and "epm"; `attention_head_dim` there means the
+    number of heads in SD 1.5. """
     def __init__(self, cfg):
         super().__init__()
-        self.config = cfg
-        widths, n, last = cfg["block_out_channels"], cfg["layers_per_block"], len(cfg["block_out_channels"]) - 1
-        groups, eps, temb = cfg["norm_num_groups"], float(cfg.get("norm_eps", 1e-5)), 4 * widths[0]
-        heads, how = cfg["attention_head_dim"], dict(groups=groups, eps=eps, temb=temb)
+        self.config, widths, n = cfg, cfg["block_out_channels"], cfg["layers_per_block"]
+        last, temb, groups = len(widths) - 1, 4 * widths[0], cfg["norm_num_groups"]
+        how = dict(groups=groups, eps=float(cfg.get("norm_eps", 1e-5)), temb=temb)
+        heads = cfg["attention_head_dim"]
         heads = heads if isinstance(heads, list) else [heads] * len(widths)
         attend = [dict(heads=h, ctx_width=cfg["cross_attention_dim"], groups=groups) for h in heads]
-        at_level = [attend[i] if "CrossAttn" in kind else None for i, kind in enumerate(cfg["down_block_types"])]
-        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(widths[0], temb), "linear_2": nn.Linear(temb, temb)})
+        at_level = [a if "CrossAttn" in kind else None for a, kind in zip(attend, cfg["down_block_types"])]
+        self.time_embedding = nn.ModuleDict({
+            "linear_1": nn.Linear(widths[0], temb), "linear_2": nn.Linear(temb, temb)})
         self.conv_in = nn.Conv2d(cfg["in_channels"], widths[0], 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        c, skips = widths[0], [widths[0]]                          # channels: now, and of what is kept for the way up
+        c, skips = widths[0], [widths[0]]                        # channels now, and those kept for the way up
         for i, width in enumerate(widths):
             c_ins = [c] + [width] * (n - 1)
             self.down_blocks.append(Block(c_ins, width, at_level[i], "down" if i < last else None, **how))
@@ -901,10 +931,10 @@ class UNet(nn.Module):
             c = width
         self.mid_block = MidBlock(c, attend[-1], **how)
         for i, width in reversed(list(enumerate(widths))):         # the way up mirrors the way down
-            c_ins = [c_up + skips.pop() for c_up in [c] + [width] * n]
+            c_ins = [before + skips.pop() for before in [c] + [width] * n]
             self.up_blocks.append(Block(c_ins, width, at_level[i], "up" if i > 0 else None, **how))
             c = width
-        self.conv_norm_out = nn.GroupNorm(groups, c, eps)
+        self.conv_norm_out = nn.GroupNorm(groups, c, how["eps"])
         self.conv_out = nn.Conv2d(c, cfg["out_channels"], 3, padding=1)
         if "motion" in cfg:
             self.add_motion(cfg["motion"])
@@ -915,26 +945,29 @@ class UNet(nn.Module):
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
     def add_motion(self, cfg=None, gamma=0.0):
-        """Insert motion modules (AnimateDiff's placement; cfg: MotionAdapter's keys). Fresh ones unless loaded after."""
+        """Insert motion modules (AnimateDiff's placement; cfg: MotionAdapter's keys), fresh unless loaded
+        after."""
         self.motion_config = cfg = cfg or {}
-        how = dict(heads=cfg.get("motion_num_attention_heads", 8), groups=cfg.get("motion_norm_num_groups", 32),
+        how = dict(heads=cfg.get("motion_num_attention_heads", 8),
+                   groups=cfg.get("motion_norm_num_groups", 32),
                    max_frames=int(cfg.get("motion_max_seq_length", 32)))
         for block in self.blocks():
-            n, width = len(block.resnets), block.resnets[0].conv1.out_channels
+            n = len(block.resnets)
             if block is self.mid_block:
                 n = 1 if cfg.get("use_motion_mid_block", True) else 0
             if n:
+                width = block.resnets[0].conv1.out_channels
                 block.motion_modules = nn.ModuleList(MotionModule(width, **how) for _ in range(n))
         self.set_gamma(gamma)
 
     def set_gamma(self, gamma):
         for m in self.modules():
-            if isinstance(m, MotionModule):                        # published files have none, so never on "meta"
+            if isinstance(m, MotionModule):                       # published files have none: never on "meta"
                 m.gamma = nn.Parameter(torch.full(m.gamma.shape, float(gamma), device="cpu"))
 
     def add_epm(self, sites="all", frames=N_FRAMES, start=-10.0):
-        """Insert fresh EPM at every spatial self-attention site, or (sites="inner") at all but the top level's. start: its
-        bias between frames before training."""
+        """Insert fresh EPM at every spatial self-attention site, or (sites="inner") at all but the top
+        level's. start: its bias between frames before training."""
         self.epm_config = {"sites": sites, "frames": frames}
         top = self.config["block_out_channels"][0]
         for block in self.blocks():
@@ -945,12 +978,12 @@ class UNet(nn.Module):
 
     def forward(self, z, t, ctx, mode="video"):
         shape, n_frames = z.shape[:2], z.shape[1]
-        if mode == "image":                                        # B clips of F frames become B*F clips of one
+        if mode == "image":                                      # B clips of F frames become B*F clips of one
             t, ctx, n_frames = t.repeat_interleave(n_frames, 0), ctx.repeat_interleave(n_frames, 0), 1
-        x = z.flatten(0, 1)                                                                # (N, 2c, h, w)
+        x = z.flatten(0, 1)                                                                    # (N, 2c, h, w)
         temb = timestep_embedding(t, self.config["block_out_channels"][0]).to(x.dtype)
         temb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](temb)))
-        temb = temb.repeat_interleave(n_frames, 0)                                         # (N, T)
+        temb = temb.repeat_interleave(n_frames, 0)                                                 # (N, T)
         args = temb, ctx, n_frames, mode
         x = self.conv_in(x)
         skips = [x]
@@ -971,17 +1004,16 @@ class UNet(nn.Module):
         return x.unflatten(0, shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class DDIM:
-    """DDIM sampling schedule and step (Song et al. 2021, eq. 12), as the published scheduler configs parametrise it.
+    """DDIM sampling schedule and step (Song et al. 2021, eq. 12), as the published scheduler configs put it.
 
-    steps: 1 to T. spacing "leading" (DDIM's default), "trailing" (starts at the last time step) or "linspace" (both
-    ends). timesteps: int64, from noise to image. set_alpha_to_one: abar after the last step is 1 instead of abar[0].
-    cfg: scheduler_config.json.
-    """
+    steps: 1 to T. spacing "leading" (DDIM's default), "trailing" (starts at the last time step) or "linspace"
+    (both ends). timesteps: int64, from noise to image. set_alpha_to_one: abar after the last step is 1
+    instead of abar[0]. cfg: scheduler_config.json. """
     def __init__(self, steps, spacing="leading", steps_offset=1, set_alpha_to_one=False, cfg=None):
         cfg = cfg or {}
         self.T, self.prediction = cfg.get("num_train_timesteps", 1000), cfg.get("prediction_type", "epsilon")
@@ -992,25 +1024,26 @@ class DDIM:
             self.timesteps = torch.arange(steps).flip(0) * (self.T // steps) + steps_offset
             self.timesteps.clamp_(max=self.T - 1)
         elif spacing == "trailing":
-            self.timesteps = (self.T - torch.arange(steps, dtype=torch.float64) * self.T / steps).round().long() - 1
+            down = torch.arange(steps, dtype=torch.float64) * self.T / steps
+            self.timesteps = (self.T - down).round().long() - 1
         else:
             assert spacing == "linspace", f"spacing {spacing}: needs leading, trailing or linspace"
             self.timesteps = torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long()
-        self.final = torch.tensor(1.0) if set_alpha_to_one else self.abar[0]
-
-    def levels(self, i):
-        """abar at step i and after it. diffusers goes T // steps down from any time step, which misses the next one where
-        steps are not that far apart ("linspace"); where they are, that is the same."""
-        return self.abar[self.timesteps[i]], self.abar[self.timesteps[i + 1]] if i + 1 < self.steps else self.final
+        end = torch.tensor(1.0) if set_alpha_to_one else self.abar[0]
+        self.levels = torch.cat([self.abar[self.timesteps], end[None]])    # abar at each step, and at the end
 
     def to_eps(self, out, i, z):
         """The U-Net's prediction as epsilon: itself, or from v = sqrt(abar) eps - sqrt(1 - abar) z0."""
-        a = self.abar[int(self.timesteps[i])]
+        a = self.levels[i]
         return out if self.prediction == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * z
 
     def step(self, eps, i, z, eta=0.0, noise=None):
-        """From step i's latents z to the next, given the predicted noise; eta 1 is DDPM's variance, with `noise`."""
-        a, prev = self.levels(i)
+        """From step i's latents z to the next, given the predicted noise; eta 1 is DDPM's variance, with
+        `noise`.
+
+        The next step is the schedule's own. diffusers goes T // steps down from any time step: the same, but
+        where steps are not that far apart ("linspace"). """
+        a, prev = self.levels[i], self.levels[i + 1]
         z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()                         # predicted clean latent
         std = eta * ((1 - prev) / (1 - a) * (1 - a / prev)).sqrt()
         z = prev.sqrt() * z0 + (1 - prev - std ** 2).clamp(min=0).sqrt() * eps
@@ -1019,11 +1052,9 @@ class DDIM:
 
 def noise_levels(cfg):
     """Cumulative alphas (T,) of a scheduler config: scaled_linear betas (Stable Diffusion) or linear."""
-    start, end, n = cfg.get("beta_start", 0.00085), cfg.get("beta_end", 0.012), cfg.get("num_train_timesteps", 1000)
-    if cfg.get("beta_schedule", "scaled_linear") == "linear":
-        betas = torch.linspace(start, end, n)
-    else:
-        betas = torch.linspace(start ** 0.5, end ** 0.5, n) ** 2
+    start, end = cfg.get("beta_start", 0.00085), cfg.get("beta_end", 0.012)
+    power = 1.0 if cfg.get("beta_schedule", "scaled_linear") == "linear" else 0.5
+    betas = torch.linspace(start ** power, end ** power, cfg.get("num_train_timesteps", 1000)) ** (1 / power)
     return torch.cumprod(1 - betas, 0)
 
 
@@ -1038,13 +1069,13 @@ def read_scheduler(path):
     with reading(path):
         cfg = read_json(path)
         for key, known in SCHEDULER.items():
-            need(cfg.get(key, known[0]) in known, f"{key} {cfg.get(key)}; known are {' and '.join(map(str, known))}")
+            need(cfg.get(key, known[0]) in known, f"{key} {cfg.get(key)}; known is {known}")
     return cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The editor
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class VideoEditor:
     """Text encoder, VAE, U-Net and scheduler of one checkpoint; `edit` applies an instruction to a clip."""
@@ -1052,34 +1083,36 @@ class VideoEditor:
     FILES = ["model_index.json"] + [f"{folder}/{file}" for folder in PARTS for file in (
         "config.json", "*_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
         "diffusion_pytorch_model.safetensors", "model.safetensors")]
-    VIDEO = "motion", "epm", "same_noise"           # what a video editor's unet/config.json says besides an image editor's
+    VIDEO = "motion", "epm", "same_noise"           # what a video editor's unet/config.json says besides
     SLICE = 4                                       # frames that the VAE takes at a time: bounds memory
 
     @classmethod
-    def from_pretrained(cls, source, motion=None, gamma=1.0, epm=False, norm_over_frames=False, device=None, dtype=None):
+    def from_pretrained(cls, source, motion=None, gamma=1.0, epm=False, norm_over_frames=False, device=None,
+                        dtype=None):
         """Load an editor.
 
-        source: "tiny" (embedded), "sd15" (InstructPix2Pix + AnimateDiff from the hub), a hub id, a directory in hub
-        layout, or a trained run. motion: a hub id, directory or AnimateDiff .ckpt; gamma: SMA's scale for it; epm: add
-        untrained EPM. A video editor brings its own motion, gamma and EPM; with a motion, or with False for none, it
-        gives the image editor in it instead. norm_over_frames: diffusers' GroupNorm in motion modules instead of
-        AnimateDiff's. device, dtype: default CUDA (bf16), MPS or CPU (fp32). Raises UserError for missing, partial or
-        foreign weights.
-        """
+        source: "tiny" (embedded), "sd15" (InstructPix2Pix + AnimateDiff from the hub), a hub id, a directory
+        in hub layout, or a trained run. motion: a hub id, directory or AnimateDiff .ckpt; gamma: SMA's scale
+        for it; epm: add untrained EPM. A video editor brings its own motion, gamma and EPM; with a motion, or
+        with False for none, it gives the image editor in it instead. norm_over_frames: diffusers' GroupNorm
+        in motion modules instead of AnimateDiff's. device, dtype: default CUDA (bf16), MPS or CPU (fp32).
+        Raises UserError for missing, partial or foreign weights. """
         self = cls()
         self.name, self.folders = str(source), repository(source)
         self.device, self.dtype = placement(device, dtype)
-        vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype           # fp16 overflows in SD's VAE
+        vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype  # fp16 overflows in SD's VAE
         if self.name == "sd15" and motion is None:
             motion = SD15_MOTION
         unet, vae, text, words, schedule = read_from = [part(self.folders, name) for name in cls.PARTS]
         with reading(source, "is it an editor in hub layout, all of one model?"):
             config, drop = read_json(unet / "config.json"), ()
             if motion is not None:                                 # the image editor in it
-                config, drop = {k: v for k, v in config.items() if k not in cls.VIDEO}, ("motion_modules", ".epm.")
+                config = {k: v for k, v in config.items() if k not in cls.VIDEO}
+                drop = "motion_modules", ".epm."
             self.unet = open_network(UNet, unet, self.device, self.dtype, config, drop=drop)
             self.vae = open_network(VAE, vae, self.device, vae_dtype, rename=VAE.LEGACY)
-            self.text_encoder = open_network(TextEncoder, text, self.device, self.dtype, drop=("position_ids",))
+            self.text_encoder = open_network(TextEncoder, text, self.device, self.dtype,
+                                             drop=["position_ids"])
             self.tokenizer = open_tokenizer(words)
             self.scheduler = read_scheduler(schedule / "scheduler_config.json")
             self.read_numbers()
@@ -1092,20 +1125,22 @@ class VideoEditor:
             if isinstance(module, MotionModule):
                 module.over_frames = norm_over_frames
         self.unet.to(self.device, self.dtype).eval().requires_grad_(False)
-        self.vae.to(memory_format=torch.channels_last)             # 5 to 25 % faster on a CPU as well; the U-Net is not
+        self.vae.to(memory_format=torch.channels_last)             # faster on a CPU as well; the U-Net is not
         if self.device.type == "cuda":
             self.unet.to(memory_format=torch.channels_last)
         self.multiple = self.vae.factor
         self.default_mode = "video" if "motion" in config else "ffg"
-        self.same_noise = config.get("same_noise", False)          # a video editor trained on one noise for all frames
+        self.same_noise = config.get("same_noise", False)      # trained on one noise for all frames of a clip
         self.fingerprint = fingerprint(*read_from)
-        # the base of what is trained from here gives all but the U-Net: runs between, which gave only that, may go
+        # what is trained from here needs the folder that gave the text encoder; the runs before it gave only
+        # a U-Net, and may be deleted
         giver = self.folders.index(text.parent)
         self.base = read_index(self.folders[giver - 1])["base"] if giver else portable(source)
         return self
 
     def read_numbers(self):
-        """What a checkpoint says about itself, a run's own words before its base's; Stable Diffusion's usual values else."""
+        """What a checkpoint says about itself, a run's own words before its base's; else SD's usual
+        values."""
         about = {}
         for folder in reversed(self.folders):
             about |= read_index(folder)
@@ -1117,17 +1152,18 @@ class VideoEditor:
         self.examples = [str(text) for text in about.get("examples", ())]
 
     def check_fit(self):
-        """What strict loading does not tell: whether the networks are those of one editor, and the schedule can be made."""
+        """What strict loading does not tell: whether the parts are those of one editor, and can be used."""
         n_words, width = self.text_encoder.text_model.embeddings["token_embedding"].weight.shape
         last, wanted = max(self.tokenizer.vocab.values()), self.unet.config["cross_attention_dim"]
         need(last < n_words, f"the tokenizer has tokens up to {last}, the text encoder {n_words}")
         need(width == wanted, f"the text encoder's states are {width} wide, the U-Net wants {wanted}")
-        c, c_in, c_out = self.vae.config["latent_channels"], *(self.unet.config[f"{k}_channels"] for k in ("in", "out"))
-        need((c_in, c_out) == (2 * c, c), f"unet/ takes {c_in} channels and gives {c_out}, where an editor of latents with "
-             f"{c} takes {2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
+        c = self.vae.config["latent_channels"]
+        c_in, c_out = self.unet.config["in_channels"], self.unet.config["out_channels"]
+        need((c_in, c_out) == (2 * c, c), f"the U-Net takes {c_in} channels and gives {c_out}; an editor "
+             f"takes {2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
         self.scheduler_for(1)
 
-    # ---- pieces -----------------------------------------------------------------------------------------------
+    # ---- pieces --------------------------------------------------------------------------------------------
 
     def tokenize(self, texts):
         """List of N strings -> ids (N, 77) int64, cut to 77 with the end token kept."""
@@ -1139,7 +1175,8 @@ class VideoEditor:
 
     @torch.no_grad()
     def encode(self, video):
-        """video (1, F, 3, H, W) in [-1, 1] -> source latents (1, F, c, h, w): the posterior's mode, unscaled."""
+        """video (1, F, 3, H, W) in [-1, 1] -> source latents (1, F, c, h, w): the posterior's mode,
+        unscaled."""
         height, width = video.shape[-2:]
         assert height % self.multiple == width % self.multiple == 0, (
             f"frames of {width}x{height}: width and height must be multiples of {self.multiple}")
@@ -1155,10 +1192,11 @@ class VideoEditor:
         return torch.cat(x)[None].clamp(-1, 1)
 
     def noise(self, n_frames, h, w, seed, first=0, mode="ffg"):
-        """Starting noise (1, F, c, h, w) of frames first, first+1, ...: the same for a frame whatever its window.
+        """Starting noise (1, F, c, h, w) of frames first, first+1, ...: the same for a frame whatever its
+        window.
 
-        Frame-by-frame modes give every frame the same noise: without temporal layers nothing else ties frames together.
-        A video editor gets what it was trained on.
+        Frame-by-frame modes give every frame the same noise: without temporal layers nothing else ties frames
+        together. A video editor gets what it was trained on.
         """
         def draw(index):
             g = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2 ** 63)
@@ -1172,16 +1210,15 @@ class VideoEditor:
         return DDIM(steps, cfg.get("timestep_spacing", "leading"), cfg.get("steps_offset", 1),
                     cfg.get("set_alpha_to_one", False), cfg)
 
-    # ---- sampling ---------------------------------------------------------------------------------------------
+    # ---- sampling ------------------------------------------------------------------------------------------
 
     def guided(self, z, z_src, t, ctx, s_txt, s_src, mode):
         """Three-branch guidance: e(0,0) + s_src (e(V,0) - e(0,0)) + s_txt (e(V,T) - e(V,0)), in one batch.
 
-        z (K, F, c, h, w); z_src (1 or K, F, c, h, w); ctx (2, 77, D) = [instruction, empty]; s_txt, s_src: a number, or
-        one for each of the K clips. A branch whose weight is 0 is not run: with s_src = 1 two remain, with s_txt = 1
-        besides just one.
-        PAPER: "text 1.2-2.0, image 5.0-12.5" is printed with the names exchanged; we use text 5-12.5, source 1.2-2.
-        """
+        z (K, F, c, h, w); z_src (1 or K, F, c, h, w); ctx (2, 77, D) = [instruction, empty]; s_txt, s_src: a
+        number, or one for each of the K clips. A branch whose weight is 0 is not run: with s_src = 1 two
+        remain, with s_txt = 1 besides just one. PAPER: "text 1.2-2.0, image 5.0-12.5" is printed with the
+        names exchanged; we use text 5-12.5, source 1.2-2. """
         s_txt, s_src = (torch.as_tensor(s, dtype=torch.float32, device=z.device).reshape(-1, 1, 1, 1, 1)
                         for s in (s_txt, s_src))
         source, instruction, empty = z_src.expand_as(z), ctx[:1], ctx[1:]
@@ -1190,17 +1227,17 @@ class VideoEditor:
                     (1 - s_src, torch.zeros_like(source), empty)]  # e(0,0)
         weights, sources, texts = zip(*[branch for branch in branches if branch[0].any()])
         x = torch.cat([torch.cat([z, source], dim=2) for source in sources]).to(self.dtype)
-        texts = torch.cat(texts).repeat_interleave(len(z), 0)
-        out = self.unet(x, torch.full((len(x),), int(t), device=x.device), texts, mode).float()
-        return sum(weight * eps for weight, eps in zip(weights, out.split(len(z))))
+        t = torch.full((len(x),), int(t), device=x.device)
+        eps = self.unet(x, t, torch.cat(texts).repeat_interleave(len(z), 0), mode).float()
+        return sum(weight * e for weight, e in zip(weights, eps.split(len(z))))
 
     def settle(self, z0, z_src):
-        """Cells that an edit hardly changed become the source's again. z0, scaled, and z_src (..., c, h, w) -> like z0.
+        """Cells that an edit hardly changed become the source's again. z0, scaled, z_src (..., c, h, w) ->
+        like z0.
 
-        A cell's change is the mean |z0 - source| of its channels, in scaled latents. Up to `deadband` it is dropped, from
-        twice that on it stays, between them smoothly. Ours: sampling leaves some drift everywhere, also
-        where nothing was to be edited. 0, as for published weights, changes nothing.
-        """
+        A cell's change is the mean |z0 - source| of its channels, in scaled latents. Up to `deadband` it is
+        dropped, from twice that on it stays, between them smoothly. Ours: sampling leaves some drift
+        everywhere, also where nothing was to be edited. 0, as for published weights, changes nothing. """
         if not self.deadband:
             return z0
         source = z_src * self.vae.scaling_factor
@@ -1209,73 +1246,75 @@ class VideoEditor:
         return source + w * w * (3 - 2 * w) * (z0 - source)
 
     @torch.no_grad()
-    def sample(self, z_src, instruction, z_T, steps=None, s_txt=None, s_src=None, mode="auto", anchor=None, z0_ref=None,
-               on_step=None, keep=None):
-        """Denoise z_T (K, F, c, h, w) into the edited latents z0 of that shape, scaled: K edits of one clip in one batch,
-        each from its own noise, given source latents z_src (1, F, c, h, w) and an instruction.
+    def sample(self, z_src, instruction, z_T, steps=None, s_txt=None, s_src=None, mode="auto", anchor=None,
+               z0_ref=None, on_step=None, keep=None):
+        """Denoise z_T (K, F, c, h, w) into the edited latents z0 of that shape, scaled: K edits of one clip
+        in one batch, each from its own noise, given source latents z_src (1, F, c, h, w) and an instruction.
 
-        steps; s_txt, s_src, guidance scales, a number or K: by default the checkpoint's own. anchor: for mode "ffg", source
-        latents (1, 1, c, h, w) and steps + 1 latents (1 or K, 1, c, h, w) of its edit, as `anchor` makes them of the
-        first frame where not given. z0_ref (1, R, c, h, w): final latents of the first R frames, known from
-        the previous window; they steer the others by InsV2V's noise correction over the first half of the steps.
-        on_step(i) is called after each step; keep (a list) receives the latents of every step and the end.
-        """
+        steps; s_txt, s_src, guidance scales, a number or K: by default the checkpoint's own. anchor: for mode
+        "ffg", source latents (1, 1, c, h, w) and steps + 1 latents (1 or K, 1, c, h, w) of its edit, as
+        `anchor` makes them of the first frame where not given. z0_ref (1, R, c, h, w): final latents of the
+        first R frames, known from the previous window; they steer the others by InsV2V's noise correction
+        over the first half of the steps. on_step(i) is called after each step; keep (a list) receives the
+        latents of every step and the end. """
         mode = self.default_mode if mode == "auto" else mode
         own = self.steps, *self.guidance
         steps, s_txt, s_src = (b if a is None else a for a, b in zip((steps, s_txt, s_src), own))
-        scheduler = self.scheduler_for(steps)
-        ctx = self.encode_text([instruction, ""])
+        scheduler, ctx, z = self.scheduler_for(steps), self.encode_text([instruction, ""]), z_T
+        n_ref = 0 if z0_ref is None else z0_ref.shape[1]
         if mode == "ffg":
             first, path = anchor or self.anchor(z_src[:, :1], instruction, z_T[:, :1], steps, s_txt, s_src)
-            assert len(path) == steps + 1, f"anchor of {len(path) - 1} steps: needs {steps}, as many as are sampled"
-            z_src = torch.cat([first, z_src], dim=1)               # the anchor runs along as one frame more, from its
-        n_ref, z = 0 if z0_ref is None else z0_ref.shape[1], z_T   # stored latents
+            assert len(path) == steps + 1, f"anchor of {len(path) - 1} steps: needs {steps}"
         for i, t in enumerate(scheduler.timesteps):
             if keep is not None:
                 keep.append(z)
-            if mode == "ffg":
-                with_anchor = torch.cat([path[i].to(z).expand(len(z), -1, -1, -1, -1), z], dim=1)
-                out = self.guided(with_anchor, z_src, t, ctx, s_txt, s_src, mode)[:, 1:]
+            if mode == "ffg":                                 # the anchor runs along, from its stored latents
+                x = torch.cat([path[i].to(z).expand(len(z), -1, -1, -1, -1), z], dim=1)
+                x_src = torch.cat([first, z_src], dim=1)
+                out = self.guided(x, x_src, t, ctx, s_txt, s_src, mode)[:, 1:]
             else:
                 out = self.guided(z, z_src, t, ctx, s_txt, s_src, mode)
             eps = scheduler.to_eps(out, i, z)
             if n_ref and i < steps / 2:                            # InsV2V's long-video sampling correction
-                a = scheduler.abar[int(t)]
+                a = scheduler.levels[i]
                 delta = (z[:, :n_ref] - a.sqrt() * z0_ref) / (1 - a).sqrt() - eps[:, :n_ref]
-                eps = eps + torch.cat([delta, delta.mean(dim=1, keepdim=True).expand_as(eps[:, n_ref:])], dim=1)
+                others = delta.mean(dim=1, keepdim=True).expand_as(eps[:, n_ref:])
+                eps = eps + torch.cat([delta, others], dim=1)
             z = scheduler.step(eps, i, z)
             if not torch.isfinite(z).all():
-                raise UserError(f"sampling step {i + 1} of {steps} gave NaN or Inf; try --dtype float32 or a lower --text-cfg")
+                raise UserError(f"sampling step {i + 1} of {steps} gave NaN or Inf; try --dtype float32 or a "
+                                "lower --text-cfg")
             if on_step:
                 on_step(i)
-        z = self.settle(z, z_src[:, -z.shape[1]:])
+        z = self.settle(z, z_src)
         if keep is not None:
             keep.append(z)
         return z
 
     def anchor(self, z_src, instruction, z_T, steps=None, s_txt=None, s_src=None):
-        """FFG-V2V's first-frame trajectory: z_src (1, 1, c, h, w), z_T (K, 1, c, h, w) -> (z_src, [latents of every step
-        and the end])."""
+        """FFG-V2V's first-frame trajectory: z_src (1, 1, c, h, w), z_T (K, 1, c, h, w) -> (z_src, [latents of
+        every step and the end])."""
         trajectory = []
         self.sample(z_src, instruction, z_T, steps, s_txt, s_src, "image", keep=trajectory)
         return z_src, trajectory
 
     def edit(self, video, instruction, steps=None, s_txt=None, s_src=None, seed=0, z_T=None, mode="auto"):
-        """Edit a clip in one pass. video (1, F, 3, H, W) in [-1, 1] -> the same shape; H and W multiples of `multiple`.
+        """Edit a clip in one pass. video (1, F, 3, H, W) in [-1, 1] -> the same shape; H, W multiples of
+        `multiple`.
 
-        s_txt, s_src: guidance on the instruction and on the source; None takes the checkpoint's own (7.5 and 1.5 for
-        published ones), and so for steps (20). z_T (1, F, c, h, w): the starting noise, else drawn from `seed`. mode:
-        "image" (frame by frame), "ffg" (training-free, guided by the first frame), "video" (trained SMA + EPM), "auto".
-        Clips longer than 16 frames belong into `sample.edit_stream`, which edits in windows.
-        """
+        s_txt, s_src: guidance on the instruction and on the source; None takes the checkpoint's own (7.5 and
+        1.5 for published ones), and so for steps (20). z_T (1, F, c, h, w): the starting noise, else drawn
+        from `seed`. mode: "image" (frame by frame), "ffg" (training-free, guided by the first frame), "video"
+        (trained SMA + EPM), "auto". Clips longer than 16 frames belong into `sample.edit_stream`, which edits
+        in windows. """
         assert mode in ("auto", "image", "ffg", "video"), f"mode {mode}: needs auto, image, ffg or video"
-        assert video.ndim == 5 and video.shape[0] == 1 and video.shape[2] == 3 and video.is_floating_point(), (
-            f"video {tuple(video.shape)} {video.dtype}: needs (1, F, 3, H, W) in [-1, 1], one clip at a time")
+        assert video.ndim == 5 and video.shape[0] == 1 and video.shape[2] == 3, (
+            f"video {tuple(video.shape)}: needs (1, F, 3, H, W), one clip at a time")
         mode = self.default_mode if mode == "auto" else mode
         z_src = self.encode(video)
         if z_T is None:
             z_T = self.noise(z_src.shape[1], *z_src.shape[3:], seed, mode=mode)
-        assert z_T.shape == z_src.shape, f"z_T {tuple(z_T.shape)}: needs {tuple(z_src.shape)}, as the clip's latents"
+        assert z_T.shape == z_src.shape, f"z_T {tuple(z_T.shape)}: needs {tuple(z_src.shape)}"
         return self.decode(self.sample(z_src, instruction, z_T.to(self.device), steps, s_txt, s_src, mode))
 
 
@@ -1288,8 +1327,8 @@ def open_tokenizer(folder):
 
 
 def load_motion(unet, source, gamma, device, dtype):
-    """Published motion modules into `unet`: a MotionAdapter repository, directory or file, or AnimateDiff's .ckpt.
-    Returns the weight file."""
+    """Published motion modules into `unet`: a MotionAdapter repository, directory or file, or AnimateDiff's
+    .ckpt. Returns the weight file."""
     file = Path(source)
     if file.is_file():
         tensors = read_tensors(file)
@@ -1299,18 +1338,18 @@ def load_motion(unet, source, gamma, device, dtype):
         file = folder / name
     with reading(file, "is it an AnimateDiff adapter?"):
         need(any("motion_modules" in k for k in tensors), "holds no motion modules")
-        # a bare .ckpt has no config: its position table and names tell the rest, the U-Net the number of heads and groups
-        heads = unet.config["attention_head_dim"]
+        # a .ckpt has no config: its tensors tell the rest, the U-Net how many heads and groups
+        heads, config = unet.config["attention_head_dim"], file.with_name("config.json")
         positions = [v.shape[1] for k, v in tensors.items() if k.endswith(".pe")]
         cfg = {"motion_num_attention_heads": heads[0] if isinstance(heads, list) else heads,
                "motion_norm_num_groups": unet.config["norm_num_groups"],
                "motion_max_seq_length": positions[0] if positions else 32,
-               "use_motion_mid_block": any(k.removeprefix("module.").startswith("mid_block") for k in tensors)}
-        config = file.with_name("config.json")
+               "use_motion_mid_block": any("mid_block" in k for k in tensors)}
         with torch.device("meta"):
             unet.add_motion(cfg | (read_json(config) if config.is_file() else {}), gamma)
-    rename = (("module.", ""), (".temporal_transformer", ""), (".attention_blocks.0", ".attn1"), (".norms.0", ".norm1"),
-              (".attention_blocks.1", ".attn2"), (".norms.1", ".norm2"), (".ff_norm", ".norm3"))
-    load_weights(unet, tensors, f"{file}", rename=rename, drop=(".pe", "animatediff_config"), absent=("gamma",),
+    rename = [("module.", ""), (".temporal_transformer", ""), (".ff_norm", ".norm3"),
+              (".attention_blocks.0", ".attn1"), (".norms.0", ".norm1"),
+              (".attention_blocks.1", ".attn2"), (".norms.1", ".norm2")]
+    load_weights(unet, tensors, file, rename=rename, drop=(".pe", "animatediff_config"), absent=["gamma"],
                  only="motion_modules", device=device, dtype=dtype)
     return file

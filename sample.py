@@ -1,15 +1,15 @@
 """Edit a video by instruction: python sample.py video.mp4 "make it snow"
 
 Contents:
-  reading    Clip, probe, plan, read_frames, read_video, read_image         any file PyAV opens, or a folder of frames
-  writing    audio_packets, video_writer, write_video                       H.264 in mp4, the source's sound copied
-  editing    edit_stream                                                    any length in windows, constant memory
-  detail     carry_detail, edit_pictures                                    the edit at the source's resolution
-  flags      option, add_flags, between, editor_flags, choose_model         shared by the scripts above this one
+  reading    Clip, probe, plan, read_frames, read_video, read_image    any file PyAV opens, a folder of frames
+  writing    audio_packets, video_writer, write_video                  H.264 in mp4, the source's sound copied
+  editing    edit_stream                                               any length in windows, constant memory
+  detail     carry_detail, edit_pictures                               the edit at the source's resolution
+  flags      option, add_flags, between, editor_flags, choose_model    for the scripts above this one, too
   command    parse, output_paths, grid_sheet, edit_file, main
 
-Videos are (1, F, 3, H, W) in [-1, 1], single frames (3, H, W) in [-1, 1], and rgb is (H, W, 3) uint8. Times inside a
-clip are whole ticks of its time base, counted from its first frame.
+Videos are (1, F, 3, H, W) in [-1, 1], single frames (3, H, W) in [-1, 1], and rgb is (H, W, 3) uint8. Times
+inside a clip are whole ticks of its time base, counted from its first frame.
 """
 import argparse
 import math
@@ -21,7 +21,7 @@ from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from itertools import islice, pairwise, takewhile, tee
+from itertools import chain, islice, pairwise, takewhile, tee
 from pathlib import Path
 from typing import NamedTuple, get_args, get_origin
 
@@ -36,14 +36,15 @@ from tqdm import tqdm
 from model import N_FRAMES, ROOT, UserError, VideoEditor, aside, need, reading, resize, run, to_rgb, to_tensor
 
 WINDOW, REFERENCES = N_FRAMES, 4    # frames per pass, and how many of them the previous pass has finished
-NAME_BYTES = 220                    # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
+NAME_BYTES = 220            # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
-MP4_AUDIO = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "libopus", "flac")    # copied as they are
+VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp",
+          ".ogv")
+MP4_AUDIO = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "libopus", "flac")  # copied as they are
 EXACT = (Interpolation.BICUBIC | Interpolation.ACCURATE_RND         # when colours are converted
          | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP)
 
-# ---- reading ---------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Clip:
@@ -55,9 +56,9 @@ class Clip:
     tick: Fraction                  # seconds per tick
     times: list                     # ticks of every frame, ascending from 0
     last: int                       # ticks that the last frame is shown
-    pictures: tuple = ()            # of a folder, in order; empty for a video
+    pictures: list | None = None    # the files of a folder, in order
     start: Fraction = Fraction(0)   # the first frame's time stamp in the file, seconds
-    stamped: bool = True            # packets say when each frame is shown; else frames come in the order of `times`
+    stamped: bool = True      # packets say when each frame is shown; else frames come in the order of `times`
     turns: int = 0                  # quarter turns counterclockwise that make a decoded frame upright
     mirrored: bool = False          # and a flip after them
     pixel: Fraction = Fraction(1)   # width / height of one pixel
@@ -72,7 +73,7 @@ class Clip:
 
 @contextmanager
 def open_video(path):
-    """(PyAV container, its video stream). Raises UserError in one line for what cannot be opened or shows nothing."""
+    """(PyAV container, its video stream). Raises UserError for what cannot be opened or shows nothing."""
     try:
         container = av.open(f"file:{path}", metadata_errors="replace")
     except OSError as error:
@@ -81,7 +82,8 @@ def open_video(path):
         raise UserError(f"{path}: not a video, or cut off before its index ({error.strerror}); "
                         "pass an mp4, mov, webm, mkv or gif file, or a folder of numbered frames") from None
     with container:
-        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        cover = av.stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & cover]
         if not streams or container.format.name == "tty":           # FFmpeg would draw a text file as video
             kinds = ", ".join(sorted({s.type for s in container.streams} - {"video"})) or "nothing to show"
             raise UserError(f"{path}: no video in it, only {kinds}")
@@ -92,10 +94,11 @@ def open_video(path):
 
 
 def orientation(frame):
-    """(quarter turns counterclockwise, mirrored) that make a decoded frame of a video upright; see `upright`."""
+    """(quarter turns counterclockwise, mirrored) that make a decoded frame of a video upright; see
+    `upright`."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:                                              # side data of a kind that PyAV does not know
+    except ValueError:                                           # side data of a kind that PyAV does not know
         matrix = None
     m = np.frombuffer(bytes(matrix), np.int32).astype(float) if matrix else np.ones(9)
     return round(frame.rotation / 90) % 4, bool(m[0] * m[4] - m[1] * m[3] < 0)
@@ -107,11 +110,12 @@ def upright(rgb, turns, mirrored):
 
 
 def read_image(file, name=None):
-    """rgb of a path or file object, upright as its EXIF says; UserError naming it where it is missing or broken."""
+    """rgb of a path or file object, upright as its EXIF says; UserError naming it where it is missing or
+    broken."""
     with reading(name or file), Image.open(file) as picture:
         picture = ImageOps.exif_transpose(picture)
         need(picture.mode != "F", "holds floating point, of any range; save it with 8 or 16 bits")
-        if picture.mode.startswith("I"):                            # 16 bits: Pillow's convert would clip at 255
+        if picture.mode.startswith("I"):                          # 16 bits, which Pillow's convert would clip
             picture = Image.fromarray(np.rint(np.asarray(picture).clip(0, 65535) / 257).astype(np.uint8))
         return np.array(picture.convert("RGB"))
 
@@ -125,20 +129,17 @@ def frame_files(folder):
 def probe(path, rate=24):
     """Clip of a video, of a folder of frames, which play at `rate` per second, or of one picture.
 
-    Raises UserError for a path that is missing, empty, no video, without frames, or with time stamps that start anew.
-    """
+    Raises UserError for a path that is missing, empty, no video, without frames, or with times that start
+    anew. """
     path = Path(path)
     with reading(path):
-        if path.is_dir():
-            files = frame_files(path)
-            need(files, "no frames in this folder; it should hold numbered png or jpg files")
-        else:
-            files = [path]
-            need(path.stat().st_size, "an empty file (0 bytes)")
-    if path.is_dir() or path.suffix.lower() in IMAGES:
-        height, width = read_image(files[0]).shape[:2]
-        return Clip(path, width, height, Fraction(rate), 1 / Fraction(rate), list(range(len(files))), 1, tuple(files))
-    return probe_file(path)
+        files = frame_files(path) if path.is_dir() else [path]
+        need(files, "no frames in this folder; it should hold numbered png or jpg files")
+        need(files[0].stat().st_size, "an empty file (0 bytes)")
+    if files[0].suffix.lower() not in IMAGES:
+        return probe_file(path)
+    rate, (height, width, _) = Fraction(rate), read_image(files[0]).shape
+    return Clip(path, width, height, rate, 1 / rate, times=list(range(len(files))), last=1, pictures=files)
 
 
 class Packet(NamedTuple):
@@ -151,7 +152,8 @@ class Packet(NamedTuple):
 
 
 def read_packets(container, stream):
-    """(the stream's first frame, its packets, seconds until the last stream ends, whether reading broke off)."""
+    """(the stream's first frame, its packets, seconds until the last stream ends, whether reading broke
+    off)."""
     frame, packets, end = None, [], 0.0
     try:
         for packet in container.demux():
@@ -162,7 +164,8 @@ def read_packets(container, stream):
             if stamp is not None:
                 end = max(end, float((stamp + duration) * packet.time_base))
             if ours and packet.size:
-                packets.append(Packet(stamp, duration, packet.dts, packet.pts is not None, not packet.is_discard))
+                exact, shown = packet.pts is not None, not packet.is_discard
+                packets.append(Packet(stamp, duration, packet.dts, exact, shown))
     except av.FFmpegError:                                          # what came so far can be used
         return frame, packets, end, True
     return frame, packets, end, False
@@ -177,28 +180,30 @@ def probe_file(path):
         audio = any(s.codec_context is not None for s in container.streams.audio)
         length = ((container.duration or 0) + (container.start_time or 0)) / av.time_base
         cut = cut or any(entry.pos + entry.size > path.stat().st_size for entry in stream.index_entries)
-        if kind.startswith("matroska"):                             # has no table of frames, but tells its length
+        if kind.startswith("matroska"):                         # has no table of frames, but tells its length
             cut = cut or length - end > max(0.25, 1.5 / rate)
     if frame is None:
         raise UserError(f"{path}: holds no frames that can be decoded")
     for before, packet in pairwise(packets):
         if None not in (before.decoded, packet.decoded) and (before.decoded - packet.decoded) * tick > 1:
-            raise UserError(f"{path}: its time stamps start anew after {float(before.decoded * tick):.1f} s, like those "
-                            "of files joined end to end; write it anew first (ffmpeg -i IN -c copy OUT.mp4)")
+            raise UserError(f"{path}: its time stamps start anew after {float(before.decoded * tick):.1f} s, "
+                            "like those of joined files; write it anew (ffmpeg -i IN -c copy OUT.mp4)")
     one, shown = max(1, round(1 / rate / tick)), [packet for packet in packets if packet.shown]
     timed = sorted((packet.stamp, packet.duration) for packet in shown if packet.stamp is not None)
     timed = timed or [(k * one, one) for k in range(len(shown))]    # a bare stream has no times
     first, (turns, mirrored) = timed[0][0], orientation(frame)
     width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
     return Clip(
-        path, width, height, rate, tick, times=sorted({t - first for t, _ in timed}), last=timed[-1][1] or one,
-        start=first * tick, stamped=kind != "avi" and all(packet.exact for packet in packets),     # avi counts packets
-        turns=turns, mirrored=mirrored, pixel=1 / pixel if turns % 2 else pixel, hdr=frame.color_trc in (16, 18), audio=audio,
+        path, width, height, rate, tick, sorted({t - first for t, _ in timed}), last=timed[-1][1] or one,
+        stamped=kind != "avi" and all(packet.exact for packet in packets),     # avi counts packets, not times
+        start=first * tick, turns=turns, mirrored=mirrored, pixel=1 / pixel if turns % 2 else pixel,
+        hdr=frame.color_trc in (16, 18), audio=audio,
         missing=f"cut short, it announces {length:.1f} s and ends at {end:.1f} s" if cut else "")
 
 
 def decode(clip, since=0):
-    """Yields (ticks, av.VideoFrame) of a video in display order; seeks to the key frame before `since` seconds if it can."""
+    """Yields (ticks, av.VideoFrame) of a video in display order, from the key frame before `since` seconds if
+    it can."""
     before = -1
     with open_video(clip.path) as (container, stream):
         sought = since > 1 and container.format.name.startswith(("mov", "matroska"))
@@ -215,17 +220,17 @@ def decode(clip, since=0):
                 before = max(ticks, before + 1)                     # broken files repeat time stamps
                 yield before, frame
         except av.FFmpegError as error:
-            raise UserError(f"{clip.path}: damaged after {float((before + 1) * clip.tick):.2f} s ({error.strerror}); "
-                            "pass --end to edit what comes before") from None
+            raise UserError(f"{clip.path}: damaged after {float((before + 1) * clip.tick):.2f} s "
+                            f"({error.strerror}); pass --end to edit what comes before") from None
     if sought and before == -1:
         yield from decode(clip)
 
 
 def select(frames, clip, start=0, end=None, fps=None, count=-1):
-    """The frames asked for, `count` at most. frames: iterable of (ticks, x) in order; start and end in seconds of the clip.
+    """The frames asked for, `count` at most. frames: iterable of (ticks, x) in order; start, end in seconds.
 
-    Yields (ticks, x) with start <= time < end as they are; with fps, (k, x) where x is shown at start + k / fps.
-    """
+    Yields (ticks, x) with start <= time < end as they are; with fps, (k, x) where x is shown at start + k /
+    fps. """
     end = min(end or clip.seconds, clip.seconds)
     if fps:
         chosen = resample(frames, clip.tick, start, end, fps)
@@ -237,7 +242,8 @@ def select(frames, clip, start=0, end=None, fps=None, count=-1):
 
 def resample(frames, tick, start, end, fps):
     """Yields (k, x) where x is on screen at start + k / fps."""
-    slack, k, held = min(tick, Fraction(1, 500)), 0, None           # webm rounds its times to milliseconds, mov to 1/600 s
+    slack = min(tick, Fraction(1, 500))             # webm rounds its times to milliseconds, mov to 1/600 s
+    k, held = 0, None
     for ticks, x in frames:
         while held is not None and start + k / fps < min(ticks * tick - slack, end):
             yield k, held
@@ -251,7 +257,8 @@ def resample(frames, tick, start, end, fps):
 
 
 def plan(clip, start=0, end=None, fps=None, count=-1):
-    """(times, tick, lengths) of all frames that `select` will give: ticks, seconds per tick, ticks each is shown.
+    """(times, tick, lengths) of all frames that `select` will give: ticks, seconds per tick, ticks each is
+    shown.
 
     Raises UserError for a range without frames, or one that reaches into the missing end of a file cut short.
     """
@@ -262,13 +269,14 @@ def plan(clip, start=0, end=None, fps=None, count=-1):
     if clip.missing:
         good = sum(1 for _ in select(decode(clip, start), clip, start, end, fps, count))
         if good < len(times) or (good != count and (end is None or end > clip.seconds)):
-            what_to_do = f", pass --frames {good} to edit those" if good else ""
-            raise UserError(f"{clip.path}: {clip.missing}; {good} frames can be read{what_to_do}")
+            remedy = f", pass --frames {good} to edit those" if good else ""
+            raise UserError(f"{clip.path}: {clip.missing}; {good} frames can be read{remedy}")
+    if fps:
+        return times, 1 / fps, [1] * len(times)
     after = next((t for t in clip.times if t > times[-1]), clip.times[-1] + clip.last)
     if end is not None:
         after = max(times[-1] + 1, min(after, math.ceil(end / clip.tick)))
-    lengths = [b - a for a, b in pairwise(times)] + [1 if fps else after - times[-1]]
-    return times, 1 / fps if fps else clip.tick, lengths
+    return times, clip.tick, [b - a for a, b in pairwise([*times, after])]
 
 
 def read_frames(clip, start=0, end=None, fps=None, count=-1):
@@ -280,10 +288,10 @@ def read_frames(clip, start=0, end=None, fps=None, count=-1):
 
 def folder_frame(clip, file):
     rgb = read_image(file)
-    height, width = rgb.shape[:2]
+    height, width, _ = rgb.shape
     if (height, width) != (clip.height, clip.width):
-        raise UserError(f"{file}: {width}x{height}, where {clip.pictures[0].name} is {clip.width}x{clip.height}; frames of "
-                        "one clip need one size")
+        raise UserError(f"{file}: {width}x{height}, where {clip.pictures[0].name} is "
+                        f"{clip.width}x{clip.height}; frames of one clip need one size")
     return rgb
 
 
@@ -298,33 +306,36 @@ def video_frame(clip, frame):
 def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple=8):
     """A short clip as a whole: (video (1, F, 3, H, W) in [-1, 1], frames per second as float).
 
-    size: short side in pixels to resize to, both sides multiples of `multiple`; None keeps the file's own. start, end
-    in seconds; fps resamples; frames limits their number (-1: all). Raises UserError for what cannot be read.
-    """
-    fps = Fraction(fps).limit_denominator(1001) if fps else None
-    start, end = (Fraction(x).limit_denominator(10 ** 6) if x else x for x in (start, end))    # 0.2 is not quite 1/5
+    size: short side in pixels to resize to, both sides multiples of `multiple`; None keeps the file's own.
+    start, end in seconds; fps resamples; frames limits their number (-1: all). Raises UserError for what
+    cannot be read. """
+    # 0.2 is not quite 1/5
+    start, end, fps = (Fraction(x).limit_denominator(10 ** 6) if x else x for x in (start, end, fps))
     clip, span = probe(path, fps or 24), (start, end, fps, frames)
     plan(clip, *span)
-    height, width = model_size(clip.height, clip.width * clip.pixel, size, multiple) if size else (clip.height, clip.width)
+    height, width = clip.height, clip.width
+    if size:
+        height, width = model_size(height, width * clip.pixel, size, multiple)
     video = [resize(to_tensor(rgb), height, width) for _, rgb in read_frames(clip, *span)]
     return torch.stack(video)[None], float(fps or clip.rate)
 
 
 def model_size(height, width, size, multiple):
-    """(height, width) of the model's frame: short side near `size`, multiples of `multiple`, the shape of a picture of
-    `height` x `width` square pixels."""
+    """(height, width) of the model's frame: short side near `size`, multiples of `multiple`, the shape of a
+    picture of `height` x `width` square pixels."""
     short, long = sorted((height, width))
     height, width = (max(1, round(side * size / short / multiple)) * multiple for side in (height, width))
     if max(height, width) > 4096:
-        remedy = "no side of a clip may be over 128 times the other" if long > 128 * short else "pass a lower --size"
+        narrow = long > 128 * short
+        remedy = "no side of a clip may be over 128 times the other" if narrow else "pass a lower --size"
         raise UserError(f"--size {size}: frames of {width}x{height} are too large; {remedy}")
     return height, width
 
-
-# ---- writing ---------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 def add_sound(out, source):
-    """(track of `out` for the stream `source`, whether its packets go there as they are, else encoded to AAC)."""
+    """(track of `out` for the stream `source`, whether its packets go there as they are, else encoded to
+    AAC)."""
     name, rate, layout = source.codec_context.name, source.rate, source.layout.name
     if name in MP4_AUDIO and (rate >= 16000 or not name.startswith("mp3")):        # slower mp3 is not for mp4
         return out.add_stream_from_template(source), True
@@ -340,10 +351,10 @@ def add_sound(out, source):
 def audio_packets(clip, out, begin=0, end=None):
     """The clip's first sound track between begin and end (seconds; None: all of it), shifted to start at 0.
 
-    Generator of (seconds, packet); its first item is (None, None), after the track has been added to `out`. Packets
-    that mp4 can hold are copied bit for bit, others encoded to AAC. A cut falls on the nearest packet (about 20 ms). What
-    cannot be decoded, or comes with a time that has passed, is left out and said: a picture is not lost for its sound.
-    """
+    Generator of (seconds, packet); its first item is (None, None), after the track has been added to `out`.
+    Packets that mp4 can hold are copied bit for bit, others encoded to AAC. A cut falls on the nearest packet
+    (about 20 ms). What cannot be decoded, or comes with a time that has passed, is left out and said: a
+    picture is not lost for its sound. """
     with av.open(f"file:{clip.path}", metadata_errors="replace") as container:
         source = next(s for s in container.streams.audio if s.codec_context is not None)
         track, copied = add_sound(out, source)
@@ -358,7 +369,7 @@ def audio_packets(clip, out, begin=0, end=None):
             for x in found:
                 if x.pts is None:
                     continue
-                if before is not None and (x.pts <= before if copied else x.pts < before):          # short frames share a time
+                if before is not None and x.pts < before + copied:  # short decoded frames share a time
                     lost += 1
                     continue
                 before = x.pts
@@ -373,27 +384,28 @@ def audio_packets(clip, out, begin=0, end=None):
         if not copied:
             yield from ((seconds, y) for y in track.encode(None))
     if lost:
-        print(f"warning: {clip.path}: {lost} packets of its sound cannot be used and are left out", file=sys.stderr)
+        print(f"warning: {clip.path}: {lost} unusable packets of its sound are left out", file=sys.stderr)
 
 
 @contextmanager
 def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
-    """H.264 in mp4: yields write(rgb, ticks, length in ticks). The file appears when all is written, never in part.
+    """H.264 in mp4: yields write(rgb, ticks, length in ticks). The file appears when all is written, never in
+    part.
 
-    rate: average frames per second; tick: seconds per tick; audio: (clip, begin, end) whose sound is added. 4:2:0
-    needs even sizes, so an odd last row or column is shown twice. Raises UserError where nothing can be written.
-    """
-    lengths = {}
+    rate: average frames per second; tick: seconds per tick; audio: (clip, begin, end) whose sound is added.
+    4:2:0 needs even sizes, so an odd last row or column is shown twice. Raises UserError where nothing can be
+    written. """
+    lengths, fast = {}, {"movflags": "+faststart"}
     try:
-        with aside(path) as part, av.open(f"file:{part}", "w", format="mp4", options={"movflags": "+faststart"}) as out:
+        with aside(path) as part, av.open(f"file:{part}", "w", format="mp4", options=fast) as out:
             stream = out.add_stream("libx264", rate=Fraction(rate).limit_denominator(60000),
-                                    options={"crf": "16", "bf": "0"})   # no B-frames: mp4 then holds each duration
+                                    options={"crf": "16", "bf": "0"})       # mp4 then holds each duration
             stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
             coder = stream.codec_context
             stream.time_base = coder.time_base = tick
             coder.sample_aspect_ratio = pixel
-            coder.color_primaries = coder.color_trc = coder.colorspace = 1      # bt709
-            coder.color_range = 1                                               # 16 to 235, as players expect
+            coder.color_primaries = coder.color_trc = coder.colorspace = 1  # bt709
+            coder.color_range = 1                                           # 16 to 235, as players expect
             sound = audio_packets(audio[0], out, *audio[1:]) if audio else iter(())
             next(sound, None)
             waiting = next(sound, None)
@@ -406,7 +418,7 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
 
             def mux(packets):
                 for packet in packets:
-                    write_sound(until=packet.dts * tick)                        # keeps pace with the pictures
+                    write_sound(until=packet.dts * tick)                    # keeps pace with the pictures
                     packet.duration = lengths.pop(packet.pts)
                     out.mux(packet)
 
@@ -425,25 +437,28 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
 
 
 def write_video(path, video, fps, audio=None):
-    """Write video (1, F, 3, H, W) in [-1, 1] as H.264 mp4; audio: a Clip from `probe` whose sound is copied."""
+    """Write video (1, F, 3, H, W) in [-1, 1] as H.264 mp4; audio: a Clip from `probe` whose sound is
+    copied."""
     fps, (height, width) = Fraction(fps).limit_denominator(1001), video.shape[-2:]
-    with video_writer(path, width, height, fps, 1 / fps, audio=(audio,) if audio and audio.audio else None) as write:
+    sound = (audio,) if audio and audio.audio else None
+    with video_writer(path, width, height, fps, 1 / fps, audio=sound) as write:
         for i, frame in enumerate(video[0]):
             write(to_rgb(frame), i, 1)
 
-# ---- editing ---------------------------------------------------------------------------------------------------
+# ---- editing -----------------------------------------------------------------------------------------------
 
-def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_source=False, on_step=None, **scales):
+def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_source=False, on_step=None,
+                **scales):
     """Edit a clip of any length: iterable of source frames (3, H, W) in [-1, 1] -> generator of edited ones.
 
-    Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12 are new;
-    at the end, references fill the places that no new frame takes. A clip of up to 16 frames is one pass, `ed.edit`.
-    Where frames do not see each other there is nothing to refer to, and windows just follow one another.
-    scales: s_txt, s_src. with_source: yield (edited, source as the autoencoder returns it) instead, for `carry_detail`.
-    Source: InsV2V (Cheng et al. 2023), long video sampling correction; only for mode "video" with noise of each frame's
-    own. With "ffg" the first frame already ties windows together, or else the one noise does, and the correction, which
-    copies mean errors in place, made joins visible and drawn clips worse from window to window.
-    """
+    Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12
+    are new; at the end, references fill the places that no new frame takes. A clip of up to 16 frames is one
+    pass, `ed.edit`. Where frames do not see each other there is nothing to refer to, and windows just follow
+    one another. scales: s_txt, s_src. with_source: yield (edited, source as the autoencoder returns it), for
+    `carry_detail`. Source: InsV2V (Cheng et al. 2023), long video sampling correction; only for mode "video"
+    with noise of each frame's own. With "ffg" the first frame already ties windows together, or else the one
+    noise does, and the correction, which copies mean errors in place, made joins visible and clips worse from
+    window to window. """
     mode, together = ed.default_mode if mode == "auto" else mode, frames_interact(ed, mode)
     frames, done, anchor = iter(frames), 0, None
     known = deque(maxlen=WINDOW)                                    # (z_src, z0) of the last frames
@@ -458,9 +473,11 @@ def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_s
         z_T = ed.noise(z_src.shape[1], *z_src.shape[3:], seed, first=done - n_ref, mode=mode)
         if mode == "ffg" and anchor is None:
             anchor = ed.anchor(z_src[:, :1], instruction, z_T[:, :1], steps, **scales)
-        z0_ref = torch.cat([z for _, z in refs], dim=1) if refs and mode == "video" and not ed.same_noise else None
-        z0 = ed.sample(z_src, instruction, z_T, steps, mode=mode, anchor=anchor, z0_ref=z0_ref, on_step=on_step, **scales)
-        z0 = z0[:, n_ref:]
+        z0_ref = None
+        if refs and mode == "video" and not ed.same_noise:
+            z0_ref = torch.cat([z for _, z in refs], dim=1)
+        z0 = ed.sample(z_src, instruction, z_T, steps, **scales, mode=mode, anchor=anchor, z0_ref=z0_ref,
+                       on_step=on_step)[:, n_ref:]
         known.extend(zip(z_new.split(1, dim=1), z0.split(1, dim=1)))
         done += len(new)
         edited = ed.decode(z0)[0]
@@ -468,36 +485,38 @@ def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_s
 
 
 def frames_interact(ed, mode):
-    """Does a frame's edit depend on the others in its window? Not in "image", nor in "ffg" without motion modules."""
+    """Does a frame's edit depend on the others in its window? Not in "image", nor in "ffg" without motion
+    modules."""
     mode = ed.default_mode if mode == "auto" else mode
     return mode == "video" or (mode == "ffg" and hasattr(ed.unet, "motion_config"))
 
-
-# ---- detail ----------------------------------------------------------------------------------------------------
+# ---- detail ------------------------------------------------------------------------------------------------
 
 def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.005, tau=0.08):
-    """Carry an edit up to the source's resolution: fit colours in small windows, apply the fit to the large source.
+    """Carry an edit up to the source's resolution: fit colours in small windows, apply the fit to the large
+    source.
 
-    source_low, edit_low (N, 3, h, w) and source_full (N, 3, H, W), all in [-1, 1] -> (N, 3, H, W). In each window of
-    2 radius + 1 pixels edit = A source + b by least squares, A 3x3, pulled by `ridge` towards the whole frame's fit
-    where the place follows it. Where the fit leaves much unexplained, against `tau` or against what it does explain,
-    the plainly resized edit shows. source_low is best taken through the autoencoder, whose errors then cancel.
-    Source: guided upsampling, after He et al. 2010 (Guided Image Filtering), eq. 14-16.
-    """
+    source_low, edit_low (N, 3, h, w) and source_full (N, 3, H, W), all in [-1, 1] -> (N, 3, H, W). In each
+    window of 2 radius + 1 pixels edit = A source + b by least squares, A 3x3, pulled by `ridge` towards the
+    whole frame's fit where the place follows it. Where the fit leaves much unexplained, against `tau` or
+    against what it does explain, the plainly resized edit shows. source_low is best taken through the
+    autoencoder, whose errors then cancel. Source: guided upsampling, after He et al. 2010 (Guided Image
+    Filtering), eq. 14-16. """
     s, e = source_low, edit_low
     eye = ridge * torch.eye(3, device=s.device)[..., None, None]
 
     def box(x):                                                     # mean over the window around each pixel
-        return F.avg_pool2d(x.flatten(1, -3), 2 * radius + 1, 1, radius, count_include_pad=False).view_as(x)
+        x, shape = x.flatten(1, -3), x.shape
+        return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False).view(shape)
 
     weight = torch.ones_like(s[:, :1])
-    for _ in range(5):                                              # the whole frame's fit, outliers weighed down
+    for _ in range(5):                                          # the whole frame's fit, outliers weighed down
         whole, shift = fit_colours(s, e, lambda x: frame_mean(x, weight), eye, eye)
         off = (e - map_colours(whole, s) - shift).square().mean(1, keepdim=True)
         weight = 1 / (1 + off / tau ** 2) ** 2
 
     a, b = fit_colours(s, e, box, eye, ridge * (whole * box(torch.exp(-off / tau ** 2))[:, None]))
-    a, b = box(a), box(b)                                           # every pixel averages the windows it is in
+    a, b = box(a), box(b)                                          # every pixel averages the windows it is in
     low = map_colours(a, s) + b
     left = box((e - low).square().mean(1, keepdim=True))
     explained = (box(low.square()) - box(low).square()).mean(1, keepdim=True).clamp(min=0) + 1e-4
@@ -510,11 +529,12 @@ def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.005, tau=0
 
 
 def fit_colours(s, e, mean, ridge, pull):
-    """Least squares e = A s + b under a mean over pixels. s, e (N, 3, h, w) -> A (N, 3, 3, ...), b (N, 3, ...)."""
+    """Least squares e = A s + b under a mean over pixels. s, e (N, 3, h, w) -> A (N, 3, 3, ...), b (N, 3,
+    ...)."""
     ms, me = mean(s), mean(e)
     css = mean(s[:, :, None] * s[:, None]) - ms[:, :, None] * ms[:, None] + ridge
     ces = mean(e[:, :, None] * s[:, None]) - me[:, :, None] * ms[:, None] + pull
-    rows = css.unbind(1)                                            # inverse of a symmetric 3x3 in closed form
+    rows = css.unbind(1)                                           # inverse of a symmetric 3x3 in closed form
     minors = torch.stack([torch.linalg.cross(rows[i - 2], rows[i - 1], dim=1) for i in range(3)], dim=1)
     inverse = minors / (rows[0] * minors[:, 0]).sum(1)[:, None, None]
     a = sum(ces[:, :, j, None] * inverse[:, None, j] for j in range(3))
@@ -533,12 +553,13 @@ def frame_mean(x, weight):
 
 
 def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
-    """Edit rgb frames (H, W, 3) uint8 of any size and number -> generator of (edited rgb of that size, the model's frame
-    of it and of the source (3, h, w) in [-1, 1]). size: (h, w) of the model's frame; detail: carry the edit up to the
-    source's resolution, else resize it; options as `edit_stream` takes them. What the commands deliver and score."""
-    sources, again = tee((rgb, resize(to_tensor(rgb), *size)) for rgb in pictures)     # `again` holds those of one window
-    edits = edit_stream(ed, (small for _, small in sources), instruction, **options, with_source=detail)
-    for edit, (rgb, small) in zip(edits, again):
+    """Edit rgb frames (H, W, 3) uint8 of any size and number -> generator of (edited rgb of that size, the
+    model's frame of it and of the source (3, h, w) in [-1, 1]). size: (h, w) of the model's frame; detail:
+    carry the edit up to the source's resolution, else resize it; options as `edit_stream` takes them. What
+    the commands deliver. """
+    frames, sources = tee((rgb, resize(to_tensor(rgb), *size)) for rgb in pictures)        # holds one window
+    edits = edit_stream(ed, (small for _, small in frames), instruction, **options, with_source=detail)
+    for edit, (rgb, small) in zip(edits, sources):
         if detail:
             edit, source_low = edit
             full = carry_detail(source_low[None], edit[None], to_tensor(rgb)[None].to(edit.device))[0]
@@ -546,7 +567,7 @@ def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
             full = resize(edit, *rgb.shape[:2])
         yield to_rgb(full), edit.cpu(), small
 
-# ---- flags -----------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """Its errors are UserErrors: one line, like every other mistake."""
@@ -564,28 +585,27 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def option(default, help, low=None, high=None, choices=None, name=None):
-    """A field of a settings dataclass that is a flag as well, see `add_flags`. low, high: its range, in which the default
-    itself need not lie (-1: off); name: the flag, where it is not the field's own."""
+    """A field of a settings dataclass that is a flag as well, see `add_flags`. low, high: its range, in which
+    the default itself need not lie (-1: off); name: the flag, where it is not the field's own."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, name=name))
 
 
 def add_flags(parser, settings):
-    """A flag for every `option` of a dataclass; a truth value gets --sma and --no-sma, a tuple takes several values."""
+    """A flag for every `option` of a dataclass; a truth value gets --sma and --no-sma, a tuple takes
+    several."""
     for f in fields(settings):
         if not f.metadata:                                          # code sets it, no flag
             continue
-        value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
+        about, value = f.metadata, getattr(settings, f.name)
         kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))
-        how = dict(type=kind if low is None and high is None else between(low, high, kind, value))
+        how = dict(type=between(about["low"], about["high"], kind, value), choices=about["choices"])
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif get_origin(f.type) is tuple:
             how = dict(type=kind, nargs="+")
-        if kind is not bool:
-            how |= dict(choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else kind.__name__.upper())
-        shown = "" if value is None or value == "" or value is False or value == () else f" (default: {value})"
-        flag = "--" + (f.metadata["name"] or f.name).replace("_", "-")
-        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **how)
+        shown = "" if value in (None, "", ()) or value is False else f" (default: {value})"
+        parser.add_argument("--" + (about["name"] or f.name).replace("_", "-"), dest=f.name,
+                            default=argparse.SUPPRESS, help=about["help"] + shown, **how)
 
 
 def from_flags(settings, args):
@@ -598,9 +618,10 @@ def between(low, high=None, kind=float, off=None):
     """The type of a flag whose value lies in a range, NaN outside; `off` is allowed besides."""
     def read(text):
         value = kind(text)
-        if value != off and not ((low is None or value >= low) and (high is None or value <= high)):
-            most = f" and {high:g} at most" if high is not None else ""
-            raise argparse.ArgumentTypeError(f"{text}: must be " + (f"at least {low:g}" if low is not None else "") + most)
+        if value != off and low is not None and not value >= low:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
+        if value != off and high is not None and not value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be {high:g} at most")
         return value
     read.__name__ = kind.__name__                                   # argparse names it: invalid int value
     return read
@@ -612,9 +633,7 @@ def number(text):
         value = Fraction(text)
     except ZeroDivisionError:
         raise ValueError(text) from None
-    if abs(value) > 1e9:
-        raise ValueError(text)
-    return value.limit_denominator(60000)                           # more digits of 30000/1001 than a container's clock takes
+    return value.limit_denominator(60000)           # more digits of 30000/1001 than a container's clock takes
 
 
 def known_device(name):
@@ -634,24 +653,27 @@ def editor_flags(parser):
     add = parser.add_argument
     add("--model", default="auto", choices=["auto", "tiny", "sd15"], help="which editor")
     add("--weights", help="hub id, directory in hub layout, or a trained run")
-    add("--size", type=between(32, 2048, int, -1), default=-1, help="short side of the model's frame, pixels (-1: its own)")
-    add("--steps", type=between(1, 1000, int), help="sampling steps; default the checkpoint's own: 20, tiny 5")
-    add("--text-cfg", type=between(0, 30), help="how strongly to follow the instruction, 0 to 30 (default: the model's)")
-    add("--source-cfg", type=between(0, 10), help="how closely to keep to the source, 0 to 10 (default: the model's)")
+    add("--size", type=between(32, 2048, int, -1), default=-1, help="short side of the model's frame, pixels "
+        "(-1: the model's own)")
+    add("--steps", type=between(1, 1000, int), help="sampling steps (default: the model's own: 20, tiny 5)")
+    add("--text-cfg", type=between(0, 30), help="how strongly to follow the text (default: the model's)")
+    add("--source-cfg", type=between(0, 10), help="how closely to keep to the source (default: the model's)")
     add("--seed", type=between(0, 2 ** 32 - 1, int), default=0, help="of the noise: same seed, same file")
     add("--no-detail", action="store_true", help="resize the edit plainly, without the source's detail")
 
 
 def settings(args, ed):
-    """(short side of the model's frame, {steps, s_txt, s_src, seed} of `edit_stream`): as the flags say, else the editor's own."""
+    """(short side of the model's frame, {steps, s_txt, s_src, seed}): as the flags say, else the editor's
+    own."""
     asked, own = (args.steps, args.text_cfg, args.source_cfg), (ed.steps, *ed.guidance)
     steps, s_txt, s_src = (b if a is None else a for a, b in zip(asked, own))
-    return ed.size if args.size == -1 else args.size, dict(steps=steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
+    size = ed.size if args.size == -1 else args.size
+    return size, dict(steps=steps, s_txt=s_txt, s_src=s_src, seed=args.seed)
 
 
 def choose_model(model, weights, device, root=ROOT):
-    """(source for VideoEditor.from_pretrained, why): what --weights or --model say, else the newest finished run that
-    the device can carry, else sd15 on a GPU, else tiny."""
+    """(source for VideoEditor.from_pretrained, why): what --weights or --model say, else the newest finished
+    run that the device can carry, else sd15 on a GPU, else tiny."""
     if weights and model != "auto":
         raise UserError(f"--model {model} --weights {weights}: pass one of them")
     if weights:
@@ -668,7 +690,7 @@ def choose_model(model, weights, device, root=ROOT):
         return "sd15", "there is a GPU; --model tiny is the small one"
     return "tiny", "no GPU in use; --model sd15 is the large one"
 
-# ---- command ---------------------------------------------------------------------------------------------------
+# ---- command -----------------------------------------------------------------------------------------------
 
 def parse(argv=None):
     parser = Parser(description="Edit a video by instruction.")
@@ -677,20 +699,21 @@ def parse(argv=None):
     add("instruction", nargs="+", help='what to change, e.g. "make it snow"; several make several videos')
     # model and edit
     editor_flags(parser)
-    add("--motion", help="motion modules instead of the model's own: hub id, directory in hub layout or AnimateDiff .ckpt")
+    add("--motion", help="motion modules instead of the model's own: hub id, directory or AnimateDiff .ckpt")
     add("--device", type=known_device, help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, else float32")
-    add("--mode", default="auto", choices=["auto", "image", "ffg", "video"],
-        help="image: frame by frame; ffg: guided by the first frame, needs no training; video: trained video layers")
+    add("--mode", default="auto", choices=["auto", "image", "ffg", "video"], help="image: frame by frame; "
+        "ffg: guided by the first frame, needs no training; video: trained video layers")
     # clip
-    add("--start", type=between(0, 1e6, number), default=0, metavar="S", help="seconds into the clip")
-    add("--end", type=between(0, 1e6, number, -1), default=-1, metavar="S", help="seconds into the clip (-1: to its end)")
-    add("--fps", type=between(0.1, 240, number, -1), default=-1, help="resample to this rate, e.g. 8 or 30000/1001 (-1: as it is)")
-    add("--frames", type=between(1, 10 ** 7, int, -1), default=-1, help="edit this many frames at most (-1: all)")
+    seconds = between(0, 1e6, number, -1)
+    add("--start", type=seconds, default=0, metavar="S", help="seconds into the clip")
+    add("--end", type=seconds, metavar="S", help="seconds into the clip (-1: to its end)")
+    add("--fps", type=between(0.1, 240, number, -1), help="resample, e.g. to 8 or 30000/1001 (-1: as it is)")
+    add("--frames", type=between(1, 10 ** 7, int, -1), default=-1, help="edit this many at most (-1: all)")
     # output
     add("--out", help="file to write, or an existing folder (default: beside the source)")
     add("--compare", action="store_true", help="also write source and edit side by side")
-    add("--grid", action="store_true", help="a PNG of the first frame over both guidance scales, to choose them by")
+    add("--grid", action="store_true", help="a PNG of the first frame over both guidance scales, to choose")
     args = parser.parse_args(argv)
     args.end, args.fps = (None if x == -1 else x for x in (args.end, args.fps))
     if args.end is not None and args.end <= args.start:
@@ -698,7 +721,7 @@ def parse(argv=None):
     if not all(text.strip() for text in args.instruction):
         raise UserError('instruction "": is empty; say what to change, e.g. "make it snow"')
     if args.grid and (args.compare or args.no_detail or args.mode != "auto"):
-        raise UserError("--grid: shows the first frame, edited by itself; leave out --compare, --mode and --no-detail")
+        raise UserError("--grid: edits the first frame alone; leave out --compare, --mode and --no-detail")
     return args
 
 
@@ -708,104 +731,93 @@ def comparison(path):
 
 def output_paths(clip, instructions, out, ending, compare=False):
     """One path per instruction: video_make-it-snow.mp4 beside the source, or where --out says."""
-    source, out = clip.path.resolve(), Path(out) if out else None
+    source, out, paths = clip.path.resolve(), Path(out) if out else None, []
     if out and not out.is_dir():
         if len(instructions) > 1 or out.suffix.lower() != ending[-4:]:
-            raise UserError(f"--out {out}: pass an existing folder or, for one instruction, a {ending[-4:]} file")
+            raise UserError(f"--out {out}: pass a folder or, for one instruction, a {ending[-4:]} file")
         paths = [out]
     else:
-        paths, folder, stem = [], out or clip.path.parent, source.name if source.is_dir() else source.stem
+        folder = out or (source.parent if source.is_dir() else clip.path.parent)
+        stem = source.name if source.is_dir() else source.stem
         for text in instructions:
             slug = re.sub(r"\W+", "-", text.lower())[:60].strip("-_") or "edit"
             while len(os.fsencode(f"{stem}_{slug}")) > NAME_BYTES:
                 stem = stem[:-1]
-            path = (source.parent if source.is_dir() and not out else folder) / f"{stem}_{slug}{ending}"
+            path = folder / f"{stem}_{slug}{ending}"
             paths.append(path if path not in paths else path.with_stem(f"{path.stem}-{len(paths) + 1}"))
     for path in [*paths, *map(comparison, paths if compare else ())]:
         if len(os.fsencode(path.stem)) > NAME_BYTES + 12:
             raise UserError(f"{path}: is too long a name; pass a shorter --out")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir() or path.resolve() == source:
-            raise UserError(f"{path}: cannot be written there (no such folder, read-only, or the source); see --out")
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()
+        if not writable or path.resolve() == source:
+            raise UserError(f"{path}: cannot be written there (no folder, read-only, the source); see --out")
     return paths
 
 
 def check_words(ed, instruction):
     """Print a warning for an instruction that the model cannot take as it is."""
     if len(ed.tokenizer.encode(instruction)) > 75:                   # and a start and an end
-        print(f'warning: "{instruction[:40]}..." has more than 77 tokens, its end is cut off', file=sys.stderr)
-    new = sorted({w for w in re.findall(r"[^\W\d]+", instruction.lower()) if ed.words and w not in ed.words})
-    if new:
-        print(f"warning: {ed.name} was not trained on: {', '.join(new)}; it knows, for example: {'; '.join(ed.examples)}",
-              file=sys.stderr)
+        print(f'warning: "{instruction[:40]}..." has more than 77 tokens, its end is cut', file=sys.stderr)
+    words = set(re.findall(r"[^\W\d]+", instruction.lower()))
+    if ed.words and words - ed.words:
+        print(f"warning: {ed.name} was not trained on: {', '.join(sorted(words - ed.words))}; it knows, for "
+              f"example: {'; '.join(ed.examples)}", file=sys.stderr)
 
 
 def grid_sheet(ed, frame, instruction, path, options):
-    """Write a labelled PNG: the edit of one frame (3, H, W) over text (rows) and source guidance (columns)."""
+    """Write a labelled PNG: the edit of one frame (3, H, W) over text (rows) and source guidance
+    (columns)."""
     texts = [round(options["s_txt"] * k, 2) for k in (0.5, 0.75, 1, 1.5)]
     sources = [round(max(options["s_src"] + d, 0), 2) for d in (-0.3, 0, 0.3, 0.6)]
-    width = max(160, frame.shape[-1])
-    height, left, top = round(frame.shape[-2] * width / frame.shape[-1]), 100, 44
-    sheet = Image.new("RGB", (left + len(sources) * (width + 4), top + len(texts) * (height + 4)), "white")
+    width, top = max(256, frame.shape[-1]), 20                      # of a cell; room for its label
+    height = round(frame.shape[-2] * width / frame.shape[-1])
+    sheet = Image.new("RGB", (len(sources) * width, len(texts) * (height + top)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    draw.text((4, 4), instruction, fill="black", font=font)
-    for i, s_txt in enumerate(tqdm(texts, desc="grid", unit="row")):
-        y = top + i * (height + 4)
-        draw.text((4, y + height // 2 - 16), f"--text-cfg\n{s_txt:g}", fill="black", font=font)
-        for j, s_src in enumerate(sources):
-            x = left + j * (width + 4)
-            draw.text((x, top - 20), f"--source-cfg {s_src:g}", fill="black", font=font)
-            edit = ed.edit(frame[None, None], instruction, **options | dict(s_txt=s_txt, s_src=s_src), mode="image")
-            sheet.paste(Image.fromarray(to_rgb(edit[0, 0])).resize((width, height), Image.Resampling.BICUBIC), (x, y))
+    cells = [(i, j) for i in range(len(texts)) for j in range(len(sources))]
+    for i, j in tqdm(cells, desc="grid", unit="edit"):
+        how = options | dict(s_txt=texts[i], s_src=sources[j], mode="image")
+        edit = Image.fromarray(to_rgb(ed.edit(frame[None, None], instruction, **how)[0, 0]))
+        x, y = j * width, i * (height + top)
+        label = f"--text-cfg {texts[i]:g} --source-cfg {sources[j]:g}"
+        draw.text((x + 4, y + 2), label, fill="black", font=font)
+        sheet.paste(edit.resize((width, height), Image.Resampling.BICUBIC), (x, y + top))
     with aside(path) as part:
         sheet.save(part, format="PNG")
 
 
-def with_lengths(frames, start, end):
-    """(ticks, x) -> (ticks, x, how many ticks it is shown: until the next one comes, the last one until `end`).
-
-    The first is shown from `start`, also where a stream begins in the middle of a scene, which cannot be decoded.
-    """
-    ticks, x = start, None
-    for later, y in frames:
-        if x is None:
-            ticks, x = min(start, later), y
-            continue
-        yield ticks, x, later - ticks
-        ticks, x = later, y
-    if x is not None:
-        yield ticks, x, max(1, end - ticks)
-
-
 def edit_file(ed, clip, span, size, instruction, path, compare, options):
-    """Edit one clip into one file (and a comparison, if a path is given), as a stream. Returns the number of frames.
+    """Edit one clip into one file (and a comparison, if a path is given), as a stream. Returns how many
+    frames.
 
-    span: (start, end, fps, count) of the frames; size: (height, width) of the model's frame; options: steps, s_txt,
-    s_src, seed, mode, detail as `edit_pictures` takes them.
-    """
-    (start, end, fps, count), (times, tick, lengths) = span, plan(clip, *span)
+    span: (start, end, fps, count) of the frames; size: (height, width) of the model's frame; options: steps,
+    s_txt, s_src, seed, mode, detail as `edit_pictures` takes them. """
+    start, end, fps, count = span
+    times, tick, lengths = plan(clip, *span)
     zero = times[0] if start and not fps else 0                     # a cut clip starts at 0
     stop = times[-1] + lengths[-1]
     begin = start if fps else zero * tick
     until = None if end is None and count == -1 else begin + (stop - zero) * tick
+    sound = (clip, begin, until) if clip.audio else None
 
     def writer(path, width):
-        sound = (clip, begin, until) if clip.audio else None
         return video_writer(path, width, clip.height, fps or clip.rate, tick, clip.pixel, sound)
 
-    per_window = WINDOW - REFERENCES if frames_interact(ed, options["mode"]) else WINDOW
-    n_windows = 1 + math.ceil(max(0, len(times) - WINDOW) / per_window)
-    sources, again = tee(read_frames(clip, *span))                  # `again` holds those of one window
-    n = 0
-    with tqdm(total=n_windows * options["steps"], desc=instruction[:30], unit="step") as bar, \
-            writer(path, clip.width) as write, \
-            writer(compare, 2 * clip.width) if compare else nullcontext() as write_both:
-        edits = edit_pictures(ed, (rgb for _, rgb in sources), size, instruction, **options, on_step=lambda i: bar.update())
-        timed = ((ticks, (rgb, edit)) for (edit, *_), (ticks, rgb) in zip(edits, again))
-        for ticks, (rgb, edit), length in with_lengths(timed, times[0], stop):
-            ticks, n = ticks - zero, n + 1
-            write(edit, ticks, length)
+    new = WINDOW - REFERENCES if frames_interact(ed, options["mode"]) else WINDOW
+    n_windows = 1 + math.ceil(max(0, len(times) - WINDOW) / new)
+    small, sources = tee(read_frames(clip, *span))                  # holds one window
+    n, bar = 0, tqdm(total=n_windows * options["steps"], desc=instruction[:30], unit="step")
+    both = writer(compare, 2 * clip.width) if compare else nullcontext()
+    with bar, writer(path, clip.width) as write, both as write_both:
+        edits = edit_pictures(ed, (rgb for _, rgb in small), size, instruction, **options,
+                              on_step=lambda i: bar.update())
+        frames = ((ticks, rgb, edit) for (edit, *_), (ticks, rgb) in zip(edits, sources))
+        # a frame is shown until the next comes; the first from the start, also where a stream begins mid-scene
+        for (ticks, rgb, edit), (later, *_) in pairwise(chain(frames, [(stop,)])):
+            ticks, n = ticks if n else times[0], n + 1
+            length = max(1, later - ticks)
+            write(edit, ticks - zero, length)
             if compare:
-                write_both(np.concatenate([rgb, edit], axis=1), ticks, length)
+                write_both(np.concatenate([rgb, edit], axis=1), ticks - zero, length)
         if not n:
             raise UserError(f"{clip.path}: none of {len(times)} frames there could be decoded")
     if n < len(times):
@@ -830,26 +842,27 @@ def main(argv=None):
     clip, span = probe(args.video, args.fps or 24), (args.start, args.end, args.fps, args.frames)
     n_frames = len(plan(clip, *span)[0])
     if clip.hdr:
-        print(f"warning: {clip.path}: is HDR, whose colours will look flat; convert it to SDR first", file=sys.stderr)
+        print(f"warning: {clip.path}: is HDR, its colours will look flat; convert it to SDR", file=sys.stderr)
     paths = output_paths(clip, args.instruction, args.out, "_grid.png" if args.grid else ".mp4", args.compare)
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
     ed = VideoEditor.from_pretrained(source, motion=args.motion, device=args.device, dtype=args.dtype)
     if args.mode == "video" and ed.default_mode != "video":
         raise UserError(f"--mode video: {source} has no trained video layers; use --mode ffg or image")
-    size, options = settings(args, ed)
-    height, width = model_size(clip.height, clip.width * clip.pixel, size, ed.multiple)
-    print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} on {ed.device}")
+    short, options = settings(args, ed)
+    height, width = size = model_size(clip.height, clip.width * clip.pixel, short, ed.multiple)
+    print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} "
+          f"on {ed.device}")
     for instruction, path in zip(args.instruction, paths):
         check_words(ed, instruction)
         if args.grid:
-            frame = resize(to_tensor(next(read_frames(clip, *span))[1]), height, width)
-            grid_sheet(ed, frame, instruction, path, options)
+            _, rgb = next(read_frames(clip, *span))
+            grid_sheet(ed, resize(to_tensor(rgb), height, width), instruction, path, options)
             print(f"{path}: choose a cell and pass its --text-cfg and --source-cfg")
             continue
         compare = comparison(path) if args.compare else None
         how = options | dict(mode=args.mode, detail=not args.no_detail)
-        n = edit_file(ed, clip, span, (height, width), instruction, path, compare, how)
+        n = edit_file(ed, clip, span, size, instruction, path, compare, how)
         print(f"{path}: {n} frames in {time.time() - began:.1f} s, peak memory {peak_memory(ed.device)}"
               + (f"; side by side in {compare}" if compare else ""))
         began = time.time()

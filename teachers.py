@@ -1,12 +1,12 @@
-"""The paper's two teachers in plain PyTorch from their published weights. Delete this file and only their steps break.
+"""The paper's two teachers, from their published weights: delete this file and only their steps break.
 
 Contents, in reading order
     CogVideoX-5B image-to-video (Yang et al. 2024): an image and a caption become a clip
         t5_tokenizer, T5Encoder    caption -> 226 states
         CogTransformer             [noisy latent, image latent], states -> v
         CogVAE                     causal 3-D autoencoder, 8x in space, 4x in time
-        CogSchedule                noise levels with zero terminal SNR, DDIM steps
-        CogVideoX                  clips([(image, caption, seed), ...]) -> clips, one network in memory at a time
+        cog_levels, cog_step       noise levels with zero terminal SNR, DDIM steps
+        CogVideoX                  clips([(image, caption, seed), ...]), one network in memory at a time
     LLaVA-OneVision (Li et al. 2024), with Qwen2 0.5B or 7B: sees clips and answers questions about them
         cut_tiles, SigLIP, Qwen2   what it sees, its eye, its decoder
         LlavaOneVision             generate(visuals, prompts) -> answers; probability_of_yes
@@ -24,7 +24,6 @@ import struct
 import sys
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,18 +33,18 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from tqdm import tqdm
 
 from model import (ACTIVATIONS, CLIPEncoder, UserError, attention, build, embedding, find_tensors, hub_dir,
-                   load_weights, need, placement, read_json, read_tensors, reading, resize, save_tensors, stretch,
-                   timestep_embedding, to_u8)
+                   load_weights, need, placement, read_json, read_tensors, reading, resize, save_tensors,
+                   stretch, timestep_embedding, to_u8)
 
 
 def rotary(positions, width, theta):
-    """Rotary positions (Su et al. 2021): positions (...) -> the angle (..., width / 2) by which each pair turns."""
+    """Rotary positions (Su et al. 2021): positions (...) -> the angles (..., width / 2) of a head's pairs."""
     return positions[..., None] * (1 / theta ** (torch.arange(0, width, 2, device=positions.device) / width))
 
 
 def rotate(x, cos, sin, dim):
-    """Turn pairs of channels of x (..., d) by angles (..., d / 2). A pair is two neighbours (dim -1, CogVideoX) or
-    channels i and i + d / 2 (dim -2, Qwen2)."""
+    """Turn pairs of channels of x (..., d) by angles (..., d / 2). A pair is two neighbours (dim -1,
+    CogVideoX) or channels i and i + d / 2 (dim -2, Qwen2)."""
     a, b = x.float().unflatten(-1, (-1, 2) if dim == -1 else (2, -1)).unbind(dim)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim).flatten(-2).to(x.dtype)
 
@@ -78,10 +77,11 @@ def protobuf_fields(message):
 
 
 def t5_tokenizer(folder, length=226):
-    """T5's SentencePiece unigram model from the published `spiece.model`: text -> pieces, </s>, then <pad>. Special
-    tokens written in a text (</s>, <pad>, <extra_id_3>) are cut out as such. UserError for a damaged file."""
-    path = Path(folder) / "spiece.model"
-    added = read_json(Path(folder) / "added_tokens.json")       # <extra_id_0> has the last id, counting down
+    """T5's SentencePiece unigram model from the published `spiece.model`: text -> pieces, </s>, then <pad>.
+    Special tokens written in a text (</s>, <pad>, <extra_id_3>) are cut out as such. UserError for a damaged
+    file."""
+    path = folder / "spiece.model"
+    added = read_json(folder / "added_tokens.json")             # <extra_id_0> has the last id, counting down
     pieces, kinds = [], []
     with reading(path, "download the repository's tokenizer folder again"):
         for number, value in protobuf_fields(path.read_bytes()):
@@ -93,8 +93,9 @@ def t5_tokenizer(folder, length=226):
                 characters = dict(protobuf_fields(value))[2]
         need(2 in kinds, "not a SentencePiece model")
         tokenizer = Tokenizer(models.Unigram(pieces, kinds.index(2), byte_fallback=False))
-        tokenizer.normalizer = normalizers.Sequence([
-            normalizers.Precompiled(characters), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
+        one_space = normalizers.Replace(Regex(" {2,}"), " ")
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Precompiled(characters), normalizers.Strip(), one_space])
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
         special = [text for (text, _), kind in zip(pieces, kinds) if kind in (2, 3)]
         tokenizer.add_special_tokens(special + sorted(added, key=added.get))
@@ -136,7 +137,7 @@ class T5Encoder(nn.Module):
     as CogVideoX was trained. float16 overflows: use bfloat16 or float32. cfg: transformers' T5Config keys."""
     def __init__(self, cfg):
         super().__init__()
-        self.config = cfg
+        self.reach = cfg.get("relative_attention_max_distance", 128)
         self.shared = embedding(cfg["vocab_size"], cfg["d_model"])
         self.encoder = nn.ModuleDict({
             "block": nn.ModuleList(T5Block(cfg, first=i == 0) for i in range(cfg["num_layers"])),
@@ -152,18 +153,16 @@ class T5Encoder(nn.Module):
         table = self.encoder["block"][0].layer[0]["SelfAttention"]["relative_attention_bias"]
         half = table.num_embeddings // 2
         exact = half // 2
-        reach = self.config.get("relative_attention_max_distance", 128)
         at = torch.arange(length, device=table.weight.device)
         ahead = at[None] - at[:, None]                          # key minus query
         far = ahead.abs()
-        log = (far.clamp(min=1) / exact).log() / math.log(reach / exact) * (half - exact)
+        log = (far.clamp(min=1) / exact).log() / math.log(self.reach / exact) * (half - exact)
         bucket = torch.where(far < exact, far, (exact + log.long()).clamp(max=half - 1))
         return table(bucket + half * (ahead > 0)).permute(2, 0, 1)[None]
 
     @torch.no_grad()
     def forward(self, ids):
-        x = self.shared(ids)
-        bias = self.position_bias(ids.shape[1])
+        x, bias = self.shared(ids), self.position_bias(ids.shape[1])
         for block in self.encoder["block"]:
             x = block(x, bias)
         return self.encoder["final_layer_norm"](x)
@@ -174,9 +173,9 @@ class T5Encoder(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 def rope_3d(frames, h, w, dim):
-    """Rotary cos and sin (frames*h*w, 1, dim/2) of a grid: the first quarter of a head turns with time, then 3/8
-    each with row and column."""
-    grid = torch.cartesian_prod(torch.arange(frames), torch.arange(h), torch.arange(w))        # (frames*h*w, 3)
+    """Rotary cos and sin (frames*h*w, 1, dim/2) of a grid: the first quarter of a head turns with time, then
+    3/8 each with row and column."""
+    grid = torch.cartesian_prod(torch.arange(frames), torch.arange(h), torch.arange(w))    # (frames*h*w, 3)
     widths = dim // 4, dim // 8 * 3, dim // 8 * 3
     angle = torch.cat([rotary(at, width, 10000) for at, width in zip(grid.T, widths)], -1)[:, None]
     return angle.cos(), angle.sin()
@@ -258,9 +257,7 @@ class CogTransformer(nn.Module):
         p, n = self.config["patch_size"], ctx.shape[1]
         patches = self.patch_embed["proj"](z.flatten(0, 1)).flatten(2).transpose(1, 2)     # (B*F, h*w/p^2, D)
         x = torch.cat([self.patch_embed["text_proj"](ctx), patches.reshape(B, -1, self.width)], 1)
-        positions = self.patch_embed.pos_embedding
-        assert x.shape[1] == positions.shape[1], f"{tuple(z.shape)}: {positions.shape[1]} positions are known"
-        x.add_(positions)
+        x.add_(self.patch_embed.pos_embedding)
         temb = self.time_embedding["linear_1"](timestep_embedding(t, self.width).to(z.dtype))
         temb = self.time_embedding["linear_2"](F.silu(temb))
         rope = [r.to(z.device) for r in rope_3d(frames, h // p, w // p, self.config["attention_head_dim"])]
@@ -268,7 +265,7 @@ class CogTransformer(nn.Module):
             x = block(x, temb, n, rope)
         shift, scale = self.norm_out["linear"](F.silu(temb))[:, None].chunk(2, -1)
         x = self.norm_out["norm"](self.norm_final(x[:, n:])) * (1 + scale) + shift
-        x = self.proj_out(x).view(B * frames, h // p, w // p, -1).permute(0, 3, 1, 2)
+        x = self.proj_out(x).view(B * frames, h // p, w // p, -1).permute(0, 3, 1, 2)      # (B*F, c*p*p, ...)
         return F.pixel_shuffle(x, p).unflatten(0, (B, frames))
 
 
@@ -299,7 +296,7 @@ class CogSpatialNorm(nn.Module):
     def forward(self, x, z):
         odd = x.shape[2] % 2 if x.shape[2] > 1 else 0           # a clip's first frame has a latent of its own
         times = (x.shape[2] - odd) // (z.shape[2] - odd)
-        latent = (torch.arange(x.shape[2], device=x.device) + odd * (times - 1)) // times       # of each frame
+        latent = (torch.arange(x.shape[2], device=x.device) + odd * (times - 1)) // times   # of each frame
 
         def at_x(conv):                         # repeating after the 1x1x1 convolution: the same, far cheaper
             return F.interpolate(conv["conv"](z)[:, :, latent], x.shape[2:])
@@ -326,7 +323,7 @@ class CogResample(nn.Module):
     def __init__(self, channels, down, time):
         super().__init__()
         self.down, self.time = down, time
-        self.conv = nn.Conv2d(channels, channels, 3, 2, 0) if down else nn.Conv2d(channels, channels, 3, 1, 1)
+        self.conv = nn.Conv2d(channels, channels, 3, 2 if down else 1, 0 if down else 1)
 
     def forward(self, x):
         if self.time and x.shape[2] > 1:
@@ -364,7 +361,7 @@ class CogHalf(nn.Module):
             stages.append(stage)
             c = width
         setattr(self, "down_blocks" if down else "up_blocks", stages)
-        self.stages = [*stages, self.mid_block] if down else [self.mid_block, *stages]         # in running order
+        self.stages = [*stages, self.mid_block] if down else [self.mid_block, *stages]   # as they run
         self.down = down
         self.norm_out = nn.GroupNorm(groups, c, 1e-6) if down else norm(c)
         self.conv_out = CogConv(c, 2 * latent if down else cfg["out_channels"])
@@ -388,7 +385,7 @@ class CogVAE(nn.Module):
 
     @torch.no_grad()
     def run(self, half, x, size):
-        """Yield a half's output (B, f, C, h, w) of each chunk of x: 17 frames by 8 are 9 and 8, 15 are one chunk."""
+        """Yield a half's output (B, f, C, h, w) for each chunk of x: 17 frames by 8 are 9, 8; 15 are one."""
         n, past = x.shape[1], {}
         first = min(n, n % size + size)
         for chunk in x.split([first] + [size] * ((n - first) // size), 1):
@@ -409,21 +406,22 @@ class CogVAE(nn.Module):
 # CogVideoX: sampler
 # ----------------------------------------------------------------------------------------------------------
 
+COG_SCHEDULE = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "clip_sample": False,
+                "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "set_alpha_to_one": True}
+
+
 def cog_levels(cfg):
-    """Cumulative alphas (T,) float64 of a scheduler_config.json, rescaled to zero terminal SNR (Lin et al. 2023,
-    algorithm 1): exactly 0 at the last, t = 999, so nothing below divides by them. ValueError for other models'."""
+    """Cumulative alphas (T,) float64 of a scheduler_config.json, rescaled to zero terminal SNR (Lin et al.
+    2023, algorithm 1): exactly 0 at the last, t = 999, so nothing below divides by them. ValueError for other
+    models'."""
     for key, known in COG_SCHEDULE.items():
-        need(cfg.get(key, known) == known, f"{key} {cfg.get(key)}; known is {known}")
-    T, shift = cfg.get("num_train_timesteps", 1000), cfg.get("snr_shift_scale", 1.0)
-    start, end = cfg.get("beta_start", 0.00085), cfg.get("beta_end", 0.012)
+        need(cfg[key] == known, f"{key} {cfg[key]}; known is {known}")
+    T, shift = cfg["num_train_timesteps"], cfg["snr_shift_scale"]
+    start, end = cfg["beta_start"], cfg["beta_end"]
     betas = torch.linspace(start ** 0.5, end ** 0.5, T, dtype=torch.float64) ** 2
     abar = torch.cumprod(1 - betas, 0)
     root = (abar / (shift + (1 - shift) * abar)).sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-
-
-COG_SCHEDULE = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-                "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
 
 
 def cog_steps(abar, steps):
@@ -450,8 +448,8 @@ def cog_step(v, z, a, a_next):
 def inside(h, w, height, width):
     """Where an image of h x w lies in a frame that shows all of it: (top, left, its height, its width)."""
     scale = min(height / h, width / w)
-    size = min(height, round(h * scale)), min(width, round(w * scale))
-    return (height - size[0]) // 2, (width - size[1]) // 2, *size
+    high, wide = round(h * scale), round(w * scale)
+    return (height - high) // 2, (width - wide) // 2, high, wide
 
 
 def fit_image(image, height, width):
@@ -470,12 +468,12 @@ def clip_fault(video, image):
     """Why a clip should not count: "black", "static", "first frame unlike the image"; "" where it is fine.
     video (F, 3, H, W) or (1, F, 3, H, W) and the image (3, H, W) that it should start with, in [-1, 1]."""
     video = video.flatten(0, -4)
-    first, image = (resize(x.float().cpu(), *video.shape[-2:]) for x in (video[0], image))
     if (video.mean((1, 2, 3)) < -0.95).any():
         return "black"
     if (video[1:] - video[:-1]).abs().mean() < 0.002:                       # a quarter of one of 255 levels
         return "static"
-    small = F.avg_pool2d(torch.stack([first, image]), max(1, video.shape[-1] // 45))
+    both = torch.stack([video[0], resize(image, *video.shape[-2:])])
+    small = F.avg_pool2d(both, max(1, video.shape[-1] // 45))
     return "first frame unlike the image" if (small[0] - small[1]).abs().mean() > 0.3 else ""
 
 
@@ -492,8 +490,9 @@ class CogVideoX:
     def from_pretrained(cls, source=COGVIDEOX, device=None, dtype=None):
         """source: a hub id, or a directory in hub layout (tokenizer text_encoder transformer vae scheduler).
 
-        All names and shapes are checked now, against the files' headers; weights are read when needed. device,
-        dtype: default CUDA (bf16), MPS or CPU (fp32). UserError for a missing shard or another model.
+        All names and shapes are checked now, against the files' headers; weights are read when needed.
+        device, dtype: by default CUDA in bf16, MPS or CPU in float32. UserError for a missing shard or another
+        model.
         """
         self = cls()
         self.folder = hub_dir(source, [f"{part}/*" for part in (*cls.PARTS, "tokenizer", "scheduler")])
@@ -510,8 +509,8 @@ class CogVideoX:
         return self
 
     def open(self, part, device):
-        """"text_encoder", "transformer" or "vae" on a device. Files are memory-mapped: on "meta" nothing is read, and
-        nowhere is there a second copy."""
+        """"text_encoder", "transformer" or "vae" on a device. Files are memory-mapped: on "meta" nothing is
+        read, elsewhere a weight is copied at most once."""
         folder = self.folder / part
         tensors, file = find_tensors(folder)
         with torch.device("meta"):
@@ -543,8 +542,8 @@ class CogVideoX:
         return torch.cat([encoder(ids[None].to(self.device)).cpu() for ids in self.tokenize(captions)])
 
     def encode_image(self, image, noise):
-        """image (3, H, W) in [-1, 1], noise (1, 1, 16, h, w) -> image latents (1, 1, 16, h, w) float32: a sample of
-        the posterior (not its mode), scaled."""
+        """image (3, H, W) in [-1, 1], noise (1, 1, 16, h, w) -> image latents (1, 1, 16, h, w) float32: a
+        sample of the posterior (not its mode), scaled."""
         mean, logvar = self.network("vae").encode(image[None, None].to(self.device, self.dtype))
         z = mean.float().cpu() + (0.5 * logvar.float().cpu()).exp() * noise
         return z * self.config["vae"]["scaling_factor"]
@@ -553,7 +552,7 @@ class CogVideoX:
     def denoise(self, z, z_img, ctx, steps=50):
         """Yield the latents (1, f, 16, h, w) after each step, float32 on the device.
 
-        z: starting noise; z_img (1, 1, 16, h, w): of the image, zeros follow for the frames to come; ctx (2, 226, D):
+        z: starting noise; z_img (1, 1, 16, h, w): the image, zeros for the later frames; ctx (2, 226, D):
         states of [negative, caption]. UserError on NaN or Inf, with the time step.
         """
         net = self.network("transformer")
@@ -574,34 +573,32 @@ class CogVideoX:
         return torch.cat([x.float().cpu().clamp(-1, 1) for x in self.network("vae").decode_chunks(z)], 1)
 
     def clips(self, jobs, steps=50):
-        """Make a clip of each job (image (3, H, W) in [-1, 1], caption, seed); yields, in their order, videos (F, 3,
-        H, W) float32 in [-1, 1], 49 frames at 8 fps, which start from the image.
+        """Make a clip of each job (image (3, H, W) in [-1, 1], caption, seed): yields, in their order, videos
+        (F, 3, H, W) float32 in [-1, 1], 49 frames at 8 fps, that start from the image.
 
-        The whole image goes into the model's 480x720, with black beside or above it; the clip is the part under
-        the image, resized back to its size. All captions go through T5, then all images through the VAE, all
-        clips through the transformer, all through the VAE: a list is as fast as its length allows, and what it
-        keeps in memory is 9 MB a job. Seeds give the same noise on every device. UserError for a small image.
+        The whole image goes into the model's 480x720, with black beside or above it; the clip is the part
+        under the image, resized back to its size. Seeds give the same noise on every device. A list loads T5,
+        the VAE, the transformer, the VAE, one after another; a job holds 11 MB. UserError for a small image.
         """
         cfg = self.config["transformer"]
-        h, w, c = (cfg[key] for key in ("sample_height", "sample_width", "out_channels"))
         f = (cfg["sample_frames"] - 1) // cfg["temporal_compression_ratio"] + 1
-        images = [fit_image(image, 8 * h, 8 * w) for image, _, _ in jobs]
+        shape = cfg["out_channels"], cfg["sample_height"], cfg["sample_width"]
+        height, width = 8 * shape[1], 8 * shape[2]
+        images = [fit_image(image, height, width) for image, _, _ in jobs]
         unwanted, *states = self.text_states(["", *(caption for _, caption, _ in jobs)])
         latents = []
         for image, (_, _, seed) in zip(images, jobs):
             g = torch.Generator().manual_seed(seed)
-            noise = torch.randn(1, 1, c, h, w, generator=g)
-            z_T = torch.randn(1, f, c, h, w, generator=g)
-            latents.append((z_T, self.encode_image(image, noise)))
+            noise = torch.randn(1, 1, *shape, generator=g)
+            latents.append((torch.randn(1, f, *shape, generator=g), self.encode_image(image, noise)))
         for k, (z, z_img) in enumerate(latents):
             for z in self.denoise(z, z_img, torch.stack([unwanted, states[k]]), steps):
                 pass
             latents[k] = z.cpu()
         for z, (image, _, _) in zip(latents, jobs):
-            size = image.shape[1:]
-            top, left, high, wide = inside(*size, 8 * h, 8 * w)
+            top, left, high, wide = inside(*image.shape[1:], height, width)
             video = self.decode(z)[0, :, :, top:top + high, left:left + wide]
-            yield torch.stack([resize(frame, *size) for frame in video])
+            yield torch.stack([resize(frame, *image.shape[1:]) for frame in video])
 
     def animate(self, image, caption, seed=0, steps=50):
         """One clip, as `clips` makes it: (F, 3, H, W) in [-1, 1]."""
@@ -628,8 +625,8 @@ def best_resolution(height, width, pinpoints):
 
 
 def cut_tiles(image, size, pinpoints):
-    """uint8 (H, W, 3) -> uint8 (1 + n, size, size, 3): the whole image stretched to a square, then n tiles of the
-    image fitted into its best resolution with black around it; and how many rows of tiles these are."""
+    """uint8 (H, W, 3) -> uint8 (1 + n, size, size, 3): the whole image stretched to a square, then n tiles of
+    the image fitted into its best resolution with black around it; and how many rows of tiles these are."""
     height, width = image.shape[:2]
     high, wide = best_resolution(height, width, pinpoints)
     scale = min(high / height, wide / width)
@@ -677,8 +674,8 @@ class SigLIP(nn.Module):
 
 
 class QwenLayer(nn.Module):
-    """Pre-norm causal attention and gated feed-forward. A group of query heads shares one head of keys and values
-    (Ainslie et al. 2023)."""
+    """Pre-norm causal attention and gated feed-forward. A group of query heads shares one head of keys and
+    values (Ainslie et al. 2023)."""
     def __init__(self, cfg):
         super().__init__()
         width, hidden, eps = cfg["hidden_size"], cfg["intermediate_size"], cfg.get("rms_norm_eps", 1e-6)
@@ -688,8 +685,10 @@ class QwenLayer(nn.Module):
         self.self_attn = nn.ModuleDict({
             "q_proj": nn.Linear(width, width), "k_proj": nn.Linear(width, kv_width),
             "v_proj": nn.Linear(width, kv_width), "o_proj": nn.Linear(width, width, bias=False)})
-        self.mlp = nn.ModuleDict({name: nn.Linear(width, hidden, bias=False) for name in ("gate_proj", "up_proj")})
-        self.mlp["down_proj"] = nn.Linear(hidden, width, bias=False)
+        self.mlp = nn.ModuleDict({
+            "gate_proj": nn.Linear(width, hidden, bias=False),
+            "up_proj": nn.Linear(width, hidden, bias=False),
+            "down_proj": nn.Linear(hidden, width, bias=False)})
         self.act = ACTIVATIONS[cfg.get("hidden_act", "silu")]
 
     def forward(self, x, rope, cache=None, at=None, mask=None):
@@ -702,15 +701,16 @@ class QwenLayer(nn.Module):
         return x + self.mlp.down_proj(self.act(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
 
     def attend(self, q, k, v, cache, at, mask):
-        """q (B, L, D), k, v (B, L, kv*d): of whole prompts, which fill the start of `cache` (2, B, n, kv*d) if there is
-        one; or, with at (B,), of one new token per row, which takes this place in the cache and sees what mask says."""
+        """q (B, L, D), k, v (B, L, kv*d): of whole prompts, which fill the start of `cache` (2, B, n, kv*d)
+        if there is one; or, with at (B,), of one new token per row, which takes this place in the cache and
+        sees what mask says."""
         group = self.heads // self.kv
         if at is None:
             if cache is not None:
                 cache[:, :, :k.shape[1]] = torch.stack([k, v])
             k, v = (y.unflatten(-1, (self.kv, -1)).repeat_interleave(group, 2).flatten(2) for y in (k, v))
             return attention(q, k, v, self.heads, causal=True)
-        cache[:, torch.arange(len(q)), at] = torch.stack([k[:, 0], v[:, 0]])
+        cache[:, torch.arange(len(q), device=at.device), at] = torch.stack([k[:, 0], v[:, 0]])
         # a group's queries stand as `group` positions of its one key head: no copy of the cache is made
         q = q.view(len(q), self.kv, group, -1).transpose(1, 2).flatten(2)
         y = attention(q, *cache, self.kv, mask)
@@ -723,7 +723,6 @@ class Qwen2(nn.Module):
         super().__init__()
         width, vocab = cfg["hidden_size"], cfg["vocab_size"]
         self.theta, self.d = cfg.get("rope_theta", 1e6), width // cfg["num_attention_heads"]
-        self.limit = cfg.get("max_position_embeddings", 32768)
         self.kv_width = self.d * cfg["num_key_value_heads"]
         self.model = nn.ModuleDict({
             "embed_tokens": embedding(vocab, width),
@@ -737,13 +736,14 @@ class Qwen2(nn.Module):
         return [self.lm_head.weight.new_zeros(2, batch, length, self.kv_width) for _ in self.model.layers]
 
     def forward(self, x, cache=None, at=None):
-        """Whole prompts (`at` None), padded on the right, where causal attention never looks; or one more token per
-        row at position at (B,), which sees the cache up to itself."""
+        """Whole prompts (`at` None), padded on the right, where causal attention never looks; or one more
+        token per row at position at (B,), which sees the cache up to itself."""
         positions, mask = torch.arange(x.shape[1], device=x.device)[None], None
         if at is not None:
             positions = at[:, None]
-            mask = (torch.arange(cache[0].shape[2], device=x.device) <= positions)[:, None, None]    # (B, 1, 1, n)
-        angle = rotary(positions, self.d, self.theta)[:, :, None]                      # (B or 1, L, 1, d/2)
+            mask = torch.arange(cache[0].shape[2], device=x.device) <= positions
+            mask = mask[:, None, None]                                  # (B, 1, 1, n)
+        angle = rotary(positions, self.d, self.theta)[:, :, None]       # (B or 1, L, 1, d/2)
         rope = angle.cos(), angle.sin()
         for layer, past in zip(self.model.layers, cache or [None] * len(self.model.layers)):
             x = layer(x, rope, past, at, mask)
@@ -754,9 +754,14 @@ class Qwen2(nn.Module):
 # LLaVA-OneVision: the model and its prompt
 # ----------------------------------------------------------------------------------------------------------
 
-KINDS = "image", "video"
-# one turn that shows something, up to the answer; the published chat templates differ from it in white space only
+# a turn that shows something, up to the answer; the published chat templates differ in white space only
 CHAT = "<|im_start|>user\n{shown}{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def chat(text, *kinds):
+    """The prompt of one turn that shows visuals of these kinds, "image" or "video"."""
+    return CHAT.format(shown="".join(f"<{kind}>\n" for kind in kinds), text=text)
+
 
 def to_unicode(text):
     """Without lone surrogates, which JSON may hold and tokenizers refuse."""
@@ -792,7 +797,7 @@ class LlavaOneVision(nn.Module):
                                                     "linear_2": nn.Linear(width, width)})
         self.image_newline = nn.Parameter(torch.zeros(width))
         self.language_model = Qwen2(text)
-        self.mean = self.std = [0.5] * 3                                # SigLIP's; from_pretrained reads the file's
+        self.mean = self.std = 0.5                                      # SigLIP's; from_pretrained reads them
 
     @classmethod
     def from_pretrained(cls, source, device=None, dtype=None, lora=None):
@@ -806,20 +811,19 @@ class LlavaOneVision(nn.Module):
         tensors, file = find_tensors(folder)
         words, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
         with reading(folder / "config.json", f"give {LLAVA} or a copy of it"), torch.device("meta"):
-            kind = cfg.get("model_type", "llava_onevision")
-            need(kind == "llava_onevision", f"not LLaVA-OneVision's ({kind})")
             if words in tensors:                                   # the file knows its padded vocabulary best
                 cfg["text_config"]["vocab_size"] = len(tensors[words])
             net = cls(cfg)
         tied = head not in tensors and any(c.get("tie_word_embeddings") for c in (cfg, cfg["text_config"]))
         device, dtype = placement(device, dtype)
-        load_weights(net, tensors, str(folder / file), absent=(head,) if tied else (), device=device, dtype=dtype)
+        load_weights(net, tensors, str(folder / file), absent=(head,) if tied else (),
+                     device=device, dtype=dtype)
         if tied:
             net.language_model.lm_head.weight = net.language_model.model.embed_tokens.weight
         with reading(folder, "take all its .json files from one model"):
             net.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            images = read_json(folder / "preprocessor_config.json")   # the video processor's file says the same
-            net.mean, net.std = images["image_mean"], images["image_std"]
+            images = read_json(folder / "preprocessor_config.json") # the video processor's says the same
+            net.mean, net.std = (torch.tensor(images[k], device=device) for k in ("image_mean", "image_std"))
             end = read_json(folder / "generation_config.json")["eos_token_id"]
             net.end_ids = end if isinstance(end, list) else [end]
         if lora:
@@ -830,9 +834,8 @@ class LlavaOneVision(nn.Module):
 
     def see(self, tiles):
         """uint8 (N, S, S, 3) -> projected features (N, patches, D), the tower's before (N, patches, Dv)."""
-        device, dtype = self.image_newline.device, self.image_newline.dtype
-        mean, std = (torch.tensor(v, device=device) for v in (self.mean, self.std))
-        x = ((torch.tensor(tiles, device=device).float() / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype)
+        x = torch.tensor(tiles, device=self.image_newline.device)
+        x = ((x / 255 - self.mean) / self.std).permute(0, 3, 1, 2).to(self.image_newline.dtype)
         # 16 at a time bounds the memory of a 6x6 image or a long clip
         tower = torch.cat([self.vision_tower.vision_model(part) for part in x.split(16)])
         mlp = self.multi_modal_projector
@@ -847,15 +850,15 @@ class LlavaOneVision(nn.Module):
         """
         frames, size = to_u8(visual), self.size
         if is_clip(visual):
-            x, _ = self.see(np.stack([stretch(f, size, size) for f in frames]))
+            x, _ = self.see(np.stack([stretch(frame, size, size) for frame in frames]))
             x = x.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)                  # (F, D, 27, 27)
             x = F.interpolate(x, size=[(self.grid + 1) // 2] * 2, mode="bilinear")
             return torch.cat([x.flatten(2).transpose(1, 2).flatten(0, 1), self.image_newline[None]])
-        height, width = frames[0].shape[:2]
         tiles, rows = cut_tiles(frames[0], size, self.cfg["image_grid_pinpoints"])
         x, _ = self.see(tiles)
-        whole, x = x[0], x[1:].view(rows, -1, self.grid, self.grid, x.shape[-1])
-        x = unpad(x.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2), height, width)      # (D, h, w), no black
+        whole, x = x[0], x[1:].unflatten(1, (self.grid, self.grid)).unflatten(0, (rows, -1))
+        x = x.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2)                # (D, h, w), a map of all tiles
+        x = unpad(x, *frames[0].shape[:2])
         most = int(self.cfg.get("vision_aspect_ratio", "anyres_max_9").removeprefix("anyres_max_"))
         ratio = math.sqrt(x.shape[1] * x.shape[2] / (most * self.grid ** 2))
         if ratio > 1.1:
@@ -866,14 +869,11 @@ class LlavaOneVision(nn.Module):
 
     # what it is asked
 
-    def chat(self, text, *kinds):
-        """The prompt of one turn that shows visuals of these kinds, "image" or "video", up to the answer."""
-        return CHAT.format(shown="".join(f"<{kind}>\n" for kind in kinds), text=text)
-
     def embed(self, prompt, seen):
         """Prompt and the features of what it shows [(n, D), ...], in the places of <image> and <video> ->
         embeddings (L, D)."""
-        words, marks = self.language_model.model.embed_tokens.weight, [self.cfg[f"{k}_token_index"] for k in KINDS]
+        words = self.language_model.model.embed_tokens.weight
+        marks = self.cfg["image_token_index"], self.cfg["video_token_index"]
         ids = self.tokenizer.encode(prompt).ids
         assert sum(i in marks for i in ids) == len(seen), "<image> or <video> in the text: use plain()"
         seen = iter(seen)
@@ -881,16 +881,14 @@ class LlavaOneVision(nn.Module):
 
     def row(self, visual, text):
         """A visual and the text that comes with it -> embeddings (L, D)."""
-        return self.embed(self.chat(text, KINDS[is_clip(visual)]), [self.look(visual)])
+        return self.embed(chat(text, "video" if is_clip(visual) else "image"), [self.look(visual)])
 
     # what it says
 
     def prefill(self, rows, room=0):
         """Prompts [(L_i, D), ...] -> logits of the next token (B, V), lengths (B,), cache with `room`."""
         lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
-        total = int(lengths.max()) + room
-        assert total <= self.language_model.limit, f"{total} tokens are too many: show fewer frames"
-        cache = self.language_model.new_cache(len(rows), total) if room else None
+        cache = self.language_model.new_cache(len(rows), int(lengths.max()) + room) if room else None
         x = self.language_model(nn.utils.rnn.pad_sequence(rows, batch_first=True), cache)
         x = x[torch.arange(len(rows), device=x.device), lengths - 1]
         return self.language_model.lm_head(x).float(), lengths, cache
@@ -905,18 +903,19 @@ class LlavaOneVision(nn.Module):
         logits, at, cache = self.prefill(rows, room=max_new_tokens)
         draws = [torch.Generator().manual_seed(s) for s in (seeds or range(len(rows)))]
         answers = [[] for _ in rows]
-        talking = set(range(len(rows)))
+        talking = range(len(rows))
         for n in range(max_new_tokens):
             if not logits.isfinite().all():
-                raise UserError(f"the language model gave NaN or Inf at token {n}: download its weights again")
+                raise UserError(f"NaN or Inf at token {n} of LLaVA's answer; download its weights again")
             if temperature == 0:
                 ids = logits.argmax(-1)
             else:
                 u = torch.stack([torch.rand((), generator=g) for g in draws])
                 ids = nucleus(logits / temperature, top_p, u.to(logits.device))
-            talking -= {i for i, token in enumerate(ids.tolist()) if token in self.end_ids}
+            tokens = ids.tolist()
+            talking = [i for i in talking if tokens[i] not in self.end_ids]
             for i in talking:
-                answers[i].append(int(ids[i]))
+                answers[i].append(tokens[i])
             if not talking or n + 1 == max_new_tokens:
                 break
             x = self.language_model.model.embed_tokens(ids)[:, None]
@@ -926,7 +925,7 @@ class LlavaOneVision(nn.Module):
 
     @torch.no_grad()
     def generate(self, visuals, prompts, max_new_tokens=128, temperature=0.0, top_p=1.0, seeds=None):
-        """The answers to a list of prompts, each about its own visual: one batch, which says the same as one by one."""
+        """The answers to a list of prompts, each about its own visual: one batch, answered as one by one."""
         rows = [self.row(v, p) for v, p in zip(visuals, prompts, strict=True)]
         ids = self.generate_ids(rows, max_new_tokens, temperature, top_p, seeds)
         return [self.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
@@ -936,7 +935,7 @@ class LlavaOneVision(nn.Module):
         """P(yes) / (P(yes) + P(no)) of each answer's first token, in [0, 1]. pair: (source, edited) clips, of
         which so many frames are shown in one prompt in this order."""
         seen = [self.look(even_frames(clip, frames)) for clip in pair]                # once for all questions
-        logits, _, _ = self.prefill([self.embed(self.chat(q, "video", "video"), seen) for q in questions])
+        logits, _, _ = self.prefill([self.embed(chat(q, "video", "video"), seen) for q in questions])
 
         def logit(*words):
             first = {self.tokenizer.encode(word).ids[0] for word in words}
@@ -959,7 +958,7 @@ def nucleus(logits, top_p, u):
 # The writer: a clip -> task, instruction, captions before and after
 # ----------------------------------------------------------------------------------------------------------
 
-WRITER_TASKS = {                                                            # the seven of TGVE+ (Singer et al. 2024)
+WRITER_TASKS = {                        # the seven of TGVE+ (Singer et al. 2024)
     "style": "turn everything into another visual style, such as a painting, a film look or an animation",
     "object": "replace one visible object, animal or person by something else of similar size and place",
     "background": "replace the background, the place, the weather or the season, and keep the subject",
@@ -968,7 +967,8 @@ WRITER_TASKS = {                                                            # th
     "addition": "add one new object at a place that the instruction names",
     "texture": "change the material, the colour or the surface pattern of one visible object",
 }
-TEMPERATURE, TOP_P, SIMILAR = 0.7, 0.9, 0.8             # ours: of the writer's sampling; share of words that is too much alike
+TEMPERATURE, TOP_P = 0.7, 0.9           # of the writer's sampling; ours
+SIMILAR = 0.8                           # share of words that makes two instructions too much alike; ours
 FIELDS = ("task", "instruction", "source_caption", "target_caption")
 WRITER_PROMPT = """You write instructions for a video editor. Look at what is shown and invent one edit of \
 the kind "{task}": {what}. Name things that can really be seen. Write the instruction as a short command, \
@@ -1027,16 +1027,19 @@ def near_duplicate(instruction, accepted):
 def check_mix(mix):
     """UserError unless {task: weight} names known tasks and wants one of them."""
     if set(mix) - set(WRITER_TASKS) or min(mix.values()) < 0 or max(mix.values()) <= 0:
-        raise UserError(f"--task-mix {mix}: give weights of 0 or more, not all 0, to {', '.join(WRITER_TASKS)}")
+        raise UserError(f"--task-mix {mix}: give weights of 0 or more, not all 0, to "
+                        f"{', '.join(WRITER_TASKS)}")
 
 
 def write_instructions(say, clips, mix=None, done=(), batch=4, tries=3, frames=8):
     """Clips, an iterable of (id, clip), -> one record per clip, in order: {id, kept, why, tries, task} and,
-    if kept, {instruction, source_caption, target_caption}. Dropped: no frames, `tries` invalid or repeated answers.
+    if kept, {instruction, source_caption, target_caption}. Not kept: a clip without frames or with `tries`
+    invalid or repeated answers.
 
     say(visuals, prompts, max_new_tokens, temperature, top_p, seeds) -> texts, as `generate`.
     mix {task: weight}: how much of each kind is wanted (default: equal parts); a clip gets the task furthest
-    behind. done: records of an earlier run, which count for the mix and for near-duplicates. Seeds come from ids.
+    behind. done: records of an earlier run, which count for the mix and for near-duplicates. Seeds come from
+    ids, so an answer does not depend on its batch.
     """
     mix = mix or dict.fromkeys(WRITER_TASKS, 1.0)
     check_mix(mix)
@@ -1054,7 +1057,8 @@ def write_instructions(say, clips, mix=None, done=(), batch=4, tries=3, frames=8
         for n in range(tries):
             # a refused answer to the same prompt tends to come again, so the next prompt says what was wrong
             prompts = [writer_prompt(r["task"], r["why"] if n else "") for r, _ in todo]
-            seeds = [seed_of(f"{r['id']}/{n}") for r, _ in todo]
+            digests = [hashlib.sha256(f"{r['id']}/{n}".encode()).digest() for r, _ in todo]
+            seeds = [int.from_bytes(digest[:7], "big") for digest in digests]
             texts = say([clip for _, clip in todo], prompts, 256, TEMPERATURE, TOP_P, seeds) if todo else []
             for (r, _), text in zip(todo, texts, strict=True):
                 r["tries"] = n + 1
@@ -1071,10 +1075,6 @@ def write_instructions(say, clips, mix=None, done=(), batch=4, tries=3, frames=8
             yield r
 
 
-def seed_of(text):
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Fine-tuning the writer on image-editing triples: LoRA (Hu et al. 2022)
 # ----------------------------------------------------------------------------------------------------------
@@ -1083,9 +1083,10 @@ class LoRA(nn.Module):
     """y = W x + b + 2 B A x, W frozen; A (r, in) random, B (out, r) zero: it starts as the layer it wraps."""
     def __init__(self, base, rank):
         super().__init__()
-        self.base, where = base, {"device": base.weight.device}         # float32 over bf16 weights too
-        self.lora_A = nn.Parameter(torch.randn(rank, base.in_features, **where) / base.in_features ** 0.5)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **where))
+        self.base = base
+        down = torch.randn(rank, base.in_features, device=base.weight.device)   # float32 over bf16 weights
+        self.lora_A = nn.Parameter(down / base.in_features ** 0.5)
+        self.lora_B = nn.Parameter(down.new_zeros(base.out_features, rank))
 
     def forward(self, x):
         return self.base(x) + 2 * F.linear(F.linear(x.to(self.lora_A), self.lora_A), self.lora_B).to(x)
@@ -1123,8 +1124,8 @@ def save_lora(model, path):
 def load_lora(model, path):
     """Merges a file of `save_lora` into the model. UserError if it was trained on a model of another size."""
     tensors = read_tensors(path)
-    ranks = {t.shape[0] for name, t in tensors.items() if name.endswith("lora_A")}
     with reading(path, "give a file of train.py writer"):
+        ranks = {t.shape[0] for name, t in tensors.items() if name.endswith("lora_A")}
         need(len(ranks) == 1, "not LoRA weights")
     add_lora(model, ranks.pop())
     load_weights(model, tensors, str(path), only=".lora_", device=model.image_newline.device)
@@ -1132,7 +1133,7 @@ def load_lora(model, path):
 
 
 def guess_task(instruction):
-    """A task of WRITER_TASKS by an instruction's words, for data that names none: picks the prompt to train with."""
+    """A task of WRITER_TASKS by an instruction's words: data that names none is trained with its prompt."""
     text = instruction.lower()
     has = lambda words: re.search(rf"\b({words})\b", text)
     if has("and") and len(re.findall(r"\b(make|turn|change|replace|add|remove|swap|put|give)\b", text)) > 1:
@@ -1183,7 +1184,7 @@ JUDGE_QUESTIONS = {
 
 def judge_edit(model, source, edited, instruction, frames=8):
     """{follows, preserves, clean}: probabilities of yes in [0, 1], higher is better, about clips (F, 3, H, W)
-    in [-1, 1] of at least `frames` frames; "judge", their geometric mean, is low if any of them is."""
+    in [-1, 1], of which so many frames are shown; "judge", their geometric mean, is low if any of them is."""
     questions = [q.format(plain(instruction)) for q in JUDGE_QUESTIONS.values()]
     p = model.probability_of_yes((source, edited), questions, frames)
     return {**dict(zip(JUDGE_QUESTIONS, p)), "judge": math.prod(p) ** (1 / len(p))}

@@ -10,7 +10,7 @@ import math
 import re
 import zlib
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from random import Random
 
 import numpy as np
@@ -37,10 +37,11 @@ PLACES = {f"{row} {col}".replace("middle middle", "middle").strip(): (u, v)
           for col, u in (("left", .2), ("middle", .5), ("right", .8))}
 
 # Tones met in photographs; a natural background mixes two or three of them (chosen by eye, sRGB).
-TONES = ((.53, .70, .88), (.25, .45, .72), (.35, .47, .20), (.16, .25, .13), (.50, .35, .22), (.85, .66, .54),
-         (.45, .29, .21), (.80, .70, .52), (.50, .49, .47), (.25, .25, .27), (.90, .92, .95), (.60, .28, .20),
-         (.10, .35, .45), (.45, .30, .42), (.90, .70, .35), (.06, .07, .12), (.92, .88, .80), (.70, .40, .12),
-         (.20, .50, .48), (.75, .40, .45), (.62, .66, .70), (.72, .76, .45), (.32, .22, .14), (.97, .97, .97))
+TONES = tuple(tuple(map(float, tone.split())) for tone in re.split(",", """
+    .53 .70 .88,  .25 .45 .72,  .35 .47 .20,  .16 .25 .13,  .50 .35 .22,  .85 .66 .54,
+    .45 .29 .21,  .80 .70 .52,  .50 .49 .47,  .25 .25 .27,  .90 .92 .95,  .60 .28 .20,
+    .10 .35 .45,  .45 .30 .42,  .90 .70 .35,  .06 .07 .12,  .92 .88 .80,  .70 .40 .12,
+    .20 .50 .48,  .75 .40 .45,  .62 .66 .70,  .72 .76 .45,  .32 .22 .14,  .97 .97 .97"""))
 
 SKIES = {"a sunset sky": ((.35, .20, .50), (.98, .55, .20)), "a blue sky": ((.25, .50, .90), (.80, .92, 1.0)),
          "a night sky": ((.02, .02, .10), (.12, .16, .38)), "a pink sky": ((.62, .60, .90), (1.0, .75, .80))}
@@ -231,6 +232,9 @@ def draw_scene(seed, domain="synthetic", split="train"):
     else:
         background = _flat_background(rng, rng.choice(OFTEN))
 
+    def sometimes(chance, low, high):
+        return rng.uniform(low, high) if rng.random() < chance else 0.0
+
     objects = []
     kinds, colours = list(KINDS), list(COLOURS)
     avoid = background.rgb[:2] if background.horizon < 0 else background.rgb
@@ -239,7 +243,6 @@ def draw_scene(seed, domain="synthetic", split="train"):
         kinds.remove(kind)
         colours.remove(colour)
         radius = rng.uniform(.11, .21 if n_objects < 3 else .16)
-        u = v = 0.5
         for _ in range(12):                         # apart from the others at t = 0, where there is room
             u, v = rng.uniform(.17, .83), rng.uniform(.17, .83)
             if all(math.hypot(u - o.u, v - o.v) > radius + o.radius + .02 for o in objects):
@@ -253,13 +256,13 @@ def draw_scene(seed, domain="synthetic", split="train"):
         objects.append(Shape(
             kind, colour, _jitter(rng, COLOURS[colour], .05), u, v, radius,
             texture=rng.choice(("plain",) * 5 + ("striped", "dotted", "checkered")),
-            angle=rng.uniform(-.4, .4), spin=rng.uniform(-1.5, 1.5) if rng.random() < .35 else 0.0,
+            angle=rng.uniform(-.4, .4), spin=sometimes(.35, -1.5, 1.5),
             motion=motion, speed=speed, phase=rng.uniform(0, 2 * math.pi),
-            shade=rng.uniform(.1, .35) if rng.random() < .5 else 0.0,
-            shadow=rng.uniform(.25, .5) if rng.random() < .35 else 0.0))
+            shade=sometimes(.5, .1, .35), shadow=sometimes(.35, .25, .5)))
 
-    pan, turn = (rng.uniform(.01, .07), rng.uniform(0, 2 * math.pi)) if rng.random() < .5 else (0.0, 0.0)
-    zoom = rng.uniform(.02, .1) if rng.random() < .3 else 0.0
+    pan = sometimes(.5, .01, .07)
+    turn = rng.uniform(0, 2 * math.pi) if pan else 0.0
+    zoom = sometimes(.3, .02, .1)
     camera = Camera((pan * math.cos(turn), pan * math.sin(turn)), zoom, rng.uniform(.5, 1.5),
                     rng.uniform(0, 2 * math.pi))
     around = rng.uniform(math.pi, 2 * math.pi)      # light comes from above
@@ -283,7 +286,8 @@ CANVAS, N_LEAVES, N_NOISE = 512, 40, 16
 
 
 def _mips(x):
-    """x (S, S, 3), unit variance -> [uint8 at S, S/2, ..., 16]: value = (byte - 128) / 36."""
+    """x (S, S, 3), brought to unit variance -> [uint8 at S, S/2, ..., 16]: value = (byte - 128) / 36."""
+    x = ((x - x.mean((0, 1))) / x.std((0, 1))).astype(np.float32)
     levels = []
     while True:
         levels.append(np.clip(np.rint(x * 36 + 128), 0, 255).astype(np.uint8))
@@ -304,21 +308,18 @@ def _leaf_canvas(i):
     x = np.zeros((n, n, 3), np.float32)
     for k in range(count):
         cy, cx, a = rng.uniform(0, n), rng.uniform(0, n), rng.uniform(0, np.pi)
-        y0, y1 = max(0, int(cy - r[k])), min(n, int(cy + r[k]) + 1)
-        x0, x1 = max(0, int(cx - r[k])), min(n, int(cx + r[k]) + 1)
-        dy, dx = (np.arange(y0, y1)[:, None] - cy) / r[k], (np.arange(x0, x1) - cx) / r[k]
+        rows, cols = (slice(max(0, int(c - r[k])), int(c + r[k]) + 1) for c in (cy, cx))
+        dy, dx = (np.arange(n)[rows, None] - cy) / r[k], (np.arange(n)[cols] - cx) / r[k]
         p, q = dx * np.cos(a) + dy * np.sin(a), dy * np.cos(a) - dx * np.sin(a)
         form, thin = rng.integers(3), rng.uniform(.35, 1)
         inside = (p * p + q * q / thin ** 2 < 1 if form == 0 else
                   np.maximum(abs(p), abs(q) / thin) < .72 if form == 1 else
                   (q < .5) & (abs(p) * 1.7 - q < .9))
-        value = rng.standard_normal(3)
+        window = x[rows, cols]
+        window[inside] = rng.standard_normal(3)
         shade = rng.uniform(-.6, .6) * p + rng.uniform(-.6, .6) * q
-        patch = np.broadcast_to(value.astype(np.float32), inside.shape + (3,)).copy()
-        patch[..., 0] += shade
-        x[y0:y1, x0:x1][inside] = patch[inside]
-    x = gaussian_filter(x, (.7, .7, 0))
-    return _mips((x - x.mean((0, 1))) / x.std((0, 1)))
+        window[inside, 0] += shade[inside]
+    return _mips(gaussian_filter(x, (.7, .7, 0)))
 
 
 @cache
@@ -327,8 +328,7 @@ def _noise_canvas(i):
     rng = np.random.default_rng([2, i])
     f = np.hypot(np.fft.fftfreq(CANVAS)[:, None], np.fft.rfftfreq(CANVAS)) + .5 / CANVAS
     spectrum = np.fft.rfft2(rng.standard_normal((3, CANVAS, CANVAS))) / f ** (1 + .9 * i / (N_NOISE - 1))
-    x = np.fft.irfft2(spectrum).transpose(1, 2, 0)
-    return _mips(((x - x.mean((0, 1))) / x.std((0, 1))).astype(np.float32))
+    return _mips(np.fft.irfft2(spectrum).transpose(1, 2, 0))
 
 
 def _sample(mips, ys, xs):
@@ -419,7 +419,7 @@ def _draw_background(bg, ys, xs, aspect):
         out *= gain[..., None].astype(np.float32)
     if bg.blur:
         out = gaussian_filter(out, (bg.blur * height, bg.blur * height, 0), truncate=2.5, mode="nearest")
-    return np.clip(out, 0, 1, out=out).astype(np.float32, copy=False)
+    return np.clip(out, 0, 1, out=out)
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------
@@ -504,11 +504,6 @@ def _view(camera, t):
             1 + camera.zoom * wave / 2)
 
 
-def _texture_colour(rgb):
-    """The second colour of stripes, dots and checks: white on dark colours, dark on light ones."""
-    return (.96, .96, .96) if .299 * rgb[0] + .587 * rgb[1] + .114 * rgb[2] < .6 else (.12, .12, .14)
-
-
 def _draw_shape(img, s, t, view, light, aspect):
     """Paint shape s over img (H, W, 3) in place, inside its bounding window only."""
     height, width = img.shape[:2]
@@ -521,15 +516,15 @@ def _draw_shape(img, s, t, view, light, aspect):
         sx, sy, soft = -.22 * r * light[0], -.22 * r * light[1], .16
     reach, grow = r * 1.15 + 1 / height, soft * 1.5 * r
 
-    def span(centre, shift, n):                     # pixels that the shape or its shadow may touch
-        return np.arange(max(0, int((centre + min(shift - grow, 0) - reach) * height)),
-                         min(n, int((centre + max(shift + grow, 0) + reach) * height) + 2))
-    rows, cols = span(cy, sy, height), span(cx, sx, width)
-    if not (len(rows) and len(cols)):
+    def span(centre, shift):                        # pixels that the shape or its shadow may touch
+        return slice(max(0, int((centre + min(shift - grow, 0) - reach) * height)),
+                     max(0, int((centre + max(shift + grow, 0) + reach) * height) + 2))
+    rows, cols = span(cy, sy), span(cx, sx)
+    window = img[rows, cols]
+    if not window.size:
         return
-    window = img[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1]
-    y = (((rows + .5) / height - cy) / r).astype(np.float32)
-    x = (((cols + .5) / height - cx) / r).astype(np.float32)
+    y = (((np.arange(height)[rows] + .5) / height - cy) / r).astype(np.float32)
+    x = (((np.arange(width)[cols] + .5) / height - cx) / r).astype(np.float32)
     angle, px = s.angle + s.spin * t, 1 / (r * height)      # px: one pixel in radii
     if s.shadow:
         d = _distance(s.kind, x - sx / r, y - sy / r, angle)[0]
@@ -543,7 +538,8 @@ def _draw_shape(img, s, t, view, light, aspect):
             m = _checks(lx / .8, ly / .8, px / .8)
         else:
             m = np.clip((.19 - np.hypot(np.mod(lx, .55) - .275, np.mod(ly, .55) - .275)) / px + .5, 0, 1)
-        colour = colour + m[..., None] * (np.array(_texture_colour(s.rgb), np.float32) - colour)
+        second = _rgb(.96, .96, .96) if np.dot(s.rgb, LUMA) < .6 else _rgb(.12, .12, .14)    # on light: dark
+        colour = colour + m[..., None] * (second - colour)
     if s.shade:
         colour = colour * (1 + s.shade * (light[0] * x + (light[1] * y)[:, None]))[..., None]
     window += np.clip(.5 - d / px, 0, 1)[..., None] * (colour - window)
@@ -555,7 +551,8 @@ def _degrade(img, how, seed, t):
     """Flicker, blur, sensor noise and JPEG blocks on one frame (H, W, 3). Noise and blocks live on the pixel
     grid, so they are finer in a larger picture, as with a real camera."""
     if how.blur:
-        img = gaussian_filter(img, (how.blur * len(img), how.blur * len(img), 0), truncate=2.5)
+        sigma = how.blur * len(img)
+        img = gaussian_filter(img, (sigma, sigma, 0), truncate=2.5)
     img = img * np.float32(1 + how.flicker * (math.sin(41.0 * t + seed % 7) + .6 * math.sin(23.0 * t)))
     rng = np.random.default_rng([seed % 2 ** 32, round(t * 1000) % 2 ** 32])
     img = np.clip(img + rng.standard_normal(img.shape, np.float32) * np.float32(how.noise), 0, 1)
@@ -656,11 +653,11 @@ def snow(x, times, seed):
         fy = np.mod(py * 1.1 + (.12 + .3 * depth) * t, 1.1) - .05
         fx = np.mod(px + .03 * np.sin(1.5 * t + phase) + .04 * t, span)
         values = np.stack([fy * height - .5, fx * height - .5, r * height, .6 + .38 * depth])
-        cy, cx, rr, bright = values[:, fx < width / height + .05, None, None]
+        cy, cx, rr, bright = values[:, fx < width / height + .05][..., None, None]
         gy, gx = np.rint(cy).astype(int) + o[:, None], np.rint(cx).astype(int) + o
         a = np.clip((rr - np.hypot(gy - cy, gx - cx)) / np.maximum(.7 * rr, 1) + .5, 0, 1)     # soft discs
         return gy, gx, a * bright
-    return _fall(x, times, flakes, .3, np.float32(.78), _rgb(.19, .20, .22), _rgb(.97, .98, 1))
+    return _fall(x, times, flakes, .3, .78, _rgb(.19, .20, .22), _rgb(.97, .98, 1))
 
 
 def rain(x, times, seed):
@@ -677,13 +674,13 @@ def rain(x, times, seed):
         fy = np.mod(py * 1.2 + (1.2 + .8 * depth) * t, 1.2) - .18
         fx = np.mod(px + slant * (1.2 + .8 * depth) * t, span) - .1
         values = np.stack([fy, fx, .06 + .10 * depth, half, .35 + .35 * depth])
-        top, left, length, wide, bright = values[:, fx < width / height + .1, None, None]
+        top, left, length, wide, bright = values[:, fx < width / height + .1][..., None, None]
         cx = left * height + slant * rows                                   # each row's centre
         gx = np.rint(cx).astype(int) + k
         along = np.clip(rows / height / length, 0, 1)                       # brightest at the lower end
         a = np.clip(wide - abs(gx - cx) + .5, 0, 1) * (along * (along < 1))
         return np.floor(top * height).astype(int) + rows, gx, a * bright
-    return _fall(x, times, streaks, .25, _rgb(.66, .72, .80), np.float32(.02), _rgb(.86, .90, .96))
+    return _fall(x, times, streaks, .25, _rgb(.66, .72, .80), .02, _rgb(.86, .90, .96))
 
 
 def fog(x, times, seed):
@@ -919,7 +916,7 @@ def article(phrase):
 
 
 def describe(s):
-    return " ".join(w for w in ("" if s.texture == "plain" else s.texture, s.colour, s.kind) if w)
+    return f"{s.texture} {s.colour} {s.kind}".removeprefix("plain ")
 
 
 def backdrop(bg):
@@ -929,8 +926,9 @@ def backdrop(bg):
 
 def caption(scene):
     """One sentence, at most about 30 words: objects, background, effects and styles."""
-    *names, last = [article(describe(s)) for s in scene.objects] or [""]
-    things = ", ".join(names) + " and " * bool(names) + last
+    *names, things = [article(describe(s)) for s in scene.objects] or [""]
+    if names:
+        things = f"{', '.join(names)} and {things}"
     on = "in front of" if scene.background.kind in ("gradient", "clouds", "leaves", "photo") else "on"
     place = backdrop(scene.background)
     about = f"{things} {on} {place}" if things else place
@@ -990,16 +988,10 @@ def edit_effect(scene, ask, table=EFFECTS):
     return Change(ask.say(name), target, not table[name].random, is_global=True)
 
 
-def edit_style(scene, ask):
-    return edit_effect(scene, ask, STYLES)
-
-
 def edit_background(scene, ask):
     """Another background; a painted one is exactly what its name says."""
     rng, bg = ask.rng, scene.background
-    taken = {s.colour for s in scene.objects}
-    if bg.kind == "plain":
-        taken.add(bg.name.split()[1])
+    taken = {s.colour for s in scene.objects} | set(bg.name.split() if bg.kind == "plain" else ())
     if rng.random() < .72:
         new = _flat_background(rng, rng.choice(OFTEN), exact=True, avoid=taken)
     else:
@@ -1046,9 +1038,8 @@ def known_behind(scene, s):
 def same_turn(old, new):
     """True where `new`, turned as `old` is, can be drawn from what `old` shows.
 
-    Nobody sees how far a plain disc is turned, so that the direction of the stripes it gets is anybody's guess;
-    of a square that spins one cannot tell which side was up. A little turn, without spin, shows on all but round
-    shapes.
+    Nobody sees how far a plain disc is turned, so the direction of its new stripes is anybody's guess; of a
+    square that spins one cannot tell which side was up. A little turn, without spin, shows on all but discs.
     """
     shows, needs = (math.gcd(TURNS[s.kind], TURNS[s.texture]) for s in (old, new))
     if shows == 0:
@@ -1108,16 +1099,16 @@ class Task:
     """A kind of edit: how it is made, how often, in which words."""
     edit: object                    # (scene, ask) -> Change
     curated: float                  # odds among the tasks that fit a scene: in curation,
-    drawn: float                    # in the pairs that `tiny` is trained on: local edits are harder to learn,
-    trained: float = 1              # and among these for the image editor: shapes that no pixel shows; what is hard
-    needs: str = "object"           # what a scene must have: an object to change, room for one more, or nothing
+    drawn: float                    # in the pairs that `tiny` learns from, where local edits come more often,
+    trained: float = 1              # and, of these, in the image editor's batches: what is hard
+    needs: str = "object"           # in a scene: an object to change, "room" for one more, or ""
     wordings: dict = field(default_factory=dict)        # key -> wordings as Effect has them
 
 
-# A new kind of edit is one function above and one entry here. In wordings {it} is the clip, {o} the object, {c} a
-# colour, {a} a new object with article, {p} a place, {b} a background, {x} and {d} a texture's noun and adjective.
+# A new kind of edit is one function above and one entry here. In wordings {it} is the clip, {o} the object,
+# {c} a colour, {a} a new object with article, {p} a place, {b} a background, {x} and {d} a texture's names.
 TASKS = {
-    "style": Task(edit_style, 1.2, 1, needs=""),
+    "style": Task(partial(edit_effect, table=STYLES), 1.2, 1, needs=""),
     "object": Task(edit_object, 2, 2.4, 1.5, wordings={
         "recolor": """
             make {o} {c}; change {o} to {c}; turn {o} {c}; paint {o} {c}; change the color of {o} to {c};
@@ -1208,8 +1199,9 @@ def known_words():
     fixed = ("a an the and on in front of background gradient from to stripes checkerboard clouds leaves "
              "sand grass natural scene shape object grey greyscale colour colours recolour watercolour "
              "colourful")
-    templates = [w for train, _ in WORDINGS.values() for w in train] + [*IT, *POLITE, *JOINTS]
-    return sorted(set(words_of(" ".join([*nouns, fixed] + [re.sub(r"\{\w*\}", " ", t) for t in templates]))))
+    templates = [wording for training, _ in WORDINGS.values() for wording in training]
+    text = " ".join([*nouns, fixed, *templates, *IT, *POLITE, *JOINTS])
+    return sorted(set(words_of(re.sub(r"\{\w*\}", " ", text))))
 
 
 def examples():
@@ -1229,12 +1221,12 @@ def quantise(frames):
 
 
 def true_region(source, truth, is_global):
-    """(F, H, W) bool: where the true edit changes more than 4 % of full scale, or everywhere for a global one."""
+    """(F, H, W) bool: where the true edit changes the picture by more than 4 %; everywhere if global."""
     return np.abs(source.astype(int) - truth).max(-1) > (-1 if is_global else 10)
 
 
 def draw_pair(seed, domain, rng, height, width, n_frames=1):
-    """One scene and one edit of it: uint8 frames (2, H, W, 3), or (2, F, H, W, 3) of a clip, and their record."""
+    """A scene and an edit of it: uint8 (2, H, W, 3), or (2, F, H, W, 3) of a clip, and their record."""
     scene = draw_scene(seed, domain)
     tasks = possible_tasks(scene)
     edit = propose_edit(scene, seed, rng.choices(tasks, [TASKS[t].drawn for t in tasks])[0])

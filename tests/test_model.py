@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from model import EPM, VAE, DDIM, DPMSolver, TextEncoder, UNet, UserError, VideoEditor, clean_text
+from model import EPM, VAE, DDIM, TextEncoder, UNet, UserError, VideoEditor
 
 GOLDENS = Path(__file__).parent / "goldens"
 IP2P, OTHER = GOLDENS / "instruct-pix2pix", GOLDENS / "other-sizes"
@@ -298,18 +298,6 @@ def test_ddim_equals_diffusers(spacing, steps):
         z, path, name = want["ddim.start"], [], f"ddim.{spacing}.{steps}.eta{eta}"
         for i in range(steps):
             z = ddim.step(want["ddim.eps"][i], i, z, eta=float(eta), noise=want["ddim.noise"][i])
-            path.append(z)
-        assert apart(torch.stack(path), want[name]) <= atol[name]
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_dpm_solver_equals_diffusers(prediction):
-    want, atol = golden(GOLDENS / "dpm-solver")
-    for steps in (10, 12, 20, 25):
-        dpm, z, path, name = DPMSolver(steps, {"prediction_type": prediction}), want["start"], [], f"{prediction}.{steps}"
-        assert torch.equal(dpm.timesteps, want[name + ".timesteps"])
-        for i in range(steps):
-            z = dpm.step(dpm.to_eps(want["out"][i], i, z), i, z)
             path.append(z)
         assert apart(torch.stack(path), want[name]) <= atol[name]
 

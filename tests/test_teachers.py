@@ -1,5 +1,6 @@
-"""The two teachers: parity with the published implementations on random-weight miniatures in the published layout (CogVideoX:
-diffusers 0.42.1, transformers 5.23.0), full-size names and shapes, sampler, decoding, writer, LoRA, judge, bad input."""
+"""The two teachers: parity with the published implementations on random-weight miniatures in the published
+layout (diffusers 0.42.1, transformers 5.23.0), full-size names and shapes, sampler, decoding, writer, LoRA,
+judge, bad input."""
 import json
 import shutil
 from pathlib import Path
@@ -16,8 +17,9 @@ from model import UserError, to_tensor, to_video
 
 GOLDENS = Path(__file__).parent / "goldens"
 COG, LLAVA = GOLDENS / "CogVideoX-5b-I2V", GOLDENS / "llava-onevision-qwen2-0.5b-ov-hf"
-WANT = load_file(COG / "expected.safetensors") | {f"llava.{k}": v for k, v in load_file(LLAVA / "expected.safetensors").items()}
-ATOL = {f"{prefix}{k}": v["atol"] for prefix, hub in (("", COG), ("llava.", LLAVA))
+HUBS = (("", COG), ("llava.", LLAVA))
+WANT = {prefix + k: v for prefix, hub in HUBS for k, v in load_file(hub / "expected.safetensors").items()}
+ATOL = {prefix + k: v["atol"] for prefix, hub in HUBS
         for k, v in json.loads((hub / "tolerance.json").read_text()).items()}
 COG_CASES, CASES = (json.loads((hub / "cases.json").read_text(encoding="utf-8")) for hub in (COG, LLAVA))
 
@@ -42,8 +44,8 @@ def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def close(name, got):
-    torch.testing.assert_close(got, WANT[name], rtol=0, atol=ATOL[name])
+def close(name, got, want=None):
+    torch.testing.assert_close(got, WANT[name] if want is None else want, rtol=0, atol=ATOL[name])
 
 
 def fails(match, call, *args):
@@ -52,14 +54,7 @@ def fails(match, call, *args):
     assert "\n" not in str(error.value)
 
 
-def same_names(network, manifest):
-    published = json.loads((GOLDENS / f"{manifest}.json").read_text())
-    with torch.device("meta"):
-        ours = network(published["config"]).state_dict()
-    assert {k: list(v.shape) for k, v in ours.items()} == published["tensors"]
-
-
-# ---------------------------------------------------------------------------------------------------- CogVideoX: parity
+# --------------------------------------------------------------------------------- CogVideoX: parity
 
 def pixels(name):
     return to_video(WANT[name].numpy())
@@ -101,7 +96,7 @@ def test_sampler_follows_the_published_trajectory(cog, steps):
     assert [t for t, _, _ in path] == WANT[f"sched.{steps}.timesteps"].tolist()
     for i, want in enumerate(WANT[f"sched.{steps}.trajectory"]):
         z = T.cog_step(WANT["sched.v"][i], z, *path[i][1:])
-        torch.testing.assert_close(z, want, rtol=0, atol=ATOL[f"sched.{steps}.trajectory"])
+        close(f"sched.{steps}.trajectory", z, want)
 
 
 def test_an_image_and_a_caption_become_the_published_clip(cog):
@@ -109,7 +104,7 @@ def test_an_image_and_a_caption_become_the_published_clip(cog):
     image = to_tensor(WANT["e2e.image_u8"].numpy())
     z_img = cog.encode_image(T.fit_image(image, e2e["height"], e2e["width"]), noise)
     assert not WANT["e2e.image_latents"][:, 1:].any()
-    torch.testing.assert_close(z_img, WANT["e2e.image_latents"][:, :1], rtol=0, atol=ATOL["e2e.image_latents"])
+    close("e2e.image_latents", z_img, WANT["e2e.image_latents"][:, :1])
     ctx = cog.text_states([e2e["negative_prompt"], e2e["prompt"]])
     path = list(cog.denoise(WANT["e2e.latents"], z_img, ctx, e2e["steps"]))
     close("e2e.trajectory", torch.cat(path))
@@ -117,13 +112,18 @@ def test_an_image_and_a_caption_become_the_published_clip(cog):
     close("e2e.video", cog.decode(path[-1]) / 2 + 0.5)
 
 
-@pytest.mark.parametrize("network, manifest", [(T.CogTransformer, "cogvideox_5b_i2v_transformer"), (T.CogVAE, "cogvideox_vae"),
-                                               (T.T5Encoder, "t5_v1_1_xxl_encoder")])
-def test_cogvideox_has_the_names_and_shapes_of_the_published_files(network, manifest):
-    same_names(network, manifest)
+@pytest.mark.parametrize("network, manifest", [
+    (T.CogTransformer, "cogvideox_5b_i2v_transformer"), (T.CogVAE, "cogvideox_vae"),
+    (T.T5Encoder, "t5_v1_1_xxl_encoder"),
+    (T.LlavaOneVision, "llava_onevision_qwen2_0_5b"), (T.LlavaOneVision, "llava_onevision_qwen2_7b")])
+def test_names_and_shapes_equal_the_published_files(network, manifest):
+    published = json.loads((GOLDENS / f"{manifest}.json").read_text())
+    with torch.device("meta"):
+        ours = network(published["config"]).state_dict()
+    assert {k: list(v.shape) for k, v in ours.items()} == published["tensors"]
 
 
-# ---------------------------------------------------------------------------------------------------- CogVideoX: behaviour
+# ------------------------------------------------------------------------------ CogVideoX: behaviour
 
 @pytest.mark.parametrize("steps", [1, 4, 50])
 def test_sampling_starts_without_signal_and_the_true_v_leads_to_the_clean_latents(cog, steps):
@@ -133,15 +133,6 @@ def test_sampling_starts_without_signal_and_the_true_v_leads_to_the_clean_latent
     for _, a, a_next in path:
         z = T.cog_step((a.sqrt() * z - z0) / (1 - a).sqrt(), z, a, a_next)
     torch.testing.assert_close(z, z0)
-
-
-def test_gaussian_data_keep_their_spread(cog):
-    """For data N(0, s2) the best v is known in closed form."""
-    s2, z = 0.25, torch.randn(40000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    for _, a, a_next in T.cog_steps(cog.abar, 250):
-        clean = a.sqrt() * s2 / (a * s2 + 1 - a) * z                               # E[z0 | z]
-        z = T.cog_step((a.sqrt() * z - clean) / (1 - a).sqrt(), z, a, a_next)
-    assert abs(z.std() - s2 ** 0.5) < 0.015 and abs(z.mean()) < 0.01
 
 
 def longer(hub):
@@ -165,8 +156,8 @@ def test_a_list_gives_the_clips_that_each_image_gives_alone_and_seeds_differ(cog
 
 
 def test_a_list_opens_each_network_once_and_holds_one(cog, monkeypatch):
-    opened, real = [], T.CogVideoX.open
-    monkeypatch.setattr(T.CogVideoX, "open", lambda self, part, device: opened.append(part) or real(self, part, device))
+    opened, real = [], cog.open
+    monkeypatch.setattr(cog, "open", lambda part, device: opened.append(part) or real(part, device))
     list(cog.clips([(torch.zeros(3, 32, 48), caption, 0) for caption in ("a fox", "a dog")], steps=1))
     assert opened == ["text_encoder", "vae", "transformer", "vae"] and cog.loaded[0] == "vae"
 
@@ -217,37 +208,55 @@ def test_a_long_caption_is_cut_with_a_warning_and_a_lone_surrogate_is_read(cog, 
 
 # what a user's copy may lack is said before anything is computed
 
-def damage_shard(hub):
-    shard = hub / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:5000])
+SHARD = "transformer/diffusion_pytorch_model-0000{}-of-00002.safetensors"
+INDEX, SPIECE = "text_encoder/model.safetensors.index.json", "tokenizer/spiece.model"
 
 
-def other_kind(change):
-    """Weights of a sibling: its config too, where it tells."""
-    def damage(hub, config=True):
-        shard = hub / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
-        save_file(change(load_file(shard)), shard)
-    return damage
+def cut_short(path):
+    return lambda hub: (hub / path).write_bytes((hub / path).read_bytes()[:5000])
+
+
+def gone(path):
+    return lambda hub: (hub / path).unlink()
+
+
+def written(path, text):
+    return lambda hub: (hub / path).write_text(text)
+
+
+def changed(change):
+    """The transformer's first shard with other tensors."""
+    return lambda hub: save_file(change(load_file(hub / SHARD.format(1))), hub / SHARD.format(1))
+
+
+def without_positions(tensors):
+    return {k: v for k, v in tensors.items() if "pos_embedding" not in k}
+
+
+def with_offset(tensors):
+    return tensors | {"ofs_embedding.weight": torch.zeros(1)}
+
+
+def without_image(tensors):
+    name = "patch_embed.proj.weight"
+    return tensors | {name: tensors[name][:, :16].clone()}
 
 
 @pytest.mark.parametrize("match, damage", [
-    ("00002-of-00002.safetensors: not a readable weight file", damage_shard),
-    ("00002-of-00002.safetensors: no such file",
-     lambda hub: (hub / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()),
-    ("text_encoder.*index.json: has no weight_map",
-     lambda hub: (hub / "text_encoder" / "model.safetensors.index.json").write_text("{}")),
-    ("text_encoder.* no weight file", lambda hub: (hub / "text_encoder" / "model.safetensors.index.json").unlink()),
-    ("config.json: lacks", lambda hub: (hub / "vae" / "config.json").write_text("{}")),
-    ("vae.*config.json: missing", lambda hub: (hub / "vae" / "config.json").unlink()),
+    ("00002-of-00002.safetensors: not a readable weight file", cut_short(SHARD.format(2))),
+    ("00002-of-00002.safetensors: no such file", gone(SHARD.format(2))),
+    ("text_encoder.*index.json: has no weight_map", written(INDEX, "{}")),
+    ("text_encoder.* no weight file", gone(INDEX)),
+    ("config.json: lacks", written("vae/config.json", "{}")),
+    ("vae.*config.json: missing", gone("vae/config.json")),
     ("prediction_type epsilon; known is v_prediction",
      lambda hub: edit_json(hub / "scheduler" / "scheduler_config.json", prediction_type="epsilon")),
-    ("spiece.model: .*download the repository's tokenizer",
-     lambda hub: (hub / "tokenizer" / "spiece.model").write_text("version https://git-lfs.github.com/spec/v1")),
-    # CogVideoX-2B and text-to-video have no position table, or no channels for the image; 1.5 has patches in time
-    ("transformer.*lacks 1 of .*pos_embedding", other_kind(lambda t: {k: v for k, v in t.items() if "pos_e" not in k})),
-    ("transformer.*wrong shapes for 1 of .*proj.weight",
-     other_kind(lambda t: t | {"patch_embed.proj.weight": t["patch_embed.proj.weight"][:, :16].clone()})),
-    ("transformer.*unknown 1 of .*ofs_embedding", other_kind(lambda t: t | {"ofs_embedding.weight": torch.zeros(1)}))])
+    ("spiece.model: .*download", written(SPIECE, "version https://git-lfs.github.com/spec/v1")),
+    ("spiece.model: .*download", cut_short(SPIECE)),
+    # siblings: 2B and text-to-video lack the position table or channels for the image, 1.5 has an offset
+    ("transformer.*lacks 1 of .*pos_embedding", changed(without_positions)),
+    ("transformer.*wrong shapes for 1 of .*proj.weight", changed(without_image)),
+    ("transformer.*unknown 1 of .*ofs_embedding", changed(with_offset))])
 def test_a_damaged_copy_is_named(tmp_path, match, damage):
     damage(copy_of(COG, tmp_path / "hub"))
     fails(match, T.CogVideoX.from_pretrained, tmp_path / "hub", "cpu")
@@ -260,7 +269,7 @@ def test_text_weights_stored_in_float16_are_upcast(tmp_path):
     assert encoder.shared.weight.dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------- LLaVA: parity
+# ------------------------------------------------------------------------------------- LLaVA: parity
 
 KINDS = ["single", "multi", "odd", "big", "video"]
 
@@ -275,28 +284,30 @@ def test_tokens_equal_the_published_tokenizer(net):
 
 
 # an earlier upload; the miniature's, like the converter's today, puts line breaks in other places
-FIRST_TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}{% for content in message['content'] | "
-    "selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}{% for content in message['content'] | selectattr('type', "
-    "'equalto', 'video') %}{{ '<video>' }}{% endfor %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') "
-    r"%}{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}"
-    r"{{ '<|im_start|>assistant\n' }}{% endif %}")
+EACH = "{% for content in message['content'] | selectattr('type', 'equalto', '"
+EARLIER = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}" +
+           EACH + "image') %}{{ '<image>' }}{% endfor %}" + EACH + "video') %}{{ '<video>' }}{% endfor %}" +
+           EACH + r"text') %}{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
+           r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-def test_the_prompt_is_the_published_templates_up_to_white_space(net):
-    file = json.loads((LLAVA / "chat_template.json").read_text())["chat_template"]
-    for kinds in (("image",), ("video",), ("video", "video")):
-        said = [{"role": "user", "content": [*({"type": kind} for kind in kinds), {"type": "text", "text": "What {is} it?"}]}]
-        prompt = net.chat("What {is} it?", *kinds)
-        now, first = (jinja2.Template(template).render(messages=said, add_generation_prompt=True) for template in
-                      (file, FIRST_TEMPLATE))
-        assert prompt == now and "".join(prompt.split()) == "".join(first.split())
+@pytest.mark.parametrize("kinds", [["image"], ["video"], ["video", "video"]])
+def test_the_prompt_is_the_published_templates_up_to_white_space(kinds):
+    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": "What {is} it?"}]
+
+    def render(template):
+        said = [{"role": "user", "content": content}]
+        return jinja2.Template(template).render(messages=said, add_generation_prompt=True)
+
+    prompt = T.chat("What {is} it?", *kinds)
+    assert prompt == render(json.loads((LLAVA / "chat_template.json").read_text())["chat_template"])
+    assert "".join(prompt.split()) == "".join(render(EARLIER).split())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_and_ids_equal_the_published_processor(net, kind):
     mark = "video" if kind == "video" else "image"
-    prompt = net.chat(CASES["questions"][kind == "video"], mark)
+    prompt = T.chat(CASES["questions"][kind == "video"], mark)
     assert prompt == CASES["prompts"][kind]
     ids, place = net.tokenizer.encode(prompt).ids, net.cfg[f"{mark}_token_index"]
     at = ids.index(place)
@@ -328,19 +339,14 @@ def test_logits_and_greedy_tokens_equal_the_reference(net, kind):
     assert net.generate_ids([row], max_new_tokens=12) == [WANT[f"llava.{kind}.generated"].tolist()]
 
 
-@pytest.mark.parametrize("size", ["0_5b", "7b"])
-def test_llava_has_the_names_and_shapes_of_the_published_files(size):
-    same_names(T.LlavaOneVision, f"llava_onevision_qwen2_{size}")
-
-
-# ---------------------------------------------------------------------------------------------------- LLaVA: decoding
+# ----------------------------------------------------------------------------------- LLaVA: decoding
 
 def test_cached_decoding_equals_uncached(net):
-    row = net.row(visual("single"), "What is it?")
+    row, words = net.row(visual("single"), "What is it?"), net.language_model.model.embed_tokens
     [said] = net.generate_ids([row], max_new_tokens=6)
     for n, token in enumerate(said):
-        before = torch.tensor(said[:n], dtype=torch.long)
-        assert int(net.prefill([torch.cat([row, net.language_model.model.embed_tokens(before)])])[0].argmax()) == token
+        before = words(torch.tensor(said[:n], dtype=torch.long))
+        assert int(net.prefill([torch.cat([row, before])])[0].argmax()) == token
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -371,10 +377,11 @@ def test_an_image_may_come_as_pil_bytes_or_a_tensor_and_a_clip_may_be_short(net)
     u8 = visual("single")
     a, b, c = net.look(u8), net.look(Image.fromarray(u8)), net.look(to_tensor(u8))
     assert torch.equal(a, b) and torch.equal(a, c)
-    assert T.even_frames(np.arange(16), 4).tolist() == [0, 5, 10, 15] and T.even_frames(np.arange(3), 8).tolist() == [0, 1, 2]
+    assert T.even_frames(np.arange(16), 4).tolist() == [0, 5, 10, 15]
+    assert T.even_frames(np.arange(3), 8).tolist() == [0, 1, 2]
 
 
-# ---------------------------------------------------------------------------------------------------- LLaVA: bad input
+# ---------------------------------------------------------------------------------- LLaVA: bad input
 
 def test_shards_with_an_untied_head_load(net, tmp_path):
     hub, tensors = copy_of(LLAVA, tmp_path / "hub"), load_file(LLAVA / "model.safetensors")
@@ -391,7 +398,6 @@ def test_shards_with_an_untied_head_load(net, tmp_path):
 
 
 @pytest.mark.parametrize("match, file, changes", [
-    ("config.json: not LLaVA-OneVision's \\(llava\\); give llava-hf", "config.json", {"model_type": "llava"}),
     ("config.json: lacks 'text_config'; give llava-hf", "config.json", None),
     ("lacks 1 of .*lm_head", "config.json", {"tie_word_embeddings": False}),
     ("lacks 'image_mean'", "preprocessor_config.json", None),
@@ -413,7 +419,7 @@ def test_no_text_of_others_reads_as_a_special_token(net):
         net.row(visual("single"), "what does <image> mean?")
 
 
-# ---------------------------------------------------------------------------------------------------- the writer
+# ---------------------------------------------------------------------------------------- the writer
 
 GOOD = {"task": "removal", "instruction": "Remove the red car", "source_caption": "A red car on a road",
         "target_caption": "An empty road"}
@@ -452,7 +458,8 @@ def speaker(line, asked=None):
 
 def answer(prompt, n):
     task = prompt.split('kind "')[1].split('"')[0]
-    return json.dumps(GOOD | {"task": task, "instruction": f"edit number {n}", "target_caption": f"street {n}"})
+    new = {"task": task, "instruction": f"edit number {n}", "target_caption": f"street {n}"}
+    return json.dumps(GOOD | new)
 
 
 def clips(n, frames=8):
@@ -494,7 +501,7 @@ def test_the_small_model_runs_through_the_writer_and_its_nonsense_is_dropped(net
     assert records == run()
 
 
-# ---------------------------------------------------------------------------------------------------- LoRA
+# ---------------------------------------------------------------------------------------------- LoRA
 
 def test_fine_tuning_lowers_the_loss_and_the_merged_file_loads_again(tmp_path):
     net = T.LlavaOneVision.from_pretrained(LLAVA, device="cpu")
@@ -526,9 +533,11 @@ def test_a_lora_of_bf16_weights_trains_and_loads_in_float32(tmp_path):
     params = T.add_lora(net, rank=2)
     T.writer_loss(net, [visual("single")[:20, :20]], [GOOD]).backward()
     assert {p.dtype for p in params.values()} == {torch.float32}
-    assert all(p.grad.isfinite().all() for p in params.values()) and any(p.grad.any() for p in params.values())
-    T.save_lora(net, tmp_path / "writer.safetensors")
-    again = T.LlavaOneVision.from_pretrained(LLAVA, "cpu", torch.bfloat16, lora=tmp_path / "writer.safetensors")
+    grads = [p.grad for p in params.values()]
+    assert all(g.isfinite().all() for g in grads) and any(g.any() for g in grads)
+    path = tmp_path / "writer.safetensors"
+    T.save_lora(net, path)
+    again = T.LlavaOneVision.from_pretrained(LLAVA, "cpu", torch.bfloat16, lora=path)
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
 
 
@@ -542,12 +551,13 @@ def test_untrained_lora_leaves_the_model_unchanged_and_a_batch_has_the_mean_loss
         assert min(one, two) < T.writer_loss(net, images, answers) < max(one, two)
 
 
-@pytest.mark.parametrize("match, tensors", [("not LoRA weights", {"x": torch.zeros(1)}),
-                                            ("lacks .*is it the file of another model",
-                                             {"language_model.model.layers.0.mlp.up_proj.lora_A": torch.zeros(4, 7)})])
-def test_lora_of_another_model_is_refused(tmp_path, match, tensors):
-    save_file(tensors, tmp_path / "other.safetensors")
-    fails("other.safetensors: " + match, T.LlavaOneVision.from_pretrained, LLAVA, "cpu", None, tmp_path / "other.safetensors")
+@pytest.mark.parametrize("match, name", [
+    ("not LoRA weights", "x"),
+    ("lacks .*is it the file of another model", "language_model.model.layers.0.mlp.up_proj.lora_A")])
+def test_lora_of_another_model_is_refused(tmp_path, match, name):
+    path = tmp_path / "other.safetensors"
+    save_file({name: torch.zeros(4, 7)}, path)
+    fails("other.safetensors: " + match, T.LlavaOneVision.from_pretrained, LLAVA, "cpu", None, path)
 
 
 def test_tasks_are_guessed_from_plain_instructions():
@@ -558,14 +568,16 @@ def test_tasks_are_guessed_from_plain_instructions():
         assert T.guess_task(text) == task and task in T.WRITER_TASKS
 
 
-# ---------------------------------------------------------------------------------------------------- the judge
+# ----------------------------------------------------------------------------------------- the judge
 
 def test_the_judge_gives_probabilities_that_depend_on_clips_and_instruction(net):
     a = to_video(visual("video"))[0]
     scores = T.judge_edit(net, a, a.flip(-1), "make it <image> snow", frames=3)
-    assert set(scores) == {"follows", "preserves", "clean", "judge"} and all(0 < p < 1 for p in scores.values())
+    assert set(scores) == {"follows", "preserves", "clean", "judge"}
+    assert all(0 < p < 1 for p in scores.values())
     assert scores["judge"] ** 3 == pytest.approx(scores["follows"] * scores["preserves"] * scores["clean"])
-    for other in (T.judge_edit(net, a, -a, "make it <image> snow", frames=3), T.judge_edit(net, a, a.flip(-1), "rain", frames=3)):
+    for edited, instruction in ((-a, "make it <image> snow"), (a.flip(-1), "rain")):
+        other = T.judge_edit(net, a, edited, instruction, frames=3)
         assert other["follows"] != pytest.approx(scores["follows"], abs=1e-6)
     question = "Does the second clip follow the first?"
     assert net.probability_of_yes((a, -a), [question, "And is it clean?"], 3)[0] == pytest.approx(
