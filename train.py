@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import curate
 import world
-from metrics import CLIP, ViCLIP, drawn_scores
+from metrics import CLIP, ViCLIP, drawn_scores, print_bare, table_head, table_row
 from model import (EPM, N_FRAMES, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, aside, begin, fingerprint, finished, need, noise_levels, part, portable,
                    read_json, read_tensors, reading, repository, run, save_tensors, write_json, write_text)
@@ -58,17 +58,14 @@ TINY = ROOT / "assets" / "tiny"         # its config.json files give the sizes o
 
 # ---- settings: a dataclass a stage; its fields are the flags and what a run's settings.json remembers ----------
 
-def count(default, help):
-    return option(default, help, low=1)
-
-
 @dataclass
 class Training:
     """What `fit` needs of every stage."""
-    steps: int = count(1000, "of the optimizer")
+    steps: int = option(1000, "of the optimizer", low=1)
     lr: float = option(1e-3, "peak learning rate", low=1e-12)
-    batch: int = count(4, "pairs or clips in a micro-batch of one process")
-    accumulate: int = count(1, "micro-batches in a step of one process")
+    batch: int = option(4, "pairs or clips in a micro-batch of one process", low=1)
+    accumulate: int = option(1, "micro-batches in a step of one process", low=1)
+    samples: int = option(120_000, "drawn pairs or clips to train on; of given ones the first so many", low=1)
     seed: int = option(0, "of initialisation, noise and the order of the data")
     lr_new: float = 0.0                 # of EPM; gamma's is ten times that
     optimizer: str = "adamw"
@@ -76,27 +73,27 @@ class Training:
     ema: float = 0.999
 
 
+SIZES = range(32, 513, 32)
+
+
 @dataclass
 class Vae(Training):
-    pairs: int = count(120_000, "drawn frames, source and target of an edit")
-    size: int = option(64, "short side of the frames, pixels, a multiple of 32", low=32)
+    size: int = option(64, "short side of the frames, pixels", choices=SIZES)
 
 
 @dataclass
 class Clip(Training):
-    pairs: int = count(60_000, "drawn frames, source and target of an edit")
+    pass
 
 
 @dataclass
 class Viclip(Training):
-    pairs: int = count(60_000, "drawn frames, source and target of an edit")
-    clips: int = count(3000, "drawn clips, source and target of an edit")
+    clips: int = option(3000, "drawn pairs of clips; samples are of stills", low=1)
 
 
 @dataclass
 class Image(Training):
-    pairs: int = count(120_000, "drawn frames, source and target of an edit")
-    size: int = option(64, "short side of the frames, pixels, a multiple of 32", low=32)
+    size: int = option(64, "short side of the frames, pixels", choices=SIZES)
     weights: str = option("", "an editor to go on from, with a new schedule (default: from nothing)")
     optimizer: str = option("muon", "for matrices inside the network; AdamW has the rest", choices=["muon", "adamw"])
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
@@ -105,8 +102,7 @@ class Image(Training):
 
 @dataclass
 class Motion(Training):
-    clips: int = count(2000, "drawn clips")
-    size: int = option(64, "side of the frames, pixels, a multiple of 32", low=32)
+    size: int = option(64, "side of the frames, pixels", choices=SIZES)
     weights: str = option("", "image editor to train in (default: runs/tiny/image)")
     same_noise: float = option(0.5, "share of clips whose frames have one noise", low=0, high=1)
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
@@ -120,7 +116,6 @@ class Round(Training):
                               "a round, to go on from it")
     motion: str = option("", "motion adapter (default: runs/tiny/motion, or AnimateDiff's)")
     train_on: tuple[str, ...] = option((), "curated folders (default: the round's own)")
-    max_clips: int = option(-1, "train on the first so many clips (-1: all)", low=1)
     trainable: str = option("temporal", "motion modules, or the whole U-Net; gamma and EPM always",
                             choices=["temporal", "all"])
     sma: bool = option(True, "gamma is trained, from 0; else it stays at 1")
@@ -138,32 +133,46 @@ class Round(Training):
 @dataclass
 class Writer(Training):
     pairs_from: str = option("", "image pairs, as curate.py images --from")
-    pairs: int = count(120_000, "the first so many of them")
     llava: str = option(LLAVA, "hub id or directory of the language model")
-    rank: int = count(16, "of LoRA's matrices")
+    rank: int = option(16, "of LoRA's matrices", low=1)
     warmup: int = 0
-
-
-@dataclass
-class Data:
-    """What the rounds' data is curated from, and how many edits measure the result."""
-    images_from: str = option("shapes", "round 0: source images, as curate.py images --from")
-    images: int = count(240, "round 0: how many of them")
-    real_from: str = option("shapes", "rounds 1, 2: real clips, as curate.py cut --from")
-    real_clips: int = count(120, "rounds 1, 2: how many of them; of a folder how many videos")
-    mix: bool = option(False, "from round 2 on the synthetic triples of round 0 as well")
-    n: int = option(24, "held-out edits per task, measured after training and in tables (0: none)", low=0)
-    seeds: int = count(3, "tables: training seeds of every row")
 
 
 @dataclass
 class How:
     """What changes no result, or hardly, and is stored nowhere."""
     device: str = "cpu"
+    rank: int = 0                       # of this process among
+    n_ranks: int = 1                    # those that torchrun started, which share a step
     bf16: bool | None = option(None, "networks run in bfloat16, weights stay in float32; default on CUDA only")
     checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
     save_minutes: float = option(5.0, "between checkpoints", low=0)
     force: bool = option(False, "go on with a run although its settings changed; keep a finished one as it is")
+
+
+@dataclass
+class Task:
+    """What a command is to do, and where."""
+    model: str = option("tiny", "tiny: from nothing; sd15: from published weights, with other settings: see ROUND",
+                        choices=["tiny", "sd15"])
+    data: Path | None = option(None, "where drawn, cached and curated clips lie (default: data/<model>)")
+    runs: Path | None = option(None, "where runs go (default: runs/<model>)")
+    round: int | None = option(None, "bring the model up to this round; of video, plot, export: which one", low=0)
+    out: Path | None = option(None, "video, writer: where the run goes; plot, export: where it lies")
+    to: Path = option(TINY, "export: target folder")
+    images_from: str = option("shapes", "round 0: source images, as curate.py images --from")
+    images: int = option(240, "round 0: how many of them", low=1)
+    real_from: str = option("shapes", "rounds 1, 2: real clips, as curate.py cut --from")
+    real_clips: int = option(120, "rounds 1, 2: how many of them; of a folder how many videos", low=1)
+    mix: bool = option(False, "from round 2 on the synthetic triples of round 0 as well")
+    curate_images: str = option("", "rounds: more flags of curate.py images, quoted and after =; the next ones likewise")
+    curate_clips: str = option("", "of curate.py clips")
+    curate_videos: str = option("", "of curate.py videos")
+    curate_cut: str = option("", "of curate.py cut")
+    curate_write: str = option("", "of curate.py write")
+    curate_real: str = option("", "of curate.py real")
+    n: int = option(24, "held-out edits per task, measured after training and in tables (0: none)", low=0)
+    seeds: int = option(3, "tables: training seeds of every row", low=1)
 
 
 # 1e-5 is InsV2V's learning rate; the rest of sd15's is our guess until someone has the GPU hours: 2,000 steps are
@@ -238,19 +247,14 @@ def square(shards):
 
 
 def random_batch(shards, n, generator, axis=2, odds=None):
-    """A random batch: a shard (so one frame size; height and width at `axis`), and rows of it, n at 1:1 aspect and
-    fewer of a wider or taller frame, so that every batch holds about the same number of pixels. odds: {task: how
-    much more often than drawn}. Returns the shard's array, the rows and their records."""
-    frames, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
-    short, long = sorted(frames.shape[axis:axis + 2])
+    """A random batch of one shard, so of one frame size (height and width at `axis`): n pairs at 1:1 aspect and fewer
+    of a wider or taller frame, so that every batch holds about the same number of pixels. odds: {task: how much more
+    often than drawn}. Returns the pairs (N, 2, ...) and their [source captions, target captions, instructions]."""
+    pairs, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
+    short, long = sorted(pairs.shape[axis:axis + 2])
     weights = torch.tensor([odds[record["task"]] if odds else 1.0 for record in records])
     rows = torch.multinomial(weights, max(2, round(n * short / long)), replacement=True, generator=generator).tolist()
-    return frames, rows, [records[i] for i in rows]
-
-
-def texts_of(records):
-    """Captions of the sources, of the targets, instructions."""
-    return [[record[key] for record in records] for key in ("source", "target", "instruction")]
+    return pairs[rows], [[records[i][key] for i in rows] for key in ("source", "target", "instruction")]
 
 
 def as_input(frames):
@@ -275,16 +279,13 @@ def latents_of(ed, shards, folder, domains=DOMAINS):
 # ---- the loop --------------------------------------------------------------------------------------------------
 
 def join_processes(device):
-    """Join the processes that torchrun started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    """Join the processes that torchrun started, if it did. Returns (rank, n_ranks)."""
+    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if n_ranks > 1 and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))  # curation is long
-
-
-def processes():
-    """(rank, n_ranks) of this process; (0, 1) without a launcher."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return int(os.environ.get("RANK", 0)), n_ranks
 
 
 def wait_for_all():
@@ -343,29 +344,16 @@ def is_inner_matrix(name, p):
 
 
 def parameter_groups(trained, s):
-    """{name: parameter} -> groups of one rate each. SMA's and EPM's are in no published file, so they start from
-    nothing: gamma is one number a module and needs more than the rate at which EPM's matrices stay calm."""
-    groups = {"rest": (s.lr, 0.01, []), "matrix": (s.lr, 0.01, []), "epm": (s.lr_new, 0.0, []),
-              "gamma": (10 * s.lr_new, 0.0, [])}
+    """{name: parameter} -> groups of one rate each, the first the log's. SMA's and EPM's are in no published file, so
+    they start from nothing: gamma is one number a module and needs more than the rate at which EPM's matrices stay
+    calm."""
+    groups = {(s.lr, 0.01, False): []}                             # rate, weight decay, whether Muon's
     for name, p in trained.items():
-        kind = "matrix" if s.optimizer == "muon" and is_inner_matrix(name, p) else "rest"
-        kind = "gamma" if name.endswith(".gamma") else "epm" if ".epm." in name else kind
-        groups[kind][2].append(p)
-    return [dict(params=params, lr=lr, weight_decay=decay, muon=kind == "matrix")
-            for kind, (lr, decay, params) in groups.items() if params]
-
-
-def resume(path, net, opt, average):
-    """Load a checkpoint, if there is one, into network, optimizer and averages. Returns its step, or 0."""
-    if not path.is_file():
-        return 0
-    with reading(path, "put a whole copy there, or delete it to begin anew"):
-        state = torch.load(path, map_location="cpu", weights_only=True)     # a resumed run needs no more memory
-        for target, saved in ((dict(net.named_parameters()), state["net"]), (average, state["ema"])):
-            for name, x in saved.items():
-                target[name].data.copy_(x)
-        opt.load_state_dict(state["opt"])
-        return int(state["step"])
+        kind = s.lr, 0.01, s.optimizer == "muon" and is_inner_matrix(name, p)
+        if name.endswith(".gamma") or ".epm." in name:
+            kind = (10 if name.endswith(".gamma") else 1) * s.lr_new, 0.0, False
+        groups.setdefault(kind, []).append(p)
+    return [dict(params=params, lr=lr, weight_decay=decay, muon=muon) for (lr, decay, muon), params in groups.items()]
 
 
 def save_state(path, **state):
@@ -378,57 +366,58 @@ def save_state(path, **state):
     os.replace(half, path)
 
 
-def read_log(path, until=math.inf):
-    """Rows of a log.jsonl up to a step; a last line that a kill cut is left out."""
-    with reading(path, "mend or remove it"):
-        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
-        return [row for row in rows if row["step"] <= until]
+def resume(path, trained, average, opt):
+    """Load a checkpoint, if there is one, into parameters, their averages and optimizer. Returns (its step, its log)."""
+    if not path.is_file():
+        return 0, []
+    with reading(path, "put a whole copy there, or delete it to begin anew"):
+        state = torch.load(path, map_location="cpu", weights_only=True)     # a resumed run needs no more memory
+        for name, p in trained.items():
+            p.data.copy_(state["trained"][name])
+            average[name].copy_(state["average"][name])
+        opt.load_state_dict(state["opt"])
+        return state["step"], state["log"]
 
 
-def fit(net, loss_fn, out, s, how, ranks=(0, 1), probe=dict):
+def fit(net, loss_fn, out, s, how, probe=dict):
     """Train what requires gradients in `net` with loss_fn(number, generator) -> loss, until s.steps. Returns it with
     the averaged weights (EMA).
 
     AdamW or Muon, linear warm-up, cosine to 5 %, gradient norm clipped at 1. A run that was cut resumes from its
     state.pt. `number` counts micro-batches over steps and processes and with the seed fixes all that is random in
     one: a resumed run's next loss equals the uninterrupted one's, and P processes do what one does that accumulates P.
-    ranks: (rank, n_ranks) where the processes share a step. probe: () -> more fields for the log.
-    Raises UserError for a NaN, with the step.
+    probe: () -> more fields for the log. Raises UserError for a NaN, with the step.
     """
-    rank, n_ranks = ranks
     device = torch.device(how.device).type
     bf16 = device == "cuda" if how.bf16 is None else how.bf16
-    out.mkdir(parents=True, exist_ok=True)
     net.to(how.device).train()
     if how.checkpointing:
         recompute(net)
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     params = list(trained.values())
+    average = {name: p.detach().clone() for name, p in trained.items()}
     opt = Muon(parameter_groups(trained, s), betas=(0.9, 0.99), fused=True)
     peaks = [group["lr"] for group in opt.param_groups]
-    average = {name: p.detach().clone() for name, p in trained.items()}
-    start, log = resume(out / "state.pt", net, opt, average), out / "log.jsonl"
-    if rank == 0:                                                  # lines after the checkpoint will come again
-        write_text(log, "".join(json.dumps(row) + "\n" for row in read_log(log, start)))
+    start, log = resume(out / "state.pt", trained, average, opt)
 
     warmup = s.warmup or min(200, s.steps // 10 + 1)
     every = min(50, max(5, s.steps // 12))                         # steps between lines of the log
     losses, last_log, last_save = [], time.time(), time.time()
     for step in range(start, s.steps):
+        cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / s.steps)) / 2
         for group, peak in zip(opt.param_groups, peaks):
-            cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / s.steps)) / 2
             group["lr"] = peak * min(1, (step + 1) / warmup) * cosine
 
         opt.zero_grad(set_to_none=True)
         mean = torch.zeros((), device=how.device)
         for micro in range(s.accumulate):
-            number = (step * s.accumulate + micro) * n_ranks + rank
+            number = (step * s.accumulate + micro) * how.n_ranks + how.rank
             generator = torch.Generator().manual_seed(s.seed * 1_000_003_000 + number)
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 loss = loss_fn(number, generator) / s.accumulate
             loss.backward()
             mean += loss.detach()
-        if n_ranks > 1:
+        if how.n_ranks > 1:
             mean_over_processes([mean, *(p.grad for p in params if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         if not torch.isfinite(mean + norm):                        # of the means: every process stops, not just one
@@ -440,20 +429,18 @@ def fit(net, loss_fn, out, s, how, ranks=(0, 1), probe=dict):
                 average[name].lerp_(p, 1 - min(s.ema, (1 + step) / (10 + step)))
 
         losses.append(mean.item())
-        if rank > 0:
-            continue
         last = step + 1 == s.steps
         if (step + 1) % every == 0 or last:
             ms = (time.time() - last_log) * 1e3 / len(losses)
-            gb = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-            row = dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms)
-            print(f"step {step + 1:05d}/{s.steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | {ms:.0f} ms | "
-                  f"{s.batch * s.accumulate * n_ranks * 1e3 / ms:.1f} samples/s | {gb:.1f} GB", flush=True)
-            with open(log, "a") as f:
-                f.write(json.dumps(row | probe()) + "\n")
+            log.append(dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms) | probe())
+            if how.rank == 0:
+                gb = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+                print("step {step:05d}/{} | loss {loss:.4f} | lr {lr:.1e} | {ms:.0f} ms | {:.1f} samples/s | {:.1f} GB".format(
+                    s.steps, s.batch * s.accumulate * how.n_ranks * 1e3 / ms, gb, **log[-1]), flush=True)
+                write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             losses, last_log = [], time.time()
-        if last or time.time() - last_save > 60 * how.save_minutes:
-            save_state(out / "state.pt", net=trained, ema=average, opt=opt.state_dict(), step=step + 1)
+        if how.rank == 0 and (last or time.time() - last_save > 60 * how.save_minutes):
+            save_state(out / "state.pt", trained=trained, average=average, opt=opt.state_dict(), step=step + 1, log=log)
             last_save = time.time()
     net.load_state_dict(average, strict=False)
     return net.eval()
@@ -475,10 +462,10 @@ def is_done(out, settings, how, **more):
     """Begins a run, or goes on with it; True where it is finished. One of other settings is refused by name: --force
     keeps a finished one as it is and lets another go on. more: what only an unfinished one is compared by."""
     if not finished(out):
-        begin(out, settings | more, how.force)
+        begin(out, settings | more | dict(processes=how.n_ranks), how.force)
         return False
-    if not how.force:
-        begin(out, stored(out) | settings)
+    if not how.force:                                              # what is new since then changes nothing
+        begin(out, {name: settings.get(name, x) for name, x in stored(out).items()})
     print(f"{out}: finished")
     return True
 
@@ -494,7 +481,7 @@ def stage_vae(out, s, how, data):
 
     On crops of 32 pixels: many small pictures teach faster than few large ones at the same cost.
     """
-    shards = world_set(data, "pairs", s.pairs, s.size)
+    shards = world_set(data, "pairs", s.samples, s.size)
     config = read_json(TINY / "vae" / "config.json")
     torch.manual_seed(s.seed)
     vae = VAE(config)
@@ -555,7 +542,7 @@ def stage_clip(out, s, how, data):
     """CLIP on frames and captions, source and target of a pair in one batch (each is the other's hard negative), plus
     instructions on the direction from source to target, so that the text tower learns the words of edits too."""
     config, pixels = (read_json(TINY / "clip" / name) for name in ("config.json", "preprocessor_config.json"))
-    shards = square(world_set(data, "pairs", s.pairs, config["vision_config"]["image_size"]))
+    shards = square(world_set(data, "pairs", s.samples, config["vision_config"]["image_size"]))
     tokenizer = train_tokenizer(out)
     config["text_config"]["vocab_size"] = len(tokenizer.vocab)
     torch.manual_seed(s.seed)
@@ -568,9 +555,8 @@ def stage_clip(out, s, how, data):
         return clip.encode_text(ids[:, :length].to(how.device))
 
     def loss_fn(number, generator):
-        frames, rows, records = random_batch(shards, s.batch, generator)
-        before, after, orders = texts_of(records)
-        x = as_input(np.concatenate([frames[rows, 0], frames[rows, 1]])).to(how.device)
+        pairs, (before, after, orders) = random_batch(shards, s.batch, generator)
+        x = as_input(np.concatenate(pairs.swapaxes(0, 1))).to(how.device)       # all sources, then all targets
         x = x + 0.02 * torch.randn(len(x), 1, 1, 1, generator=generator).to(x)
         image = clip.encode_image(((x + 1) / 2 - mean) / std)
         scale, moved = clip.logit_scale.exp().clamp(max=100), change(image)
@@ -594,7 +580,7 @@ def stage_viclip(out, s, how, data):
         shutil.copyfile(out.parent / "clip" / name, out / name)
     tokenizer = Tokenizer(out / "vocab.json", out / "merges.txt", pad=0)
     config = read_json(TINY / "viclip" / "config.json") | {"vocab_size": len(tokenizer.vocab)}
-    stills = square(world_set(data, "pairs", s.pairs, config["image_size"]))
+    stills = square(world_set(data, "pairs", s.samples, config["image_size"]))
     clips = world_set(data, "clips", s.clips, config["image_size"])
     torch.manual_seed(s.seed)
     net = ViCLIP(config)
@@ -602,16 +588,16 @@ def stage_viclip(out, s, how, data):
     mean, std = (v[:, None, None].to(how.device) for v in (net.MEAN, net.STD))
 
     def loss_fn(number, generator):
-        still = number % 2 == 0
-        frames, rows, records = (random_batch(stills, 3 * s.batch, generator) if still else
-                                 random_batch(clips, s.batch, generator, axis=3))
-        before, after, orders = texts_of(records)
-        x = np.concatenate([frames[rows, 0], frames[rows, 1]])     # (2N, 96, 96, 3) or (2N, 8, 96, 96, 3)
-        x = torch.from_numpy(x[:, None] if still else x).to(how.device).permute(0, 1, 4, 2, 3).float() / 255
+        if number % 2 == 0:
+            pairs, (before, after, orders) = random_batch(stills, 3 * s.batch, generator)
+        else:
+            pairs, (before, after, orders) = random_batch(clips, s.batch, generator, axis=3)
+        x = torch.from_numpy(np.concatenate(pairs.swapaxes(0, 1))).to(how.device)
+        x = x.view(len(x), -1, *x.shape[-3:]).permute(0, 1, 4, 2, 3).float() / 255         # (2N, 1 or 8, 3, H, W)
         x = x + 0.01 * torch.randn(len(x), 1, 1, 1, 1, generator=generator).to(x)
         video = net.encode_video((x - mean) / std)
         texts = net.encode_text(tokenizer(before + after + orders, length=net.context))
-        captions, asked = texts.split([len(x), len(rows)])
+        captions, asked = texts.split([len(x), len(orders)])
         scale = 1 / net.temp.clamp(min=0.01)
         moved, slow = change(video), scale.clamp(max=20)
         return (contrastive_loss(video, captions, scale, before + after) +
@@ -686,7 +672,7 @@ def stage_image(out, s, how, data):
     if not s.weights:
         fresh_editor(out, s.seed)
     ed = VideoEditor.from_pretrained(s.weights or out, motion=False, device=how.device, dtype="float32")
-    shards = latents_of(ed, world_set(data, "pairs", s.pairs, s.size), world_folder(data) / f"pairs-{s.size}px",
+    shards = latents_of(ed, world_set(data, "pairs", s.samples, s.size), world_folder(data) / f"pairs-{s.size}px",
                         ["synthetic"])
     unet = ed.unet.requires_grad_(True)
     unet.text_encoder = ed.text_encoder.requires_grad_(True)       # one optimizer, one average for both
@@ -694,13 +680,13 @@ def stage_image(out, s, how, data):
     odds = {name: task.trained for name, task in world.TASKS.items()}
 
     def loss_fn(number, generator):
-        latents, rows, records = random_batch(shards, s.batch, generator, axis=3, odds=odds)
-        z_src, z_tgt = torch.from_numpy(latents[rows]).float().unbind(1)
-        drop = torch.rand(len(rows), generator=generator)
-        ctx = ed.encode_text(["" if x < 0.10 else record["instruction"] for x, record in zip(drop, records)])
+        pairs, (_, _, orders) = random_batch(shards, s.batch, generator, axis=3, odds=odds)
+        z_src, z_tgt = torch.from_numpy(pairs).float().unbind(1)
+        drop = torch.rand(len(pairs), generator=generator)
+        ctx = ed.encode_text(["" if x < 0.10 else order for x, order in zip(drop, orders)])
         drop = drop[:, None, None, None]
         target = torch.where(drop < 0.05, z_src, z_tgt)
-        u = torch.rand(len(rows), generator=generator) ** s.t_bias
+        u = torch.rand(len(pairs), generator=generator) ** s.t_bias
         t = (len(abar) * u).long().clamp(max=len(abar) - 1).to(how.device)      # float32's u may round to 1
         eps = torch.randn(target.shape, generator=generator)
         weight = region_weights((target - z_src) * scale, s.region_weight)
@@ -780,10 +766,10 @@ def stage_motion(out, s, how, data):
     """
     ed = VideoEditor.from_pretrained(s.weights or out.parent / "image", motion=False, device=how.device, dtype="float32")
     for turn in range(2):                                          # the first process draws, the others find it there
-        if turn == (processes()[0] > 0):
-            shards = latents_of(ed, world_set(data, "motion", s.clips, s.size), world_folder(data) / f"motion-{s.size}px")
+        if turn == min(how.rank, 1):
+            shards = latents_of(ed, world_set(data, "motion", s.samples, s.size), world_folder(data) / f"motion-{s.size}px")
         wait_for_all()
-    clips = [clip for z, _ in shards for clip in z][:s.clips]
+    clips = [clip for z, _ in shards for clip in z][:s.samples]
     torch.manual_seed(s.seed)
     unet, still = ed.unet, ed.unet.config                          # like v1-5-3; the rest follows from the U-Net
     unet.add_motion(dict(
@@ -806,25 +792,21 @@ def stage_motion(out, s, how, data):
         samples = [sample(k) for k in range(number * s.batch, (number + 1) * s.batch)]
         return clip_loss(unet, samples, ed.scheduler, how.device)
 
-    fit(unet, loss_fn, out, s, how, processes())
-    if processes()[0] == 0:
+    fit(unet, loss_fn, out, s, how)
+    if how.rank == 0:
         write_network(out, unet.motion_config, {name: x for name, x in unet.state_dict().items()
                                                 if "motion_modules" in name and not name.endswith(".gamma")})
     wait_for_all()                                                 # the others read it next
 
 # ---- stage video: a round of the video editor on curated triples -----------------------------------------------
 
-def read_clips(folders, channels, most=-1):
+def read_clips(folders, channels):
     """Kept triples of curated folders as [(latents file, instruction)]; says how many. Only headers are read here; a
-    clip's latents are read when it is its turn. most: the first so many, -1 all."""
+    clip's latents are read when it is its turn."""
     clips = []
     for folder in map(Path, folders):
-        rows = curate.read_rows(folder)
-        kept = [row for row in rows if row["kept"]]
-        print(f"{folder}: {len(kept)} clips of {len({row['id'] for row in rows})} sources and {len(rows)} candidates")
-        if not kept:
-            raise UserError(f"{folder}: the filter kept none of {len(rows)} candidates; see why with `python curate.py "
-                            f"look {folder}`, then curate with lower thresholds, or more")
+        kept = curate.read_rows(folder, kept=True)
+        print(f"{folder}: {len(kept)} clips")
         for row in kept:
             path = folder / row["id"] / "latents.safetensors"
             z = read_tensors(path)
@@ -832,9 +814,7 @@ def read_clips(folders, channels, most=-1):
                 a, b = z["source"].shape, z["target"].shape
                 need(a == b and len(a) == 4 and a[:2] == (N_FRAMES, channels), f"holds {tuple(a)} and {tuple(b)}")
             clips.append((path, row["instruction"]))
-    if most > len(clips):
-        raise UserError(f"--max-clips {most}: there are only {len(clips)}")
-    return clips if most == -1 else clips[:most]
+    return clips
 
 
 def video_editor(s, how):
@@ -860,7 +840,7 @@ def video_editor(s, how):
 
 def watch(unet):
     """probe() -> fields for the log: gamma of every motion module; EPM's mean bias of every site over the last batch,
-    [within a frame, between frames]; and the mean over sites as a matrix, rows the frames that listen (Figure 5)."""
+    other frames less the own; and the mean over sites as a matrix, rows the frames that listen (Figure 5)."""
     sites = {name.split(".transformer_blocks")[0]: m for name, m in unet.named_modules() if isinstance(m, EPM)}
     for m in sites.values():
         m.register_forward_hook(lambda m, x, bias: setattr(m, "seen", bias.detach().float().mean(0).cpu()))
@@ -870,9 +850,8 @@ def watch(unet):
         row = dict(gamma={name.removesuffix(".gamma"): round(p.mean().item(), 5)
                           for name, p in unet.named_parameters() if name.endswith(".gamma")})
         if sites:
-            seen = {name: m.seen for name, m in sites.items()}
-            row["epm"] = {name: [x[own].mean().item(), x[~own].mean().item()] for name, x in seen.items()}
-            row["epm_matrix"] = torch.stack(list(seen.values())).mean(0).tolist()
+            row["epm"] = {name: (m.seen[~own].mean() - m.seen[own].mean()).item() for name, m in sites.items()}
+            row["epm_matrix"] = torch.stack([m.seen for m in sites.values()]).mean(0).tolist()
         return row
     return probe
 
@@ -897,11 +876,11 @@ def stage_video(out, s, how, curation):
     Targets are samples made with guidance: a model that has learnt them is guided twice when it samples, and a little
     more in every round. --guided-loss compares the guided prediction instead, so that what it learns is what it makes.
     """
-    (rank, n_ranks), clips = processes(), []
+    clips = []
     if not finished(out):
         vae = read_json(part(repository(s.weights), "vae") / "config.json")
-        clips = read_clips(s.train_on, vae["latent_channels"], s.max_clips)
-    if is_done(out, round_settings(s, curation), how, clips=len(clips), processes=n_ranks):
+        clips = read_clips(s.train_on, vae["latent_channels"])[:s.samples]
+    if is_done(out, round_settings(s, curation), how, clips=len(clips)):
         return
     ed = video_editor(s, how)
     with torch.no_grad():
@@ -923,39 +902,39 @@ def stage_video(out, s, how, curation):
         samples = [sample(k) for k in range(number * s.batch, (number + 1) * s.batch)]
         return clip_loss(ed.unet, samples, ed.scheduler, how.device, guidance)
 
-    fit(ed.unet, loss_fn, out, s, how, (rank, n_ranks), watch(ed.unet))
-    if rank == 0:
+    fit(ed.unet, loss_fn, out, s, how, watch(ed.unet))
+    if how.rank == 0:
         config = ed.unet.config | dict(motion=ed.unet.motion_config, same_noise=s.same_noise > 0.5)
         write_editor(out, config | (dict(epm=ed.unet.epm_config) if s.epm else {}), ed.unet, dict(base=ed.base))
     wait_for_all()
 
 # ---- the rounds ------------------------------------------------------------------------------------------------
 
-def curation_steps(args, s, n):
+def curation_steps(task, s, n):
     """What a round's clips are curated by: [(curate.py's step, its folder, its settings)], one after the other.
 
     Round 0 (stage I): triples synthesised from images by the image editor and FFG-V2V. Rounds 1, 2, ... (stages II,
     III): real clips edited by the previous round's model.
     """
-    data = args.data
-    images, clips, cut, written = (str(data / name) for name in ("images", "clips", f"cut{n}", f"write{n}"))
-    steps = [("images", images, dict(weights=s.weights, source=args.images_from, n=args.images)),
-             ("clips", clips, dict(images=images)),
-             ("videos", data / "round0", dict(weights=s.weights, motion=s.motion, images=images, clips=clips))]
-    if n > 0:
-        steps = [("cut", cut, dict(source=args.real_from, n=args.real_clips)), ("write", written, dict(clips=cut)),
-                 ("real", data / f"round{n}", dict(weights=str(args.runs / f"round{n - 1}"), source=written))]
-    return [(name, Path(to), step_settings(args, name, own)) for name, to, own in steps]
+    data = str(task.data)
+    images, clips, cut, written = f"{data}/images", f"{data}/clips", f"{data}/cut{n}", f"{data}/write{n}"
+    if n == 0:
+        return [step(task, "images", images, weights=s.weights, source=task.images_from, n=task.images),
+                step(task, "clips", clips, images=images),
+                step(task, "videos", f"{data}/round0", weights=s.weights, motion=s.motion, images=images, clips=clips)]
+    before = str(task.runs / f"round{n - 1}")
+    return [step(task, "cut", cut, source=task.real_from, n=task.real_clips), step(task, "write", written, clips=cut),
+            step(task, "real", f"{data}/round{n}", weights=before, source=written, round=n)]
 
 
-def step_settings(args, name, own):
-    """Settings of curate.py's step `name`: this model's, the flags in --curate-<name>, then what the round says."""
-    settings, given = curate.STEPS[name][0](**CURATE[args.model].get(name, {})), getattr(args, f"curate_{name}")
+def step(task, name, to, **own):
+    """A step with this model's settings, those in --curate-<name>, and what the round says."""
+    settings, flags = curate.STEPS[name][0](**CURATE[task.model].get(name, {})), getattr(task, f"curate_{name}")
     parser = Parser(add_help=False)
     add_flags(parser, settings)
-    with reading(f"--curate-{name}={given}"):
-        flags = parser.parse_args(shlex.split(given))
-    return replace(from_flags(settings, flags), **own)
+    with reading(f"--curate-{name}={flags}"):
+        settings = from_flags(settings, parser.parse_args(shlex.split(flags)))
+    return name, Path(to), replace(settings, **own)
 
 
 def curate_all(steps, how):
@@ -966,13 +945,13 @@ def curate_all(steps, how):
         wait_for_all()
 
 
-def round_folders(args, n):
+def round_folders(task, n):
     """What round n trains on, as in the paper's Table 4: 0 on the synthetic triples, 1 on those and its own, later ones
     on their own alone (Stage III with a dagger), with --mix on the synthetic ones as well."""
-    return tuple(str(args.data / f"round{k}") for k in dict.fromkeys([0, n] if n < 2 or args.mix else [n]))
+    return tuple(str(task.data / f"round{k}") for k in dict.fromkeys([0, n] if n < 2 or task.mix else [n]))
 
 
-def refine(args, s, how):
+def refine(task, s, how):
     """--round N: every round up to N that is not finished: curate what it needs, then train on it. What is there is
     skipped or resumed; flags that a finished round was not made with are refused before any work.
 
@@ -981,13 +960,13 @@ def refine(args, s, how):
     drifts a bit further in every round.
     """
     todo = []
-    for n in range(args.round + 1):
-        steps = [] if s.train_on else curation_steps(args, s, n)
+    for n in range(task.round + 1):
+        steps = [] if s.train_on else curation_steps(task, s, n)
         curation = {f"{name} {k}": v for name, _, settings in steps for k, v in asdict(settings).items()}
-        out, own = args.runs / f"round{n}", replace(s, train_on=s.train_on or round_folders(args, n))
+        out, own = task.runs / f"round{n}", replace(s, train_on=s.train_on or round_folders(task, n))
         if not finished(out) or not is_done(out, round_settings(own, curation), how):
             todo.append((steps, out, own, curation))
-    networks(args, s, how)
+    networks(task, s, how)
     for steps, out, own, curation in todo:
         print(f"{out}: curating, then training")
         curate_all(steps, how)
@@ -1016,10 +995,9 @@ def stage_writer(out, s, how):
     the form in which the writer then meets real clips, at 197 tokens instead of up to 7,290. `fit` sees the trained
     matrices alone, so that its checkpoints are small. Writes <out>/writer.safetensors for `curate.py write --lora`.
     """
-    rank, n_ranks = processes()
-    pairs = [] if finished(out) else writer_pairs(s.pairs_from, s.pairs)
+    pairs = [] if finished(out) else writer_pairs(s.pairs_from, s.samples)
     settings = asdict(s) | dict(llava=portable(s.llava), pairs_from=portable(s.pairs_from))
-    if is_done(out, settings, how, found=len(pairs), processes=n_ranks):
+    if is_done(out, settings, how, found=len(pairs)):
         return
     net = LlavaOneVision.from_pretrained(s.llava, device=how.device)
     torch.manual_seed(s.seed)
@@ -1041,8 +1019,8 @@ def stage_writer(out, s, how):
         images, answers = zip(*[sample(k) for k in range(number * s.batch, (number + 1) * s.batch)])
         return writer_loss(net, list(images), list(answers))
 
-    fit(lora, loss_fn, out, s, how, (rank, n_ranks))
-    if rank == 0:
+    fit(lora, loss_fn, out, s, how)
+    if how.rank == 0:
         save_lora(net, out / "writer.safetensors")
         write_json(out / "config.json", dict(llava=s.llava, rank=s.rank))
         print(f"{out / 'writer.safetensors'}: pass it as --lora to curate.py write --writer llava --llava {s.llava}")
@@ -1053,14 +1031,9 @@ def stage_writer(out, s, how):
 def report(source, how, n, n_frames):
     """The closing table of a run: the bare frames of held-out drawn scenes against their true edit."""
     ed = VideoEditor.from_pretrained(source, device=how.device)
-    if not ed.words:                                               # published weights do not know the shapes world
-        print(f"{source}: score it on real clips with `python metrics.py tgve DIR --weights {source}`")
-        return
-    print(f"{source}: held-out drawn scenes, {n_frames} frame(s)\n| task | edits | success | gain, dB |\n|---|---|---|---|")
-    rows = drawn_scores(ed, n, "synthetic", n_frames)
-    for task in dict.fromkeys(row["task"] for row in rows):
-        success, gain = np.array([[row["success"], row["truth_gain"]] for row in rows if row["task"] == task], float).T
-        print(f"| {task} | {len(gain)} | {success.mean():.0%} | {gain.mean():+.1f} |")
+    if ed.words:
+        return print_bare(ed, n, ["synthetic"], n_frames, {})
+    print(f"{source}: score it on real clips with `python metrics.py tgve DIR --weights {source}`")
 
 
 @dataclass
@@ -1072,18 +1045,18 @@ class Row:
     mode: str = "video"
 
 
-def table_rows(command, args, s, how):
+def table_rows(command, task, s, how):
     """Equal steps in every row, and in table 2 equally many clips."""
     if command == "table2":                                        # other data of the same sources, for the same model
-        (_, images, image), _, (_, _, video) = curation_steps(args, s, 0)
-        every, first = images.with_name("images-unfiltered"), dict(no_filter=True, candidates=1)
+        (_, images, image), _, (_, _, video) = curation_steps(task, s, 0)
+        every, first = images.with_name("images-unfiltered"), dict(filter=False, candidates=1)
         rows = {"trajectory-guided, filtered": "round0", "trajectory-guided, unfiltered": "round0-unfiltered",
                 "per frame, filtered": "round0-per-frame"}
         curate_all([("images", every, replace(image, **first)),
-                    ("videos", args.data / "round0-unfiltered", replace(video, images=str(every), **first)),
-                    ("videos", args.data / "round0-per-frame", replace(video, mode="image"))], how)
-        least = min(len(curate.read_rows(args.data / folder, kept=True)) for folder in rows.values())
-        return [Row(name, replace(s, max_clips=least), (folder,)) for name, folder in rows.items()]
+                    ("videos", task.data / "round0-unfiltered", replace(video, images=str(every), **first)),
+                    ("videos", task.data / "round0-per-frame", replace(video, mode="image"))], how)
+        least = min(len(curate.read_rows(task.data / folder, kept=True)) for folder in rows.values())
+        return [Row(name, replace(s, samples=least), (folder,)) for name, folder in rows.items()]
     if command == "table3":
         return [Row(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", replace(s, sma=sma, epm=epm), ("round0",))
                 for sma in (False, True) for epm in (False, True)]
@@ -1092,77 +1065,59 @@ def table_rows(command, args, s, how):
             Row("round 2, with synthetic data", s, ("round0", "round2")), Row("round 2, real only", s, ("round2",))]
 
 
-def measured(out, row, s, how, n):
-    """{domain: (clips, 3) success, gain in dB, flicker} of a row's run; what stands in `out` is not measured again."""
+def measured(out, row, domain, s, how, n):
+    """`drawn_scores` of a row's run; what stands in `out` is not measured again."""
     source, motion = (out, None) if row.settings else (s.weights, s.motion if row.mode == "ffg" else False)
-    scores = {}
-    for domain in ("synthetic", "real"):
-        file = out / f"{domain}-{n}-{editor_of(source)['editor']}.json"
-        if processes()[0] == 0 and not file.is_file():
-            ed = VideoEditor.from_pretrained(source, motion=motion, device=how.device)
-            rows = drawn_scores(ed, n, domain, N_FRAMES, row.mode)
-            write_json(file, [[clip["success"], clip["truth_gain"], clip["flicker"]] for clip in rows])
-        wait_for_all()
-        scores[domain] = np.array(read_json(file, list), float)
-    return scores
+    file = out / f"{domain}-{n}-{editor_of(source)['editor']}.json"
+    if how.rank == 0 and not file.is_file():
+        ed = VideoEditor.from_pretrained(source, motion=motion, device=how.device)
+        write_json(file, drawn_scores(ed, n, domain, N_FRAMES, row.mode))
+    wait_for_all()
+    return read_json(file, list)
 
 
-def table(command, args, s, how):
+def table(command, task, s, how):
     """Train every row of a table with --seeds seeds and measure it on held-out clips of 16 frames, both domains.
 
-    Every seed edits the same clips, so intervals are over clips, each the mean of its seeds; differences to the first
-    row are taken clip by clip, with how many clips differ in success: where none does, ± 0 only says that, not that
-    none would.
+    Every seed edits the same clips, so intervals are over clips, each with all of its seeds; differences to the first
+    row are taken clip by clip.
     """
-    lines, first = [], {}
-    for row in table_rows(command, args, s, how):
-        seeds = []
-        for seed in range(args.seeds if row.settings else 1):
-            out = args.runs / command / f"{row.name.replace(',', '').replace(' ', '-')}-{seed}"
-            if row.settings:
-                folders = tuple(str(args.data / folder) for folder in row.folders)
-                stage_video(out, replace(row.settings, seed=seed, train_on=folders), how, {})
-            seeds.append(measured(out, row, s, how, args.n))
-        for domain in seeds[0]:
-            scores = np.array([seed[domain] for seed in seeds])    # (seeds, clips, 3)
-            lines.append(table_line(row.name, domain, scores, first.setdefault(domain, scores.mean(0))))
-    print(f"{command}: held-out clips of {N_FRAMES} frames; ± is half a 95 % interval over clips\n| row | domain | clips x "
-          "seeds | success | seeds' means | clips that differ from the first row | gain, dB | flicker |\n" + "|---" * 8 + "|",
-          *lines, sep="\n", flush=True)
-
-
-def table_line(name, domain, scores, first):
-    """scores (seeds, clips, 3); first (clips, 3): the first row's mean over its seeds. Each score with its difference to
-    the first row in brackets."""
-    means, v = scores[:, :, 0].mean(1), scores.mean(0)
-    half, half_more = (1.96 * x.std(axis=0) / math.sqrt(len(v)) for x in (v, v - first))
-    mean, more = v.mean(0), (v - first).mean(0)
-    success, gain, flicker = (f"{mean[k]:{how}} ± {half[k]:{how}} ({more[k]:+{how}} ± {half_more[k]:{how}})"
-                              for k, how in enumerate((".1%", ".2f", ".2f")))
-    return (f"| {name} | {domain} | {len(v)} x {len(scores)} | {success} | {min(means):.1%} to {max(means):.1%} | "
-            f"{(v != first)[:, 0].sum()} | {gain} | {flicker} |")
+    columns, lines, first = ["success", "truth_gain", "flicker"], [], {}
+    for row in table_rows(command, task, s, how):
+        name = row.name.replace(",", "").replace(" ", "-")
+        outs = [task.runs / command / f"{name}-{seed}" for seed in range(task.seeds if row.settings else 1)]
+        for seed, out in enumerate(outs if row.settings else []):
+            folders = tuple(str(task.data / folder) for folder in row.folders)
+            stage_video(out, replace(row.settings, seed=seed, train_on=folders), how, {})
+        for domain in ("synthetic", "real"):
+            scores = [clip for out in outs for clip in measured(out, row, domain, s, how, task.n)]
+            clips, values = [clip["id"] for clip in scores], np.array([[clip[k] for k in columns] for clip in scores])
+            mean = {clip: values[np.array(clips) == clip].mean(0) for clip in clips}
+            first.setdefault(domain, mean)
+            gains = [dict(zip(columns, x - first[domain][clip])) for clip, x in zip(clips, values)]
+            lines += [table_row(f"{row.name}, {domain} [95 %]", scores, columns, clips),
+                      table_row("− first row", gains, columns, clips, "+")]
+    if how.rank == 0:
+        print(f"{command}: held-out clips of {N_FRAMES} frames", table_head("row", columns), *lines, sep="\n", flush=True)
 
 # ---- a round as a picture, a run as one folder -----------------------------------------------------------------
 
 def plot(run, size=300):
-    """run/training.svg from its log: gamma of every motion module over steps (Figure 4e); EPM's mean bias of every
-    site, other frames less the own; what the last mean bias gives as attention (Figure 5: rows listen, white is 1)."""
-    rows = read_log(run / "log.jsonl")
-    if not rows or "gamma" not in rows[0]:
-        raise UserError(f"{run / 'log.jsonl'}: no log of a video run; pass --weights with the folder of one")
-    panels = {"gamma": {name: [row["gamma"][name] for row in rows] for name in rows[0]["gamma"]}}
-    if "epm" in rows[0]:
-        panels["EPM"] = {name: [row["epm"][name][1] - row["epm"][name][0] for row in rows] for name in rows[0]["epm"]}
+    """run/training.svg from its log: gamma of every motion module over steps (Figure 4e), EPM's bias of every site, and
+    what its mean gives as attention at the end (Figure 5: rows listen, white is 1)."""
+    with reading(run / "log.jsonl", "pass --round N, or --out with the folder of a round"):
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        panels = {"gamma": [row["gamma"] for row in rows], "EPM's bias": [row.get("epm", {}) for row in rows]}
+        end, matrix = rows[-1]["step"], torch.tensor(rows[-1].get("epm_matrix", []))
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -20 {3 * size} {size + 20}">']
     for i, (title, curves) in enumerate(panels.items()):
-        low, high = min(map(min, curves.values())), max(map(max, curves.values()))
-        svg.append(f'<text x="{i * size}" y="-5">{title}, {low:.3f} to {high:.3f}, {rows[-1]["step"]} steps</text>')
-        for k, (name, curve) in enumerate(curves.items()):
-            points = [f"{(i + row['step'] / rows[-1]['step']) * size:.0f},{size * (high - y) / (high - low + 1e-9):.0f}"
-                      for row, y in zip(rows, curve)]
-            svg.append(f'<polyline fill="none" stroke="hsl({360 * k // len(curves)},70%,40%)" points="{" ".join(points)}">'
-                       f'<title>{name}</title></polyline>')
-    for y, line in enumerate(torch.tensor(rows[-1].get("epm_matrix", [])).softmax(-1).tolist()):
+        low, high = (f([y for row in curves for y in row.values()] + [0]) for f in (min, max))
+        svg.append(f'<text x="{i * size}" y="-5">{title}, {low:.3f} to {high:.3f}, {end} steps</text>')
+        for k, name in enumerate(curves[0]):
+            points = [f"{(i + row['step'] / end) * size:.0f},{size * (high - curve[name]) / (high - low):.0f}"
+                      for row, curve in zip(rows, curves)]
+            svg.append(f'<polyline fill="none" stroke="hsl({40 * k},70%,40%)" points="{" ".join(points)}"/>')
+    for y, line in enumerate(matrix.softmax(-1).tolist()):
         svg += [f'<rect x="{2 * size + 16 * x}" y="{16 * y}" width="16" height="16" fill="hsl(0,0%,{100 * share:.0f}%)"/>'
                 for x, share in enumerate(line)]
     write_text(run / "training.svg", "\n".join([*svg, "</svg>"]))
@@ -1190,92 +1145,81 @@ def export(source, to):
 
 # the networks of `tiny`: how one is trained, its settings, what must be there before
 NETWORKS = {"vae": (stage_vae, Vae(steps=2500, lr=2e-3, batch=64, ema=0.995), []),
-            "clip": (stage_clip, Clip(batch=48, ema=0.995), []),
-            "viclip": (stage_viclip, Viclip(steps=1500, batch=16, ema=0.995), ["clip"]),
+            "clip": (stage_clip, Clip(batch=48, samples=60_000, ema=0.995), []),
+            "viclip": (stage_viclip, Viclip(steps=1500, batch=16, samples=60_000, ema=0.995), ["clip"]),
             "image": (stage_image, Image(steps=16_000, batch=32), ["vae", "clip", "viclip"]),
-            "motion": (stage_motion, Motion(steps=600), ["image"])}
+            "motion": (stage_motion, Motion(steps=600, samples=2000), ["image"])}
 
 
-def train_network(name, s, how, args):
+def train_network(name, s, how, task):
     """One of NETWORKS, where it is not finished: on the data drawn by this world, from the networks that it needs."""
     stage, _, needs = NETWORKS[name]
-    origin, weights = dict(world=world_folder(args.data).name), getattr(s, "weights", "")
-    if getattr(s, "size", 32) % 32:
-        raise UserError(f"--size {s.size}: needs a multiple of 32")
-    for other in [] if weights else needs:
-        if not finished(args.runs / other):
-            raise UserError(f"{args.runs / other}: no finished network there; run `python train.py {other}` first")
-        origin[other] = fingerprint(*sorted((args.runs / other).rglob("*.safetensors")))
-    origin |= editor_of(weights) if weights else {}
-    if not is_done(args.runs / name, asdict(s) | origin, how):
-        stage(args.runs / name, s, how, args.data)
+    weights = getattr(s, "weights", "")
+    origin = dict(world=world_folder(task.data).name) | (editor_of(weights) if weights else {})
+    for other in needs if not weights else []:
+        if not finished(task.runs / other):
+            raise UserError(f"{task.runs / other}: no finished network there; run `python train.py {other}` first")
+        origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
+    if not is_done(task.runs / name, asdict(s) | origin, how):
+        stage(task.runs / name, s, how, task.data)
 
 
-def networks(args, s, how):
-    """The networks of `tiny` that are wanted and not finished: with default settings, others have to be asked for by
-    the stage's own command."""
-    wanted = list(NETWORKS)[:4] if Path(s.weights) == args.runs / "image" else []
-    wanted += ["motion"] if args.round is not None and Path(s.motion) == args.runs / "motion" else []
-    for name in wanted:
-        if not finished(args.runs / name) and (name == "motion" or processes()[0] == 0):   # minutes: one is enough
-            own = replace(NETWORKS[name][1], **(dict(weights=s.weights) if name == "motion" else {}))
-            train_network(name, own, how, args)
-        wait_for_all()
+def networks(task, s, how):
+    """What a round, or an image editor without one, needs and is not there: with default settings. Whoever wants others
+    trains it by its own command before."""
+    needs = [name for name in NETWORKS if name != "motion"] if Path(s.weights) == task.runs / "image" else []
+    for name in needs:
+        if how.rank == 0 and not finished(task.runs / name):       # minutes, so one process is enough
+            train_network(name, NETWORKS[name][1], replace(how, n_ranks=1), task)
+    wait_for_all()
+    if task.round is not None and Path(s.motion) == task.runs / "motion" and not finished(task.runs / "motion"):
+        train_network("motion", replace(NETWORKS["motion"][1], weights=s.weights), how, task)
 
 
-def parse(command, argv):
-    """(arguments, settings of the stage, How) of a command line."""
-    first = Parser(add_help=False)
-    first.add_argument("--model", default="tiny", choices=list(ROUND), help="tiny: from nothing; sd15: published weights")
-    model = first.parse_known_args(argv)[0].model
-    s = NETWORKS[command][1] if command in NETWORKS else WRITER if command == "writer" else ROUND[model]
-    p = Parser(prog=f"train.py {command}", parents=[first], description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("--data", type=Path, default=ROOT / "data" / model, help="where drawn, cached and curated clips lie")
-    add("--runs", type=Path, default=ROOT / "runs" / model, help="where runs go")
-    add("--device", type=known_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--round", type=int, help="bring the model up to this round; of video, plot, export: which one")
-    add("--out", type=Path, help="video, writer: where the run goes; plot, export: where it lies")
-    add("--to", type=Path, default=TINY, help="export: target folder")
-    for settings in (s, How(), Data()):
+def parse(argv):
+    """(command, what to do, settings of the stage, How) of a command line."""
+    defaults = {name: settings for name, (_, settings, _) in NETWORKS.items()} | {"writer": WRITER}
+    commands = [*defaults, "video", "table2", "table3", "table4", "plot", "export"]
+    command = argv[0] if argv and argv[0] in commands else ""
+    p = Parser(prog=f"train.py {command}", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument("--device", type=known_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    for settings in (defaults.get(command, ROUND["tiny"]), Task(), How()):
         add_flags(p, settings)
-    for name in curate.STEPS:
-        add(f"--curate-{name}", default="", metavar="FLAGS", help=f"rounds: more flags for curate.py {name}, quoted, after =")
-    args = p.parse_args(argv)
-    for name, value in asdict(from_flags(Data(), args)).items():
-        setattr(args, name, value)
-    return args, from_flags(s, args), replace(from_flags(How(), args), device=args.device)
+    args = p.parse_args(argv[1:] if command else argv)
+    task = from_flags(Task(), args)
+    task.data, task.runs = task.data or ROOT / "data" / task.model, task.runs or ROOT / "runs" / task.model
+    s = from_flags(defaults.get(command, ROUND[task.model]), args)
+    if isinstance(s, Round):                                       # what round 0 starts from
+        tiny = task.model == "tiny"
+        s.weights = s.weights or (str(task.runs / "image") if tiny else "sd15")
+        s.motion = s.motion or (str(task.runs / "motion") if tiny else SD15_MOTION)
+    rank, n_ranks = join_processes(args.device)
+    return command, task, s, replace(from_flags(How(), args), device=args.device, rank=rank, n_ranks=n_ranks)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv and not argv[0].startswith("-") else ""
-    args, s, how = parse(command, argv[1:] if command else argv)
-    tiny = args.model == "tiny"
-    if isinstance(s, Round):
-        s.weights = s.weights or (str(args.runs / "image") if tiny else "sd15")
-        s.motion = s.motion or (str(args.runs / "motion") if tiny else SD15_MOTION)
-    n = args.round or 0
-    out = args.out or args.runs / (command if command == "writer" else "image" if args.round is None and command != "video" else f"round{n}")
-    join_processes(args.device)
+    command, task, s, how = parse(sys.argv[1:] if argv is None else argv)
+    name = "image" if command in ("", "plot", "export") else command
+    name = name if task.round is None and name != "video" else f"round{task.round or 0}"
+    out = task.out or task.runs / name
     if command in NETWORKS:
-        train_network(command, s, how, args)
+        train_network(command, s, how, task)
     elif command == "video":
-        stage_video(out, replace(s, train_on=s.train_on or round_folders(args, n)), how, {})
+        stage_video(out, replace(s, train_on=s.train_on or round_folders(task, task.round or 0)), how, {})
     elif command == "writer":
         stage_writer(out, s, how)
-    elif command in ("table2", "table3", "table4"):
-        table(command, args, s, how)
     elif command == "plot":
         plot(out)
     elif command == "export":
-        export(out, args.to)
-    elif args.round is None:
-        networks(args, s, how)
+        export(out, task.to)
+    elif command:
+        table(command, task, s, how)
+    elif task.round is None:
+        networks(task, s, how)
     else:
-        refine(args, s, how)
-    if args.n and command in ("", "image") and processes()[0] == 0:
-        report(out, how, args.n, 1 if args.round is None else N_FRAMES)
+        refine(task, s, how)
+    if task.n and command in ("", "image") and how.rank == 0:
+        report(out, how, task.n, 1 if task.round is None else N_FRAMES)
     if dist.is_initialized():
         dist.destroy_process_group()
 
