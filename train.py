@@ -18,7 +18,6 @@ A run lies in runs/<model>/<stage>: settings.json (what made it), log.jsonl, sta
 finished its networks in hub layout, model_index.json or config.json last. Under torchrun the stages motion, video
 and writer share their batch among the processes.
 """
-import argparse
 import json
 import math
 import os
@@ -26,8 +25,9 @@ import shlex
 import shutil
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -38,8 +38,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image as Picture
-from PIL import ImageDraw
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as BPETokenizer
 from tokenizers import models, pre_tokenizers, trainers
@@ -48,11 +46,11 @@ from tqdm import tqdm
 
 import curate
 import world
-from metrics import CLIP, ViCLIP, drawn_scores
+from metrics import CLIP, ViCLIP, drawn_scores, print_bare, table_head, table_row
 from model import (EPM, N_FRAMES, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, aside, begin, fingerprint, finished, need, noise_levels, part, portable,
                    read_json, read_tensors, reading, repository, run, save_tensors, write_json, write_text)
-from sample import Parser, add_flags, between, from_flags, known_device, option
+from sample import Parser, add_flags, from_flags, known_device, option
 from teachers import (FIELDS, LLAVA, WRITER_TASKS, LlavaOneVision, add_lora, guess_task, parse_answer, save_lora,
                       writer_loss)
 
@@ -67,6 +65,7 @@ class Training:
     lr: float = option(1e-3, "peak learning rate", low=1e-12)
     batch: int = option(4, "pairs or clips in a micro-batch of one process", low=1)
     accumulate: int = option(1, "micro-batches in a step of one process", low=1)
+    samples: int = option(120_000, "drawn pairs or clips to train on; of given ones the first so many", low=1)
     seed: int = option(0, "of initialisation, noise and the order of the data")
     lr_new: float = 0.0                 # of EPM; gamma's is ten times that
     optimizer: str = "adamw"
@@ -74,27 +73,27 @@ class Training:
     ema: float = 0.999
 
 
+SIZES = range(32, 513, 32)
+
+
 @dataclass
 class Vae(Training):
-    pairs: int = option(120_000, "drawn frames, source and target of an edit", low=1)
-    size: int = option(64, "short side of the frames, pixels, a multiple of 32", low=32)
+    size: int = option(64, "short side of the frames, pixels", choices=SIZES)
 
 
 @dataclass
 class Clip(Training):
-    pairs: int = option(60_000, "drawn frames, source and target of an edit", low=1)
+    pass
 
 
 @dataclass
 class Viclip(Training):
-    pairs: int = option(60_000, "drawn frames, source and target of an edit", low=1)
-    clips: int = option(3000, "drawn clips, source and target of an edit", low=1)
+    clips: int = option(3000, "drawn pairs of clips; samples are of stills", low=1)
 
 
 @dataclass
 class Image(Training):
-    pairs: int = option(120_000, "drawn frames, source and target of an edit", low=1)
-    size: int = option(64, "short side of the frames, pixels, a multiple of 32", low=32)
+    size: int = option(64, "short side of the frames, pixels", choices=SIZES)
     weights: str = option("", "an editor to go on from, with a new schedule (default: from nothing)")
     optimizer: str = option("muon", "for matrices inside the network; AdamW has the rest", choices=["muon", "adamw"])
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
@@ -103,9 +102,8 @@ class Image(Training):
 
 @dataclass
 class Motion(Training):
-    clips: int = option(2000, "drawn clips", low=1)
-    size: int = option(64, "side of the frames, pixels, a multiple of 32", low=32)
-    weights: str = option("", "image editor to train in (default: runs/<model>/image)")
+    size: int = option(64, "side of the frames, pixels", choices=SIZES)
+    weights: str = option("", "image editor to train in (default: runs/tiny/image)")
     same_noise: float = option(0.5, "share of clips whose frames have one noise", low=0, high=1)
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
 
@@ -118,7 +116,6 @@ class Round(Training):
                               "a round, to go on from it")
     motion: str = option("", "motion adapter (default: runs/tiny/motion, or AnimateDiff's)")
     train_on: tuple[str, ...] = option((), "curated folders (default: the round's own)")
-    max_clips: int = option(-1, "train on the first so many clips (-1: all)", low=1)
     trainable: str = option("temporal", "motion modules, or the whole U-Net; gamma and EPM always",
                             choices=["temporal", "all"])
     sma: bool = option(True, "gamma is trained, from 0; else it stays at 1")
@@ -130,91 +127,92 @@ class Round(Training):
     region_weight: float = option(3.0, "extra loss weight of the smaller part of a frame, changed or kept", low=0)
     no_text: str = option("source", "target where the instruction is dropped", choices=["source", "edit"])
     guided_loss: bool = option(True, "the loss is that of the guided prediction, as sampling makes it")
+    warmup: int = 0
 
 
 @dataclass
 class Writer(Training):
     pairs_from: str = option("", "image pairs, as curate.py images --from")
-    pairs: int = option(120_000, "the first so many of them", low=1)
     llava: str = option(LLAVA, "hub id or directory of the language model")
     rank: int = option(16, "of LoRA's matrices", low=1)
-
-
-@dataclass
-class Rounds:
-    """What the rounds' data is curated from."""
-    images_from: str = option("shapes", "round 0: source images, as curate.py images --from")
-    images: int = option(240, "round 0: how many of them", low=1)
-    real_from: str = option("shapes", "rounds 1, 2: real clips, as curate.py cut --from")
-    real_clips: int = option(120, "rounds 1, 2: how many of them; of a folder how many videos", low=1)
-    mix: bool = option(False, "from round 2 on the synthetic triples of round 0 as well")
-
-
-@dataclass
-class Measure:
-    """How editors are measured, on held-out scenes whose true edit is known."""
-    n: int = option(24, "edits per task, after training and in tables (0: none)", low=0)
-    seeds: int = option(3, "tables: training seeds of every row", low=1)
-    sampling_steps: int | None = option(None, "of every edit (default: the checkpoint's own)", low=1)
-    text_cfg: float | None = option(None, "text guidance (default: the checkpoint's own)")
-    source_cfg: float | None = option(None, "source guidance (default: the checkpoint's own)")
+    warmup: int = 0
 
 
 @dataclass
 class How:
     """What changes no result, or hardly, and is stored nowhere."""
     device: str = "cpu"
+    rank: int = 0                       # of this process among
+    n_ranks: int = 1                    # those that torchrun started, which share a step
     bf16: bool | None = option(None, "networks run in bfloat16, weights stay in float32; default on CUDA only")
     checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
     save_minutes: float = option(5.0, "between checkpoints", low=0)
     force: bool = option(False, "go on with a run although its settings changed; keep a finished one as it is")
 
 
+@dataclass
+class Task:
+    """What a command is to do, and where."""
+    model: str = option("tiny", "tiny: from nothing; sd15: from published weights, with other settings: see ROUND",
+                        choices=["tiny", "sd15"])
+    data: Path | None = option(None, "where drawn, cached and curated clips lie (default: data/<model>)")
+    runs: Path | None = option(None, "where runs go (default: runs/<model>)")
+    round: int | None = option(None, "bring the model up to this round; of video, plot, export: which one", low=0)
+    out: Path | None = option(None, "video, writer: where the run goes; plot, export: where it lies")
+    to: Path = option(TINY, "export: target folder")
+    images_from: str = option("shapes", "round 0: source images, as curate.py images --from")
+    images: int = option(240, "round 0: how many of them", low=1)
+    real_from: str = option("shapes", "rounds 1, 2: real clips, as curate.py cut --from")
+    real_clips: int = option(120, "rounds 1, 2: how many of them; of a folder how many videos", low=1)
+    mix: bool = option(False, "from round 2 on the synthetic triples of round 0 as well")
+    curate_images: str = option("", "rounds: more flags of curate.py images, quoted and after =; the next ones likewise")
+    curate_clips: str = option("", "of curate.py clips")
+    curate_videos: str = option("", "of curate.py videos")
+    curate_cut: str = option("", "of curate.py cut")
+    curate_write: str = option("", "of curate.py write")
+    curate_real: str = option("", "of curate.py real")
+    n: int = option(24, "held-out edits per task, measured after training and in tables (0: none)", low=0)
+    seeds: int = option(3, "tables: training seeds of every row", low=1)
+
+
 # 1e-5 is InsV2V's learning rate; the rest of sd15's is our guess until someone has the GPU hours: 2,000 steps are
 # 3 to 6 passes over the paper's clips. `tiny` is trained from nothing and its empty instruction returns the source, see
 # `stage_image`; IP2P's is an average of all edits, which its guidance scales count on.
-ROUND = {"tiny": Round(steps=60, lr=2e-4, warmup=0),
-         "sd15": Round(steps=2000, lr=1e-5, lr_new=1e-4, batch=1, accumulate=16, warmup=0, same_noise=0.0, t_bias=1.0,
+ROUND = {"tiny": Round(steps=60, lr=2e-4),
+         "sd15": Round(steps=2000, lr=1e-5, lr_new=1e-4, batch=1, accumulate=16, same_noise=0.0, t_bias=1.0,
                        region_weight=0.0, no_text="edit", guided_loss=False, epm_start=-10.0)}
-# what the rounds' curation has other than curate.py by itself: five sampling steps edit as well as twenty for `tiny`,
+WRITER = Writer(steps=2000, lr=1e-4)                               # ours; the paper names neither
+# where the rounds' curation differs from curate.py by itself: five sampling steps edit as well as twenty for `tiny`,
 # and of clips that differ in guidance alone there is nothing to choose
 CURATE = {"tiny": dict(images=dict(candidates=6, steps=5), videos=dict(candidates=1),
                        real=dict(candidates=2, steps=5)), "sd15": {}}
 
 # ---- the drawn data: files drawn once, shared by all stages ----------------------------------------------------
 
+KINDS = {"pairs": ("world shard", 0, 500),                         # name and first of its seeds, samples in a file
+         "clips": ("clips", 50_000_000, 250), "motion": ("motion clips", 90_000_000, 100)}
 DOMAINS = ["synthetic"] * 4 + ["real"]
 
 
-def draw_pairs(index, n, size):
-    """n pairs of one file: [(uint8 (2, H, W, 3) [source, target], record)], some files with wide or tall frames."""
-    rng = Random(f"world shard {index}")
-    wide = size * 7 // 32 * 8                                      # 16:9 in multiples of 8
-    shape = rng.choices([(size, size), (size, wide), (wide, size)], [80, 12, 8])[0]
-    return [world.draw_pair(index * n + i, DOMAINS[i % 5], rng, *shape) for i in range(n)]
+def draw_file(path, kind, index, n, size):
+    """File `index` of a kind: path.npy, uint8, and path.jsonl, one record a sample.
 
-
-def draw_clips(index, n, size):
-    """n pairs of clips (2, 8, H, W, 3), of seeds far from those of the others."""
-    rng = Random(f"clips {index}")
-    return [world.draw_pair(50_000_000 + index * n + i, DOMAINS[i % 5], rng, size, size, 8) for i in range(n)]
-
-
-def draw_motion(index, n, size):
-    """n unedited clips (16, H, W, 3)."""
-    rng, out = Random(f"motion clips {index}"), []
+    pairs (n, 2, H, W, 3): source and target of an edit, some files wide or tall; clips (n, 2, 8, H, W, 3): the same
+    in motion; motion (n, 16, H, W, 3): unedited.
+    """
+    name, first, _ = KINDS[kind]
+    rng, shape, samples = Random(f"{name} {index}"), (size, size), []
+    if kind == "pairs":
+        wide = size * 7 // 32 * 8                                  # 16:9 in multiples of 8
+        shape = rng.choices([(size, size), (size, wide), (wide, size)], [80, 12, 8])[0]
     for i in range(n):
-        record = dict(seed=90_000_000 + index * n + i, domain=DOMAINS[i % 5])
-        clip = world.render(world.draw_scene(*record.values()), N_FRAMES, size, size, t0=rng.uniform(0, 4))
-        out.append(((clip * 255 + .5).astype(np.uint8), record))
-    return out
-
-
-PER_FILE = {draw_pairs: 500, draw_clips: 250, draw_motion: 100}
-
-
-def draw_file(path, draw, *which):
-    frames, records = zip(*draw(*which))
+        seed, domain = first + index * n + i, DOMAINS[i % 5]
+        if kind == "motion":
+            clip = world.render(world.draw_scene(seed, domain), N_FRAMES, *shape, t0=rng.uniform(0, 4))
+            samples.append(((clip * 255 + .5).astype(np.uint8), dict(seed=seed, domain=domain)))
+        else:
+            samples.append(world.draw_pair(seed, domain, rng, *shape, 8 if kind == "clips" else 1))
+    frames, records = zip(*samples)
     write_text(path.with_suffix(".jsonl"), "".join(json.dumps(record) + "\n" for record in records))
     save_array(path.with_suffix(".npy"), np.stack(frames))         # last: a file is there whole or not at all
 
@@ -229,17 +227,16 @@ def world_folder(data):
     return data / f"world-{fingerprint(ROOT / 'world.py')}"
 
 
-def world_set(data, draw, n, size):
+def world_set(data, kind, n, size):
     """Draw what is missing of the first n samples, on all cores; returns [(frames memmap, [record])] by file."""
-    folder, per_file = world_folder(data), PER_FILE[draw]
+    folder, per_file = world_folder(data), KINDS[kind][2]
     folder.mkdir(parents=True, exist_ok=True)
-    kind = draw.__name__.removeprefix("draw_")
     paths = [folder / f"{kind}-{size}px-{i:05d}" for i in range(math.ceil(n / per_file))]
-    todo = [(i, path) for i, path in enumerate(paths) if not path.with_suffix(".npy").is_file()]
+    todo = [(path, kind, i, per_file, size) for i, path in enumerate(paths) if not path.with_suffix(".npy").is_file()]
     if todo:
         print(f"drawing {len(todo)} files of {per_file} {kind} into {folder}")
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            for job in tqdm([pool.submit(draw_file, path, draw, i, per_file, size) for i, path in todo], unit="file"):
+            for job in tqdm([pool.submit(draw_file, *which) for which in todo], unit="file"):
                 job.result()
     return [(np.load(path.with_suffix(".npy"), mmap_mode="r"),
              [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]) for path in paths]
@@ -250,19 +247,14 @@ def square(shards):
 
 
 def random_batch(shards, n, generator, axis=2, odds=None):
-    """A random batch: a shard (so one frame size; height and width at `axis`), and rows of it, n at 1:1 aspect and
-    fewer of a wider or taller frame, so that every batch holds about the same number of pixels. odds: {task: how
-    much more often than drawn}. Returns the shard's array, the rows and their records."""
-    frames, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
-    short, long = sorted(frames.shape[axis:axis + 2])
+    """A random batch of one shard, so of one frame size (height and width at `axis`): n pairs at 1:1 aspect and fewer
+    of a wider or taller frame, so that every batch holds about the same number of pixels. odds: {task: how much more
+    often than drawn}. Returns the pairs (N, 2, ...) and their [source captions, target captions, instructions]."""
+    pairs, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
+    short, long = sorted(pairs.shape[axis:axis + 2])
     weights = torch.tensor([odds[record["task"]] if odds else 1.0 for record in records])
     rows = torch.multinomial(weights, max(2, round(n * short / long)), replacement=True, generator=generator).tolist()
-    return frames, rows, [records[i] for i in rows]
-
-
-def texts_of(records):
-    """Captions of the sources, of the targets, instructions."""
-    return [[record[key] for record in records] for key in ("source", "target", "instruction")]
+    return pairs[rows], [[records[i][key] for i in rows] for key in ("source", "target", "instruction")]
 
 
 def as_input(frames):
@@ -270,47 +262,35 @@ def as_input(frames):
     return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def vae_mark(folder):
-    """Tells one VAE's latents from another's, in names of caches and in settings."""
-    return fingerprint(*sorted(folder.glob("diffusion_pytorch_model*")))
-
-
-@torch.no_grad()
-def latents_of(shards, folder, encode):
-    """encode(frames, records) -> array, of every shard, once, into `folder`: [latents memmap]."""
+def latents_of(ed, shards, folder, domains=DOMAINS):
+    """Frames of some domains encoded, once: [(float16 memmap (n, 2 or 16, c, h, w), [record])] by file."""
+    folder = folder.with_name(f"{folder.name}-{fingerprint(part(ed.folders, 'vae'))}")
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:05d}.npy" for i in range(len(shards))]
-    for path, shard in zip(paths, tqdm(shards, desc="latents", unit="file")):
+    out = []
+    for i, (frames, records) in enumerate(tqdm(shards, desc="latents", unit="file")):
+        path, rows = folder / f"{i:05d}.npy", [k for k, record in enumerate(records) if record["domain"] in domains]
         if not path.is_file():
-            save_array(path, encode(*shard))
-    return [np.load(path, mmap_mode="r") for path in paths]
+            x = frames[rows]
+            z = ed.encode(as_input(x.reshape(-1, *x.shape[2:]))[None])[0].half().cpu()
+            save_array(path, z.unflatten(0, x.shape[:2]).numpy())
+        out.append((np.load(path, mmap_mode="r"), [records[k] for k in rows]))
+    return out
 
 # ---- the loop --------------------------------------------------------------------------------------------------
 
 def join_processes(device):
-    """Join the processes that torchrun started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    """Join the processes that torchrun started, if it did. Returns (rank, n_ranks)."""
+    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if n_ranks > 1 and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))  # curation is long
-
-
-def processes():
-    """(rank, n_ranks) of this process; (0, 1) without a launcher."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return int(os.environ.get("RANK", 0)), n_ranks
 
 
 def wait_for_all():
     if dist.is_initialized():
         dist.barrier()
-
-
-def first_process_first(work):
-    """Call work() in the first process, then in the others, which find its files there. Returns its result."""
-    first = processes()[0] == 0
-    out = work() if first else None
-    wait_for_all()
-    return out if first else work()
 
 
 def mean_over_processes(tensors):
@@ -363,25 +343,20 @@ def is_inner_matrix(name, p):
     return p.dim() > 1 and not any(word in name for word in ("embedding", "conv_in", "conv_out"))
 
 
-def is_new(name):
-    """SMA's and EPM's parameters: in no published file, so they start from nothing, at a rate of their own."""
-    return name.endswith(".gamma") or ".epm." in name
-
-
 def parameter_groups(trained, s):
-    """{name: parameter} -> groups with rate, weight decay and whether they are Muon's; the one whose rate the log
-    shows comes first."""
-    groups = {}
+    """{name: parameter} -> groups of one rate each, the first the log's. SMA's and EPM's are in no published file, so
+    they start from nothing: gamma is one number a module and needs more than the rate at which EPM's matrices stay
+    calm."""
+    groups = {(s.lr, 0.01, False): []}                             # rate, weight decay, whether Muon's
     for name, p in trained.items():
         kind = s.lr, 0.01, s.optimizer == "muon" and is_inner_matrix(name, p)
-        if s.lr_new and is_new(name):                              # gamma is one number a module: it needs more than
-            kind = s.lr_new * (10 if name.endswith(".gamma") else 1), 0.0, False    # the rate that keeps EPM calm
+        if name.endswith(".gamma") or ".epm." in name:
+            kind = (10 if name.endswith(".gamma") else 1) * s.lr_new, 0.0, False
         groups.setdefault(kind, []).append(p)
-    order = sorted(groups, key=lambda kind: (kind[1], kind[0], not kind[2]), reverse=True)
-    return [dict(params=groups[kind], lr=kind[0], weight_decay=kind[1], muon=kind[2]) for kind in order]
+    return [dict(params=params, lr=lr, weight_decay=decay, muon=muon) for (lr, decay, muon), params in groups.items()]
 
 
-def save_state(path, state):
+def save_state(path, **state):
     """The checkpoint of before stays until this one is whole; one name for half ones, so that kills pile up none."""
     half = path.with_suffix(".tmp")
     with open(half, "wb") as f:
@@ -391,106 +366,81 @@ def save_state(path, state):
     os.replace(half, path)
 
 
-def resume(path, net, opt, average):
-    """Load a checkpoint, if there is one, into network, optimizer and averages. Returns its step, or 0."""
+def resume(path, trained, average, opt):
+    """Load a checkpoint, if there is one, into parameters, their averages and optimizer. Returns (its step, its log)."""
     if not path.is_file():
-        return 0
+        return 0, []
     with reading(path, "put a whole copy there, or delete it to begin anew"):
         state = torch.load(path, map_location="cpu", weights_only=True)     # a resumed run needs no more memory
-        net.load_state_dict(state["net"], strict=False)
-        for name in average.keys() & state["ema"].keys():
-            average[name].copy_(state["ema"][name])
-        sizes, old = ([len(g["params"]) for g in groups] for groups in (opt.param_groups, state["opt"]["param_groups"]))
-        if sizes == old:
-            opt.load_state_dict(state["opt"])
-        else:                                                      # --force
-            print(f"{path}: other parameters or another optimizer now, which starts anew")
-        return int(state["step"])
+        for name, p in trained.items():
+            p.data.copy_(state["trained"][name])
+            average[name].copy_(state["average"][name])
+        opt.load_state_dict(state["opt"])
+        return state["step"], state["log"]
 
 
-def read_log(path, until=math.inf):
-    """Rows of a log.jsonl up to a step; a last line that a kill cut is left out."""
-    if not path.is_file():
-        return []
-    with reading(path, "mend or remove it"):
-        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-        return [row for row in rows if row["step"] <= until]
-
-
-def fit(net, loss_fn, out, s, how, ranks=(0, 1), probe=dict):
+def fit(net, loss_fn, out, s, how, probe=dict):
     """Train what requires gradients in `net` with loss_fn(number, generator) -> loss, until s.steps. Returns it with
     the averaged weights (EMA).
 
     AdamW or Muon, linear warm-up, cosine to 5 %, gradient norm clipped at 1. A run that was cut resumes from its
     state.pt. `number` counts micro-batches over steps and processes and with the seed fixes all that is random in
     one: a resumed run's next loss equals the uninterrupted one's, and P processes do what one does that accumulates P.
-    ranks: (rank, n_ranks) where the processes share a step. probe: () -> more fields for the log.
-    Raises UserError for a NaN, with the step.
+    probe: () -> more fields for the log. Raises UserError for a NaN, with the step.
     """
-    rank, n_ranks = ranks
     device = torch.device(how.device).type
     bf16 = device == "cuda" if how.bf16 is None else how.bf16
-    out.mkdir(parents=True, exist_ok=True)
     net.to(how.device).train()
     if how.checkpointing:
         recompute(net)
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     params = list(trained.values())
-    opt = Muon(parameter_groups(trained, s), lr=s.lr, betas=(0.9, 0.99), fused=True)
-    peaks = [group["lr"] for group in opt.param_groups]
     average = {name: p.detach().clone() for name, p in trained.items()}
-    start = resume(out / "state.pt", net, opt, average)
-    log = out / "log.jsonl"
-    if rank == 0:                                                  # lines after the checkpoint will come again
-        write_text(log, "".join(json.dumps(row) + "\n" for row in read_log(log, start)))
+    opt = Muon(parameter_groups(trained, s), betas=(0.9, 0.99), fused=True)
+    peaks = [group["lr"] for group in opt.param_groups]
+    start, log = resume(out / "state.pt", trained, average, opt)
 
     warmup = s.warmup or min(200, s.steps // 10 + 1)
     every = min(50, max(5, s.steps // 12))                         # steps between lines of the log
-    losses, logged = [], start
-    last_save = last_log = time.time()
+    losses, last_log, last_save = [], time.time(), time.time()
     for step in range(start, s.steps):
+        cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / s.steps)) / 2
         for group, peak in zip(opt.param_groups, peaks):
-            cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / s.steps)) / 2
             group["lr"] = peak * min(1, (step + 1) / warmup) * cosine
 
         opt.zero_grad(set_to_none=True)
         mean = torch.zeros((), device=how.device)
         for micro in range(s.accumulate):
-            number = (step * s.accumulate + micro) * n_ranks + rank
+            number = (step * s.accumulate + micro) * how.n_ranks + how.rank
             generator = torch.Generator().manual_seed(s.seed * 1_000_003_000 + number)
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 loss = loss_fn(number, generator) / s.accumulate
             loss.backward()
             mean += loss.detach()
-        if n_ranks > 1:
+        if how.n_ranks > 1:
             mean_over_processes([mean, *(p.grad for p in params if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         if not torch.isfinite(mean + norm):                        # of the means: every process stops, not just one
             raise UserError(f"{out.name}: loss is {mean.item()} and the gradient's norm {norm.item()} at step {step}; "
-                            "lower --lr, it then goes on from the last checkpoint with --force")
+                            "lower --lr, and go on from the last checkpoint with --force")
         opt.step()
-        decay = min(s.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, p in trained.items():
-                average[name].lerp_(p, 1 - decay)
+                average[name].lerp_(p, 1 - min(s.ema, (1 + step) / (10 + step)))
 
         losses.append(mean.item())
-        if rank > 0:
-            continue
         last = step + 1 == s.steps
         if (step + 1) % every == 0 or last:
-            ms = (time.time() - last_log) * 1e3 / (step + 1 - logged)
-            a_second = s.batch * s.accumulate * n_ranks * 1e3 / ms
-            gb = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-            row = dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms)
-            print(f"step {step + 1:05d}/{s.steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | {ms:.0f} ms | "
-                  f"{a_second:.1f} samples/s | {gb:.1f} GB", flush=True)
-            with open(log, "a") as f:
-                f.write(json.dumps(row | probe()) + "\n")
-            losses, logged, last_log = [], step + 1, time.time()
-        if last or time.time() - last_save > 60 * how.save_minutes:
-            state = {name: p.detach() for name, p in trained.items()}
-            save_state(out / "state.pt", dict(net=state, opt=opt.state_dict(), ema=average, step=step + 1))
+            ms = (time.time() - last_log) * 1e3 / len(losses)
+            log.append(dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms) | probe())
+            if how.rank == 0:
+                gb = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+                print("step {step:05d}/{} | loss {loss:.4f} | lr {lr:.1e} | {ms:.0f} ms | {:.1f} samples/s | {:.1f} GB".format(
+                    s.steps, s.batch * s.accumulate * how.n_ranks * 1e3 / ms, gb, **log[-1]), flush=True)
+                write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+            losses, last_log = [], time.time()
+        if how.rank == 0 and (last or time.time() - last_save > 60 * how.save_minutes):
+            save_state(out / "state.pt", trained=trained, average=average, opt=opt.state_dict(), step=step + 1, log=log)
             last_save = time.time()
     net.load_state_dict(average, strict=False)
     return net.eval()
@@ -508,26 +458,20 @@ def stored(out):
     return read_json(out / "settings.json") if (out / "settings.json").is_file() else {}
 
 
-def as_begun(out, s):
-    """A stage that needs a network takes it as it was begun; one that was not gets the defaults."""
-    old = stored(out)
-    return replace(s, **{f.name: old[f.name] for f in fields(s) if f.name in old})
-
-
-def is_done(out, settings, how):
+def is_done(out, settings, how, **more):
     """Begins a run, or goes on with it; True where it is finished. One of other settings is refused by name: --force
-    keeps a finished one as it is and lets another go on."""
+    keeps a finished one as it is and lets another go on. more: what only an unfinished one is compared by."""
     if not finished(out):
-        begin(out, settings, how.force)
+        begin(out, settings | more | dict(processes=how.n_ranks), how.force)
         return False
-    if not how.force:
-        begin(out, stored(out) | settings)
+    if not how.force:                                              # what is new since then changes nothing
+        begin(out, {name: settings.get(name, x) for name, x in stored(out).items()})
     print(f"{out}: finished")
     return True
 
 
-def write_network(folder, config, tensors, name="diffusion_pytorch_model.safetensors", dtype=None):
-    save_tensors(folder / name, tensors, dtype)
+def write_network(folder, config, tensors, name="diffusion_pytorch_model.safetensors"):
+    save_tensors(folder / name, tensors)
     write_json(folder / "config.json", config)
 
 # ---- stage vae -------------------------------------------------------------------------------------------------
@@ -537,19 +481,18 @@ def stage_vae(out, s, how, data):
 
     On crops of 32 pixels: many small pictures teach faster than few large ones at the same cost.
     """
-    if is_done(out, asdict(s) | dict(world=world_folder(data).name), how):
-        return
-    shards = world_set(data, draw_pairs, s.pairs, s.size)
+    shards = world_set(data, "pairs", s.samples, s.size)
     config = read_json(TINY / "vae" / "config.json")
     torch.manual_seed(s.seed)
     vae = VAE(config)
 
     def loss_fn(number, generator):
-        frames, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
+        def random(n):
+            return int(torch.randint(n, (1,), generator=generator))
+        frames, records = shards[random(len(shards))]
         rows = torch.randint(len(records), (s.batch,), generator=generator).tolist()
-        top, left = (8 * int(torch.randint((side - 32) // 8 + 1, (1,), generator=generator))
-                     for side in frames.shape[2:4])
-        x = np.stack([frames[i, k % 2, top:top + 32, left:left + 32] for k, i in enumerate(rows)])
+        top, left = (8 * random((side - 32) // 8 + 1) for side in frames.shape[2:4])
+        x = [frames[i, k % 2, top:top + 32, left:left + 32] for k, i in enumerate(rows)]
         x = as_input(x).to(how.device)
         mean, logvar = vae.encode(x)
         d = vae.decode(mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)) - x
@@ -570,14 +513,14 @@ def train_tokenizer(folder):
     bpe = BPETokenizer(models.BPE(end_of_word_suffix="</w>"))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), byte_level])
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = sorted(byte_level.alphabet())
     bpe.train_from_iterator(world.known_words(), trainers.BpeTrainer(
         vocab_size=4000, min_frequency=1, show_progress=False, end_of_word_suffix="</w>", initial_alphabet=letters))
     merges = json.loads(bpe.to_str())["model"]["merges"]
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges),
              "<|startoftext|>", "<|endoftext|>"]                   # the end has the largest id: CLIP pools there
     write_json(folder / "vocab.json", {word: i for i, word in enumerate(dict.fromkeys(words))})
-    write_text(folder / "merges.txt", "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in merges))
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
     return Tokenizer(folder / "vocab.json", folder / "merges.txt")
 
 
@@ -590,7 +533,7 @@ def contrastive_loss(a, b, scale, texts):
 
 
 def change(x):
-    """Features (2N, P) of N sources, then of their N targets -> the normalised ones' way (N, P), as scores take it."""
+    """Features (2N, P) of N sources, then of their targets -> the way of the normalised ones (N, P), as in the scores."""
     source, target = F.normalize(x, dim=-1).chunk(2)
     return target - source
 
@@ -598,16 +541,13 @@ def change(x):
 def stage_clip(out, s, how, data):
     """CLIP on frames and captions, source and target of a pair in one batch (each is the other's hard negative), plus
     instructions on the direction from source to target, so that the text tower learns the words of edits too."""
-    if is_done(out, asdict(s) | dict(world=world_folder(data).name), how):
-        return
-    config = read_json(TINY / "clip" / "config.json")
-    preprocessor = read_json(TINY / "clip" / "preprocessor_config.json")
-    shards = square(world_set(data, draw_pairs, s.pairs, config["vision_config"]["image_size"]))
+    config, pixels = (read_json(TINY / "clip" / name) for name in ("config.json", "preprocessor_config.json"))
+    shards = square(world_set(data, "pairs", s.samples, config["vision_config"]["image_size"]))
     tokenizer = train_tokenizer(out)
     config["text_config"]["vocab_size"] = len(tokenizer.vocab)
     torch.manual_seed(s.seed)
     clip = CLIP(config)
-    mean, std = (torch.tensor(preprocessor[k])[:, None, None].to(how.device) for k in ("image_mean", "image_std"))
+    mean, std = (torch.tensor(pixels[k])[:, None, None].to(how.device) for k in ("image_mean", "image_std"))
 
     def encode_text(texts):
         ids = tokenizer(texts)
@@ -615,25 +555,17 @@ def stage_clip(out, s, how, data):
         return clip.encode_text(ids[:, :length].to(how.device))
 
     def loss_fn(number, generator):
-        frames, rows, records = random_batch(shards, s.batch, generator)
-        before, after, orders = texts_of(records)
-        x = as_input(np.concatenate([frames[rows, 0], frames[rows, 1]])).to(how.device)
+        pairs, (before, after, orders) = random_batch(shards, s.batch, generator)
+        x = as_input(np.concatenate(pairs.swapaxes(0, 1))).to(how.device)       # all sources, then all targets
         x = x + 0.02 * torch.randn(len(x), 1, 1, 1, generator=generator).to(x)
         image = clip.encode_image(((x + 1) / 2 - mean) / std)
-        scale = clip.logit_scale.exp().clamp(max=100)
+        scale, moved = clip.logit_scale.exp().clamp(max=100), change(image)
         return (contrastive_loss(image, encode_text(before + after), scale, before + after) +
-                0.5 * contrastive_loss(change(image), encode_text(orders), scale.clamp(max=20), orders))
+                0.5 * contrastive_loss(moved, encode_text(orders), scale.clamp(max=20), orders))
 
     fit(clip, loss_fn, out, s, how)
-    write_json(out / "preprocessor_config.json", preprocessor)
+    write_json(out / "preprocessor_config.json", pixels)
     write_network(out, config, clip.state_dict(), "model.safetensors")
-
-
-def needed(runs, stage):
-    """The folder of a stage that must have run before. UserError where it has not."""
-    if not finished(runs / stage):
-        raise UserError(f"{runs / stage}: no finished network there; run `python train.py {stage}` first")
-    return runs / stage
 
 # ---- stage viclip ----------------------------------------------------------------------------------------------
 
@@ -644,14 +576,12 @@ def stage_viclip(out, s, how, data):
     Every other step sees stills, which its temporal positions allow (a still takes their mean): they cost an eighth
     and show far more scenes, so there are three times as many in a batch.
     """
-    if is_done(out, asdict(s) | dict(world=world_folder(data).name), how):
-        return
     for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(needed(out.parent, "clip") / name, out / name)
+        shutil.copyfile(out.parent / "clip" / name, out / name)
     tokenizer = Tokenizer(out / "vocab.json", out / "merges.txt", pad=0)
     config = read_json(TINY / "viclip" / "config.json") | {"vocab_size": len(tokenizer.vocab)}
-    stills = square(world_set(data, draw_pairs, s.pairs, config["image_size"]))
-    clips = world_set(data, draw_clips, s.clips, config["image_size"])
+    stills = square(world_set(data, "pairs", s.samples, config["image_size"]))
+    clips = world_set(data, "clips", s.clips, config["image_size"])
     torch.manual_seed(s.seed)
     net = ViCLIP(config)
     torch.nn.init.constant_(net.temp, 0.07)                        # the published 0.01 is where training ends
@@ -659,23 +589,20 @@ def stage_viclip(out, s, how, data):
 
     def loss_fn(number, generator):
         if number % 2 == 0:
-            frames, rows, records = random_batch(stills, 3 * s.batch, generator)
-            frames = frames[:, :, None]                            # (N, 2, 1, H, W, 3)
+            pairs, (before, after, orders) = random_batch(stills, 3 * s.batch, generator)
         else:
-            frames, rows, records = random_batch(clips, s.batch, generator, axis=3)
-        before, after, orders = texts_of(records)
-        x = torch.from_numpy(np.concatenate([frames[rows, 0], frames[rows, 1]])).to(how.device)
-        x = x.permute(0, 1, 4, 2, 3).float() / 255                 # (2N, F, 3, H, W)
+            pairs, (before, after, orders) = random_batch(clips, s.batch, generator, axis=3)
+        x = torch.from_numpy(np.concatenate(pairs.swapaxes(0, 1))).to(how.device)
+        x = x.view(len(x), -1, *x.shape[-3:]).permute(0, 1, 4, 2, 3).float() / 255         # (2N, 1 or 8, 3, H, W)
         x = x + 0.01 * torch.randn(len(x), 1, 1, 1, 1, generator=generator).to(x)
         video = net.encode_video((x - mean) / std)
-        captions, asked = net.encode_text(tokenizer(before + after + orders, length=net.context)).split(
-            [2 * len(rows), len(rows)])
+        texts = net.encode_text(tokenizer(before + after + orders, length=net.context))
+        captions, asked = texts.split([len(x), len(orders)])
         scale = 1 / net.temp.clamp(min=0.01)
         moved, slow = change(video), scale.clamp(max=20)
-        ways = [f"{a} -> {b}" for a, b in zip(before, after)]
         return (contrastive_loss(video, captions, scale, before + after) +
                 0.5 * contrastive_loss(moved, asked, slow, orders) +
-                0.5 * contrastive_loss(moved, change(captions), slow, ways))
+                0.5 * contrastive_loss(moved, change(captions), slow, list(zip(before, after))))
 
     fit(net, loss_fn, out, s, how)
     write_network(out, config, net.state_dict(), "model.safetensors")
@@ -695,19 +622,26 @@ def region_weights(change, strength):
     return weight / weight.mean(dim=(1, 2), keepdim=True)
 
 
+def diffuse(z0, eps, abar, scheduler):
+    """Scaled latents and noise of one shape -> the noisy latents, and what is predicted of them: epsilon or v, as the
+    scheduler's config says. abar broadcasts."""
+    z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * eps
+    v_prediction = scheduler.get("prediction_type", "epsilon") == "v_prediction"
+    return z_t, abar.sqrt() * eps - (1 - abar).sqrt() * z0 if v_prediction else eps
+
+
 def fresh_editor(out, seed):
     """An untrained image editor in hub layout, of the networks trained before: what stage image starts from."""
-    training = shutil.ignore_patterns("state.*", "settings.json", "log.jsonl", "*.txt")
+    def copy(name, to, *but_not):
+        but_not = shutil.ignore_patterns("settings.json", "state.*", "log.jsonl", *but_not)
+        shutil.copytree(out.parent / name, out / to, ignore=but_not, dirs_exist_ok=True)
     for name in ("vae", "clip", "viclip"):
-        shutil.copytree(needed(out.parent, name), out / name, dirs_exist_ok=True, ignore=training)
-    for name in ("clip", "viclip", "tokenizer"):
-        (out / name).mkdir(exist_ok=True)
-        for file in ("vocab.json", "merges.txt"):
-            shutil.copyfile(out.parent / "clip" / file, out / name / file)
+        copy(name, name)
+    copy("clip", "tokenizer", "*model*", "*config*")
     shutil.copytree(TINY / "scheduler", out / "scheduler", dirs_exist_ok=True)
-    clip = {k: v for k, v in read_tensors(out / "clip" / "model.safetensors").items() if k.startswith("text_model.")}
-    config = read_json(out / "clip" / "config.json")["text_config"]
-    write_network(out / "text_encoder", config, clip, "model.safetensors")
+    clip = read_tensors(out / "clip" / "model.safetensors")
+    write_network(out / "text_encoder", read_json(out / "clip" / "config.json")["text_config"],
+                  {name: x for name, x in clip.items() if name.startswith("text_model.")}, "model.safetensors")
     config = read_json(TINY / "unet" / "config.json")
     torch.manual_seed(seed)
     unet = UNet({k: v for k, v in config.items() if k not in VideoEditor.VIDEO})
@@ -715,6 +649,12 @@ def fresh_editor(out, seed):
         if name.endswith(("proj_out.weight", "conv_out.weight", "conv2.weight")):
             torch.nn.init.zeros_(p)
     write_network(out / "unet", unet.config, unet.state_dict())
+
+
+def write_editor(out, config, unet, about):
+    """A U-Net, and the page that says what else the editor is made of: the run is finished."""
+    write_network(out / "unet", config, unet.state_dict())
+    write_json(out / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about})
 
 
 def stage_image(out, s, how, data):
@@ -729,41 +669,32 @@ def stage_image(out, s, how, data):
 
     The real domain is left out on purpose: closing that gap is what the refinement rounds are for.
     """
-    mark = vae_mark(part(repository(s.weights), "vae") if s.weights else needed(out.parent, "vae"))
-    origin = dict(weights=s.weights and portable(s.weights), vae=mark, world=world_folder(data).name)
-    if is_done(out, asdict(s) | origin, how):
-        return
     if not s.weights:
         fresh_editor(out, s.seed)
     ed = VideoEditor.from_pretrained(s.weights or out, motion=False, device=how.device, dtype="float32")
-
-    def encode(frames, records):                                   # -> (n, 2, c, h, w) float16
-        x = frames[synthetic(records)].reshape(-1, *frames.shape[2:])
-        z = [ed.vae.encode(as_input(some).to(how.device))[0] for some in np.array_split(x, len(x) // 16 + 1)]
-        return torch.cat(z).unflatten(0, (-1, 2)).half().cpu().numpy()
-
-    shards = world_set(data, draw_pairs, s.pairs, s.size)
-    latents = latents_of(shards, world_folder(data) / f"pairs-{s.size}px-{mark}", encode)
-    shards = [(z, [records[k] for k in synthetic(records)]) for z, (_, records) in zip(latents, shards)]
+    shards = latents_of(ed, world_set(data, "pairs", s.samples, s.size), world_folder(data) / f"pairs-{s.size}px",
+                        ["synthetic"])
     unet = ed.unet.requires_grad_(True)
     unet.text_encoder = ed.text_encoder.requires_grad_(True)       # one optimizer, one average for both
     abar, scale = noise_levels(ed.scheduler).to(how.device), ed.vae.scaling_factor
-    odds = {task: row.trained for task, row in world.TASKS.items()}
+    odds = {name: task.trained for name, task in world.TASKS.items()}
 
     def loss_fn(number, generator):
-        latents, rows, records = random_batch(shards, s.batch, generator, axis=3, odds=odds)
-        z_src, z_tgt = torch.from_numpy(latents[rows]).to(how.device).float().unbind(1)
-        drop = torch.rand(len(rows), generator=generator)
-        only_text, no_text, no_src = drop < 0.05, drop < 0.10, (drop >= 0.05) & (drop < 0.15)
-        ctx = ed.encode_text(["" if empty else record["instruction"] for record, empty in zip(records, no_text)])
-        target = torch.where(only_text.to(how.device)[:, None, None, None], z_src, z_tgt)
-        u = torch.rand(len(rows), generator=generator) ** s.t_bias
+        pairs, (_, _, orders) = random_batch(shards, s.batch, generator, axis=3, odds=odds)
+        z_src, z_tgt = torch.from_numpy(pairs).float().unbind(1)
+        drop = torch.rand(len(pairs), generator=generator)
+        ctx = ed.encode_text(["" if x < 0.10 else order for x, order in zip(drop, orders)])
+        drop = drop[:, None, None, None]
+        target = torch.where(drop < 0.05, z_src, z_tgt)
+        u = torch.rand(len(pairs), generator=generator) ** s.t_bias
         t = (len(abar) * u).long().clamp(max=len(abar) - 1).to(how.device)      # float32's u may round to 1
-        eps = torch.randn(target.shape, generator=generator).to(target)
+        eps = torch.randn(target.shape, generator=generator)
+        weight = region_weights((target - z_src) * scale, s.region_weight)
+        z_in = z_src * ~((drop >= 0.05) & (drop < 0.15))
+        target, eps, z_in, weight = (x.to(how.device) for x in (target, eps, z_in, weight))
         z_t, wanted = diffuse(target * scale, eps, abar[t][:, None, None, None], ed.scheduler)
-        x = torch.cat([z_t, z_src * ~no_src.to(how.device)[:, None, None, None]], dim=1)
-        error = (unet(x[:, None], t, ctx)[:, 0].float() - wanted).square().mean(dim=1)     # (N, h, w)
-        return (error * region_weights((target - z_src) * scale, s.region_weight)).mean()
+        predicted = unet(torch.cat([z_t, z_in], dim=1)[:, None], t, ctx)[:, 0].float()
+        return ((predicted - wanted).square().mean(dim=1) * weight).mean()      # weight (N, h, w)
 
     fit(unet, loss_fn, out, s, how)
     del unet.text_encoder
@@ -772,24 +703,6 @@ def stage_image(out, s, how, data):
     about = read_json(TINY / "model_index.json")["instructvedit"]  # how it samples
     about |= dict(size=s.size, words=world.known_words(), examples=world.examples())
     write_editor(out, unet.config, unet, about | (dict(base=ed.base) if s.weights else {}))
-
-
-def synthetic(records):
-    return [k for k, record in enumerate(records) if record["domain"] == "synthetic"]
-
-
-def diffuse(z0, eps, abar, scheduler):
-    """Scaled latents and noise of one shape -> the noisy latents, and what is predicted of them: epsilon or v, as the
-    scheduler's config says. abar broadcasts."""
-    z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * eps
-    v_prediction = scheduler.get("prediction_type", "epsilon") == "v_prediction"
-    return z_t, abar.sqrt() * eps - (1 - abar).sqrt() * z0 if v_prediction else eps
-
-
-def write_editor(out, config, unet, about):
-    """A U-Net, and the page that says what else the editor is made of: the run is finished."""
-    write_network(out / "unet", config, unet.state_dict())
-    write_json(out / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about})
 
 # ---- stage motion, and what it shares with stage video ---------------------------------------------------------
 
@@ -843,11 +756,6 @@ def clip_loss(unet, samples, scheduler, device, guidance=None):
     return total / len(samples)
 
 
-def editor_of(source):
-    """Which editor a run starts from, for its settings: the name, and a mark of its contents."""
-    return dict(weights=portable(source), editor=fingerprint(part(repository(source), "unet")))
-
-
 def stage_motion(out, s, how, data):
     """The motion prior: fresh motion modules in the frozen image editor, on unedited clips (as AnimateDiff was made).
 
@@ -856,19 +764,12 @@ def stage_motion(out, s, how, data):
     no text, where the editor returns the source, so that the modules learn to leave alone what is certain already.
     gamma stays 1 here; each module's last layer starts at 0, so that training starts from the image editor.
     """
-    weights, (rank, n_ranks) = s.weights or needed(out.parent, "image"), processes()
-    origin = editor_of(weights) | dict(world=world_folder(data).name, processes=n_ranks)
-    if is_done(out, asdict(s) | origin, how):
-        return
-    ed = VideoEditor.from_pretrained(weights, motion=False, device=how.device, dtype="float32")
-
-    def latents():                                                 # [(n, F, c, h, w) float16]
-        shards = world_set(data, draw_motion, s.clips, s.size)
-        folder = world_folder(data) / f"motion-{s.size}px-{vae_mark(part(ed.folders, 'vae'))}"
-        return latents_of(shards, folder, lambda frames, records: np.stack(
-            [ed.encode(as_input(clip)[None])[0].half().cpu().numpy() for clip in frames]))
-
-    clips = [clip for z in first_process_first(latents) for clip in z][:s.clips]
+    ed = VideoEditor.from_pretrained(s.weights or out.parent / "image", motion=False, device=how.device, dtype="float32")
+    for turn in range(2):                                          # the first process draws, the others find it there
+        if turn == min(how.rank, 1):
+            shards = latents_of(ed, world_set(data, "motion", s.samples, s.size), world_folder(data) / f"motion-{s.size}px")
+        wait_for_all()
+    clips = [clip for z, _ in shards for clip in z][:s.samples]
     torch.manual_seed(s.seed)
     unet, still = ed.unet, ed.unet.config                          # like v1-5-3; the rest follows from the U-Net
     unet.add_motion(dict(
@@ -882,33 +783,30 @@ def stage_motion(out, s, how, data):
     no_text, one = ed.encode_text([""])[0].cpu(), torch.ones(1, 1, 1, 1)
     train_steps = len(noise_levels(ed.scheduler))
 
+    def sample(k):
+        z = torch.from_numpy(clips[row_of(k, len(clips), s.seed)].astype(np.float32))
+        u, t, eps = draw_noise(k, s, z.shape, train_steps)
+        return z * ed.vae.scaling_factor, z * (u < 0.25), no_text, t, eps, one
+
     def loss_fn(number, generator):
-        samples = []
-        for k in range(number * s.batch, (number + 1) * s.batch):
-            z = torch.from_numpy(clips[row_of(k, len(clips), s.seed)].astype(np.float32))
-            u, t, eps = draw_noise(k, s, z.shape, train_steps)
-            samples.append((z * ed.vae.scaling_factor, z * (u < 0.25), no_text, t, eps, one))
+        samples = [sample(k) for k in range(number * s.batch, (number + 1) * s.batch)]
         return clip_loss(unet, samples, ed.scheduler, how.device)
 
-    fit(unet, loss_fn, out, s, how, (rank, n_ranks))
-    if rank == 0:
-        write_network(out, unet.motion_config, {name: p for name, p in unet.state_dict().items()
+    fit(unet, loss_fn, out, s, how)
+    if how.rank == 0:
+        write_network(out, unet.motion_config, {name: x for name, x in unet.state_dict().items()
                                                 if "motion_modules" in name and not name.endswith(".gamma")})
     wait_for_all()                                                 # the others read it next
 
 # ---- stage video: a round of the video editor on curated triples -----------------------------------------------
 
-def read_clips(folders, channels, most=-1):
+def read_clips(folders, channels):
     """Kept triples of curated folders as [(latents file, instruction)]; says how many. Only headers are read here; a
-    clip's latents are read when it is its turn. most: the first so many, -1 all."""
+    clip's latents are read when it is its turn."""
     clips = []
     for folder in map(Path, folders):
-        rows = curate.read_rows(folder)
-        kept = [row for row in rows if row["kept"]]
-        print(f"{folder}: {len(kept)} clips of {len({row['id'] for row in rows})} sources and {len(rows)} candidates")
-        if not kept:
-            raise UserError(f"{folder}: the filter kept none of {len(rows)} candidates; see why with `python curate.py "
-                            f"look {folder}`, then curate with lower thresholds, or more")
+        kept = curate.read_rows(folder, kept=True)
+        print(f"{folder}: {len(kept)} clips")
         for row in kept:
             path = folder / row["id"] / "latents.safetensors"
             z = read_tensors(path)
@@ -916,9 +814,7 @@ def read_clips(folders, channels, most=-1):
                 a, b = z["source"].shape, z["target"].shape
                 need(a == b and len(a) == 4 and a[:2] == (N_FRAMES, channels), f"holds {tuple(a)} and {tuple(b)}")
             clips.append((path, row["instruction"]))
-    if most > len(clips):
-        raise UserError(f"--max-clips {most}: there are only {len(clips)}")
-    return clips if most == -1 else clips[:most]
+    return clips
 
 
 def video_editor(s, how):
@@ -937,15 +833,14 @@ def video_editor(s, how):
         if s.epm:
             ed.unet.add_epm(s.epm_sites, N_FRAMES, s.epm_start)
     for name, p in ed.unet.to(ed.device).named_parameters():
-        p.requires_grad_(is_new(name) or "motion_modules" in name or s.trainable == "all")
-        if name.endswith(".gamma") and not s.sma:
-            p.requires_grad_(False)
+        gamma = name.endswith(".gamma")
+        p.requires_grad_(s.sma if gamma else "motion_modules" in name or ".epm." in name or s.trainable == "all")
     return ed
 
 
 def watch(unet):
     """probe() -> fields for the log: gamma of every motion module; EPM's mean bias of every site over the last batch,
-    [within a frame, between frames]; and the mean over sites as a matrix, rows the frames that listen (Figure 5)."""
+    other frames less the own; and the mean over sites as a matrix, rows the frames that listen (Figure 5)."""
     sites = {name.split(".transformer_blocks")[0]: m for name, m in unet.named_modules() if isinstance(m, EPM)}
     for m in sites.values():
         m.register_forward_hook(lambda m, x, bias: setattr(m, "seen", bias.detach().float().mean(0).cpu()))
@@ -955,19 +850,22 @@ def watch(unet):
         row = dict(gamma={name.removesuffix(".gamma"): round(p.mean().item(), 5)
                           for name, p in unet.named_parameters() if name.endswith(".gamma")})
         if sites:
-            matrix = torch.stack([m.seen for m in sites.values()]).mean(0)
-            row |= dict(epm={name: [round(m.seen[pair].mean().item(), 4) for pair in (own, ~own)]
-                             for name, m in sites.items()},
-                        epm_matrix=[[round(x, 2) for x in line] for line in matrix.tolist()])
+            row["epm"] = {name: (m.seen[~own].mean() - m.seen[own].mean()).item() for name, m in sites.items()}
+            row["epm_matrix"] = torch.stack([m.seen for m in sites.values()]).mean(0).tolist()
         return row
     return probe
 
 
+def editor_of(source):
+    """Which editor a run starts from, for its settings: the name, and a mark of its contents."""
+    return dict(weights=portable(source), editor=fingerprint(part(repository(source), "unet")))
+
+
 def round_settings(s, curation):
-    """What a round's settings.json says, but for the number of its clips. curation: what made them."""
+    """What a round's settings.json says. curation: what made its clips."""
     adapter = fingerprint(s.motion) if Path(s.motion).exists() else s.motion
-    return asdict(s) | editor_of(s.weights) | curation | dict(
-        motion=portable(s.motion), adapter=adapter, train_on=[portable(x) for x in s.train_on], processes=processes()[1])
+    folders = [portable(folder) for folder in s.train_on]
+    return asdict(s) | editor_of(s.weights) | curation | dict(motion=portable(s.motion), adapter=adapter, train_on=folders)
 
 
 def stage_video(out, s, how, curation):
@@ -978,12 +876,11 @@ def stage_video(out, s, how, curation):
     Targets are samples made with guidance: a model that has learnt them is guided twice when it samples, and a little
     more in every round. --guided-loss compares the guided prediction instead, so that what it learns is what it makes.
     """
-    settings = round_settings(s, curation)
+    clips = []
     if not finished(out):
-        vae = part(repository(s.weights), "vae")
-        clips = read_clips(s.train_on, read_json(vae / "config.json")["latent_channels"], s.max_clips)
-        settings |= dict(clips=len(clips))
-    if is_done(out, settings, how):
+        vae = read_json(part(repository(s.weights), "vae") / "config.json")
+        clips = read_clips(s.train_on, vae["latent_channels"])[:s.samples]
+    if is_done(out, round_settings(s, curation), how, clips=len(clips)):
         return
     ed = video_editor(s, how)
     with torch.no_grad():
@@ -991,56 +888,56 @@ def stage_video(out, s, how, curation):
     scale, train_steps = ed.vae.scaling_factor, len(noise_levels(ed.scheduler))
     guidance = (*ed.guidance, states[""].float()) if s.guided_loss else None
 
+    def sample(k):
+        path, text = clips[row_of(k, len(clips), s.seed)]
+        z = load_file(path)
+        z_src, z_tgt = z["source"].float(), z["target"].float()    # (F, c, h, w)
+        u, t, eps = draw_noise(k, s, z_src.shape, train_steps)
+        no_text, no_src = u < 0.10, 0.05 <= u < 0.15               # text alone, both, source alone: 5 % each
+        z_tgt = z_src if u < 0.05 and s.no_text == "source" else z_tgt
+        weight = region_weights((z_tgt - z_src) * scale, s.region_weight)[:, None]         # (F, 1, h, w)
+        return z_tgt * scale, z_src * (not no_src), states["" if no_text else text].float(), t, eps, weight
+
     def loss_fn(number, generator):
-        samples = []
-        for k in range(number * s.batch, (number + 1) * s.batch):
-            path, text = clips[row_of(k, len(clips), s.seed)]
-            z = load_file(path)
-            z_src, z_tgt = z["source"].float(), z["target"].float()                        # (F, c, h, w)
-            u, t, eps = draw_noise(k, s, z_src.shape, train_steps)
-            text, no_src = "" if u < 0.10 else text, 0.05 <= u < 0.15      # text alone, both, source alone: 5 % each
-            z_tgt = z_src if u < 0.05 and s.no_text == "source" else z_tgt
-            weight = region_weights((z_tgt - z_src) * scale, s.region_weight)[:, None]     # (F, 1, h, w)
-            samples.append((z_tgt * scale, z_src * (not no_src), states[text].float(), t, eps, weight))
+        samples = [sample(k) for k in range(number * s.batch, (number + 1) * s.batch)]
         return clip_loss(ed.unet, samples, ed.scheduler, how.device, guidance)
 
-    fit(ed.unet, loss_fn, out, s, how, processes(), watch(ed.unet))
-    if processes()[0] == 0:
+    fit(ed.unet, loss_fn, out, s, how, watch(ed.unet))
+    if how.rank == 0:
         config = ed.unet.config | dict(motion=ed.unet.motion_config, same_noise=s.same_noise > 0.5)
         write_editor(out, config | (dict(epm=ed.unet.epm_config) if s.epm else {}), ed.unet, dict(base=ed.base))
     wait_for_all()
 
 # ---- the rounds ------------------------------------------------------------------------------------------------
 
-def curation_steps(args, s, n):
+def curation_steps(task, s, n):
     """What a round's clips are curated by: [(curate.py's step, its folder, its settings)], one after the other.
 
     Round 0 (stage I): triples synthesised from images by the image editor and FFG-V2V. Rounds 1, 2, ... (stages II,
     III): real clips edited by the previous round's model.
     """
-    data = args.data
+    data = str(task.data)
+    images, clips, cut, written = f"{data}/images", f"{data}/clips", f"{data}/cut{n}", f"{data}/write{n}"
     if n == 0:
-        return [step(args, "images", data / "images", weights=s.weights, source=args.images_from, n=args.images),
-                step(args, "clips", data / "clips", images=data / "images"),
-                step(args, "videos", data / "round0", weights=s.weights, motion=s.motion, images=data / "images",
-                     clips=data / "clips")]
-    return [step(args, "cut", data / f"cut{n}", source=args.real_from, n=args.real_clips),
-            step(args, "write", data / f"write{n}", clips=data / f"cut{n}"),
-            step(args, "real", data / f"round{n}", weights=args.runs / f"round{n - 1}", source=data / f"write{n}")]
+        return [step(task, "images", images, weights=s.weights, source=task.images_from, n=task.images),
+                step(task, "clips", clips, images=images),
+                step(task, "videos", f"{data}/round0", weights=s.weights, motion=s.motion, images=images, clips=clips)]
+    before = str(task.runs / f"round{n - 1}")
+    return [step(task, "cut", cut, source=task.real_from, n=task.real_clips), step(task, "write", written, clips=cut),
+            step(task, "real", f"{data}/round{n}", weights=before, source=written, round=n)]
 
 
-def step(args, name, to, **own):
-    """Settings of curate.py's step `name`: this model's, --curate-<name>'s flags, then what the round says."""
-    settings = replace(curate.STEPS[name][0](), **CURATE[args.model].get(name, {}))
-    given = getattr(args, f"curate_{name}")
-    parser = Parser(prog=f"--curate-{name}", add_help=False)
+def step(task, name, to, **own):
+    """A step with this model's settings, those in --curate-<name>, and what the round says."""
+    settings, flags = curate.STEPS[name][0](**CURATE[task.model].get(name, {})), getattr(task, f"curate_{name}")
+    parser = Parser(add_help=False)
     add_flags(parser, settings)
-    with reading(f"--curate-{name} {given}"):
-        settings = from_flags(settings, parser.parse_args(shlex.split(given)))
-    return name, to, replace(settings, **{k: str(v) if isinstance(v, Path) else v for k, v in own.items()})
+    with reading(f"--curate-{name}={flags}"):
+        settings = from_flags(settings, parser.parse_args(shlex.split(flags)))
+    return name, Path(to), replace(settings, **own)
 
 
-def curate_steps(steps, how):
+def curate_all(steps, how):
     """Under torchrun every process does its share of a step, then waits for the others."""
     dtype = {True: "bfloat16", False: "float32"}.get(how.bf16)
     for name, to, settings in steps:
@@ -1048,14 +945,13 @@ def curate_steps(steps, how):
         wait_for_all()
 
 
-def round_folders(args, s, n):
+def round_folders(task, n):
     """What round n trains on, as in the paper's Table 4: 0 on the synthetic triples, 1 on those and its own, later ones
     on their own alone (Stage III with a dagger), with --mix on the synthetic ones as well."""
-    rounds = dict.fromkeys([0, n] if n < 2 or args.mix else [n])
-    return s.train_on or tuple(str(args.data / f"round{k}") for k in rounds)
+    return tuple(str(task.data / f"round{k}") for k in dict.fromkeys([0, n] if n < 2 or task.mix else [n]))
 
 
-def refine(args, s, how):
+def refine(task, s, how):
     """--round N: every round up to N that is not finished: curate what it needs, then train on it. What is there is
     skipped or resumed; flags that a finished round was not made with are refused before any work.
 
@@ -1063,34 +959,32 @@ def refine(args, s, how):
     5k, 5k). So every round trains from the image editor: a model that goes on from the one that made its targets
     drifts a bit further in every round.
     """
-    rounds = []
-    for n in range(args.round + 1):
-        steps = [] if s.train_on else curation_steps(args, s, n)
-        curation = {f"{name} {k}": portable(v) if k in ("weights", "source", "images", "clips", "motion") else v
-                    for name, _, settings in steps for k, v in asdict(settings).items()}
-        out, own = args.runs / f"round{n}", replace(s, train_on=round_folders(args, s, n))
-        if not (finished(out) and is_done(out, round_settings(own, curation), how)):
-            rounds.append((steps, out, own, curation))
-    if args.model == "tiny" and rounds:
-        networks(args, s, how)
-    for steps, out, own, curation in rounds:
+    todo = []
+    for n in range(task.round + 1):
+        steps = [] if s.train_on else curation_steps(task, s, n)
+        curation = {f"{name} {k}": v for name, _, settings in steps for k, v in asdict(settings).items()}
+        out, own = task.runs / f"round{n}", replace(s, train_on=s.train_on or round_folders(task, n))
+        if not finished(out) or not is_done(out, round_settings(own, curation), how):
+            todo.append((steps, out, own, curation))
+    networks(task, s, how)
+    for steps, out, own, curation in todo:
         print(f"{out}: curating, then training")
-        curate_steps(steps, how)
+        curate_all(steps, how)
         stage_video(out, own, how, curation)
 
 # ---- stage writer: LLaVA-OneVision learns to write instructions like those of image-editing data ---------------
 
 def writer_pairs(folder, most):
     """[(pair of curate.read_pairs, answer)] of the pairs whose texts the writer's own check accepts; says how many."""
-    pairs, n = [], 0
-    for n, pair in enumerate(islice(curate.read_pairs(folder), most), 1):
+    found, pairs = list(islice(curate.read_pairs(folder), most)), []
+    for pair in found:
         task = pair["task"] if pair["task"] in WRITER_TASKS else guess_task(pair["instruction"])
-        answer, _ = parse_answer(json.dumps({**{k: pair[k] for k in FIELDS}, "task": task}), task)
+        answer, _ = parse_answer(json.dumps({k: pair[k] for k in FIELDS} | {"task": task}), task)
         pairs += [(pair, answer)] if answer else []
-    print(f"{folder}: {len(pairs)} image pairs; left out: {n - len(pairs)} without an instruction and two different captions")
+    left = f"{len(found) - len(pairs)} without an instruction and two different captions of 2 to 60 words"
     if not pairs:
-        raise UserError(f"--pairs-from {folder}: none of {n} pairs has an instruction and two different captions of 2 to "
-                        "60 words")
+        raise UserError(f"--pairs-from {folder}: no image pairs; left out: {left}")
+    print(f"{folder}: {len(pairs)} image pairs; left out: {left}")
     return pairs
 
 
@@ -1101,212 +995,234 @@ def stage_writer(out, s, how):
     the form in which the writer then meets real clips, at 197 tokens instead of up to 7,290. `fit` sees the trained
     matrices alone, so that its checkpoints are small. Writes <out>/writer.safetensors for `curate.py write --lora`.
     """
-    rank, n_ranks = processes()
-    pairs = [] if finished(out) else writer_pairs(s.pairs_from, s.pairs)
-    settings = asdict(s) | dict(llava=portable(s.llava), pairs_from=portable(s.pairs_from), processes=n_ranks)
-    if is_done(out, settings | (dict(pairs=len(pairs)) if pairs else {}), how):
+    pairs = [] if finished(out) else writer_pairs(s.pairs_from, s.samples)
+    settings = asdict(s) | dict(llava=portable(s.llava), pairs_from=portable(s.pairs_from))
+    if is_done(out, settings, how, found=len(pairs)):
         return
     net = LlavaOneVision.from_pretrained(s.llava, device=how.device)
     torch.manual_seed(s.seed)
     # "." may not stand in a parameter's name
     lora = torch.nn.ParameterDict({name.replace(".", "/"): p for name, p in add_lora(net, s.rank).items()})
-    broken = set()
+    broken = {}
 
-    def shown(k):                                                  # an image that does not open gives way to the next one
-        for row in (row_of(at, len(pairs), s.seed) for at in range(k, k + len(pairs))):
+    def sample(k):                                                 # an image that does not open gives way to the next one
+        for at in range(k, k + len(pairs)):
+            pair, answer = pairs[row_of(at, len(pairs), s.seed)]
             try:
-                return pairs[row][0]["load"]()[0][None], pairs[row][1]
+                return pair["load"]()[0][None], answer
             except curate.Unusable as error:
-                if row not in broken:
-                    print(f"left out: {error}")
-                broken.add(row)
+                if str(error) not in broken:
+                    print(broken.setdefault(str(error), f"left out: {error}"))
         raise UserError(f"--pairs-from {s.pairs_from}: none of {len(pairs)} images can be read")
 
     def loss_fn(number, generator):
-        images, answers = zip(*[shown(k) for k in range(number * s.batch, (number + 1) * s.batch)])
+        images, answers = zip(*[sample(k) for k in range(number * s.batch, (number + 1) * s.batch)])
         return writer_loss(net, list(images), list(answers))
 
-    fit(lora, loss_fn, out, s, how, (rank, n_ranks))
-    if rank == 0:
+    fit(lora, loss_fn, out, s, how)
+    if how.rank == 0:
         save_lora(net, out / "writer.safetensors")
-        write_json(out / "config.json", dict(llava=settings["llava"], rank=s.rank))
+        write_json(out / "config.json", dict(llava=s.llava, rank=s.rank))
         print(f"{out / 'writer.safetensors'}: pass it as --lora to curate.py write --writer llava --llava {s.llava}")
     wait_for_all()
 
-# ---- measured: after training, and the paper's tables where the truth is known ---------------------------------
+# ---- measured where the truth is known: after training, and the paper's tables ---------------------------------
 
-def report(source, how, m, n_frames):
-    """The closing table of a run: held-out drawn scenes, its bare frames against the true edit."""
+def report(source, how, n, n_frames):
+    """The closing table of a run: the bare frames of held-out drawn scenes against their true edit."""
     ed = VideoEditor.from_pretrained(source, device=how.device)
-    if not ed.words:                                               # published weights do not know the shapes world
-        print(f"{source}: score it on real clips with `python metrics.py tgve DIR --weights {source}`")
-        return
-    rows = drawn_scores(ed, m.n, "synthetic", n_frames, **guidance(m))
-    print(f"{source}: held-out drawn scenes, {n_frames} frame(s) of {ed.size} pixels\n"
-          "| task | edits | success | gain inside, dB |\n|---|---|---|---|")
-    for task in dict.fromkeys(row["task"] for row in rows):
-        success, gain = np.array([[r["success"], r["truth_gain"]] for r in rows if r["task"] == task], float).T
-        print(f"| {task} | {len(gain)} | {success.mean():.0%} | {gain.mean():+.1f} |")
-
-
-def guidance(m):
-    return dict(steps=m.sampling_steps, s_txt=m.text_cfg, s_src=m.source_cfg)
+    if ed.words:
+        return print_bare(ed, n, ["synthetic"], n_frames, {})
+    print(f"{source}: score it on real clips with `python metrics.py tgve DIR --weights {source}`")
 
 
 @dataclass
 class Row:
-    """Of a table: a round of its own settings, trained with every seed; or, without, the image editor as it is."""
+    """Of a table: a round trained with every seed on some folders; or, without settings, an untrained editor."""
     name: str
     settings: Round | None
+    folders: tuple = ()
     mode: str = "video"
 
 
-def table_rows(command, args, s, how):
-    """Rows of a table; equal steps in every row, and in table 2 equally many clips."""
-    def on(*folders, **more):
-        return replace(s, train_on=tuple(str(args.data / folder) for folder in folders), **more)
-
+def table_rows(command, task, s, how):
+    """Equal steps in every row, and in table 2 equally many clips."""
     if command == "table2":                                        # other data of the same sources, for the same model
-        images, _, videos = curation_steps(args, s, 0)
-        every, free = args.data / "images-unfiltered", dict(no_filter=True, candidates=1)     # the first try is kept
-        curate_steps([("images", every, replace(images[2], **free)),
-                      ("videos", args.data / "round0-unfiltered", replace(videos[2], images=str(every), **free)),
-                      ("videos", args.data / "round0-per-frame", replace(videos[2], mode="image"))], how)
-        folders = {"trajectory-guided, filtered": "round0", "trajectory-guided, unfiltered": "round0-unfiltered",
-                   "per frame, filtered": "round0-per-frame"}
-        least = min(len(curate.read_rows(args.data / folder, kept=True)) for folder in folders.values())
-        return [Row(name, on(folder, max_clips=least)) for name, folder in folders.items()]
+        (_, images, image), _, (_, _, video) = curation_steps(task, s, 0)
+        every, first = images.with_name("images-unfiltered"), dict(filter=False, candidates=1)
+        rows = {"trajectory-guided, filtered": "round0", "trajectory-guided, unfiltered": "round0-unfiltered",
+                "per frame, filtered": "round0-per-frame"}
+        curate_all([("images", every, replace(image, **first)),
+                    ("videos", task.data / "round0-unfiltered", replace(video, images=str(every), **first)),
+                    ("videos", task.data / "round0-per-frame", replace(video, mode="image"))], how)
+        least = min(len(curate.read_rows(task.data / folder, kept=True)) for folder in rows.values())
+        return [Row(name, replace(s, samples=least), (folder,)) for name, folder in rows.items()]
     if command == "table3":
-        return [Row(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", on("round0", sma=sma, epm=epm))
+        return [Row(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", replace(s, sma=sma, epm=epm), ("round0",))
                 for sma in (False, True) for epm in (False, True)]
-    return [Row("image editor, frame by frame", None, "image"), Row("image editor, FFG-V2V", None, "ffg"),
-            Row("round 0", on("round0")), Row("round 1", on("round0", "round1")),         # the paper's stages I to III
-            Row("round 2, with synthetic data", on("round0", "round2")), Row("round 2, real only", on("round2"))]
+    return [Row("image editor, frame by frame", None, mode="image"), Row("image editor, FFG-V2V", None, mode="ffg"),
+            Row("round 0", s, ("round0",)), Row("round 1", s, ("round0", "round1")),      # the paper's stages I to III
+            Row("round 2, with synthetic data", s, ("round0", "round2")), Row("round 2, real only", s, ("round2",))]
 
 
-def measured(folder, source, motion, mode, how, m):
-    """{domain: (clips, 3) success, gain inside in dB, flicker} of an editor, kept in `folder`; ranks share the domains."""
-    rank, n_ranks = processes()
-    files = {domain: folder / f"scores-{domain}.json" for domain in ("synthetic", "real")}
-    for k, (domain, file) in enumerate(files.items()):
-        if k % n_ranks == rank:
-            ed = VideoEditor.from_pretrained(source, motion=motion, device=how.device)
-            made = dict(editor=ed.fingerprint, n=m.n, **guidance(m))
-            if not (file.is_file() and read_json(file)["made"] == made):
-                rows = drawn_scores(ed, m.n, domain, N_FRAMES, mode, **guidance(m))
-                write_json(file, dict(made=made, clips=[[r["success"], r["truth_gain"], r["flicker"]] for r in rows]))
+def measured(out, row, domain, s, how, n):
+    """`drawn_scores` of a row's run; what stands in `out` is not measured again."""
+    source, motion = (out, None) if row.settings else (s.weights, s.motion if row.mode == "ffg" else False)
+    file = out / f"{domain}-{n}-{editor_of(source)['editor']}.json"
+    if how.rank == 0 and not file.is_file():
+        ed = VideoEditor.from_pretrained(source, motion=motion, device=how.device)
+        write_json(file, drawn_scores(ed, n, domain, N_FRAMES, row.mode))
     wait_for_all()
-    return {domain: np.array(read_json(file)["clips"], float) for domain, file in files.items()}
+    return read_json(file, list)
 
 
-def table_line(name, domain, seeds, first):
-    """One line: seeds [(clips, 3) of `measured`], first (clips, 3): the first row's mean over its seeds."""
-    v = np.mean(seeds, axis=0)
-    gain, means = v - first, [x[:, 0].mean() for x in seeds]
-    half, half_gain = (1.96 * x.std(axis=0) / math.sqrt(len(x)) for x in (v, gain))
-    return (f"| {name} | {domain} | {len(v)} x {len(seeds)} | {v[:, 0].mean():.1%} ± {half[0]:.1%} | "
-            f"{min(means):.1%} to {max(means):.1%} | {gain[:, 0].mean():+.1%} ± {half_gain[0]:.1%}, "
-            f"{(gain[:, 0] != 0).sum()} differ | {v[:, 1].mean():+.1f} ± {half[1]:.1f} | "
-            f"{gain[:, 1].mean():+.2f} ± {half_gain[1]:.2f} | {v[:, 2].mean():.2f} ± {half[2]:.2f} | "
-            f"{gain[:, 2].mean():+.2f} ± {half_gain[2]:.2f} |")
-
-
-def table(command, args, s, how, m):
+def table(command, task, s, how):
     """Train every row of a table with --seeds seeds and measure it on held-out clips of 16 frames, both domains.
 
-    Runs lie in runs/<model>/<table>/<row>-<seed>; what is trained or measured already is not done again. Every seed
-    edits the same clips, so intervals are over clips, each the mean of its seeds; differences to the first row are
-    taken clip by clip, with how many clips differ in success: where none does, ± 0 only says that, not that none would.
+    Every seed edits the same clips, so intervals are over clips, each with all of its seeds; differences to the first
+    row are taken clip by clip.
     """
-    lines, first = [], {}
-    for row in table_rows(command, args, s, how):
-        results = []
-        for seed in range(m.seeds if row.settings else 1):
-            out = args.runs / command / f"{row.name.replace(',', '').replace(' ', '-')}-{seed}"
-            source, motion = out, None
-            if row.settings:
-                stage_video(out, replace(row.settings, seed=seed), how, {})
-            else:
-                source, motion = s.weights, s.motion if row.mode == "ffg" else False
-            results.append(measured(out, source, motion, row.mode, how, m))
-        for domain in results[0]:
-            seeds = [result[domain] for result in results]
-            lines.append(table_line(row.name, domain, seeds, first.setdefault(domain, np.mean(seeds, axis=0))))
-    if processes()[0] == 0:
-        print(f"{command}: held-out clips of {N_FRAMES} frames; ± is half a 95 % interval over clips\n| row | domain | "
-              "clips x seeds | success | seeds' means | to first row | gain inside, dB | to first row | flicker | to "
-              "first row |\n" + "|---" * 10 + "|", *lines, sep="\n", flush=True)
+    columns, lines, first = ["success", "truth_gain", "flicker"], [], {}
+    for row in table_rows(command, task, s, how):
+        name = row.name.replace(",", "").replace(" ", "-")
+        outs = [task.runs / command / f"{name}-{seed}" for seed in range(task.seeds if row.settings else 1)]
+        for seed, out in enumerate(outs if row.settings else []):
+            folders = tuple(str(task.data / folder) for folder in row.folders)
+            stage_video(out, replace(row.settings, seed=seed, train_on=folders), how, {})
+        for domain in ("synthetic", "real"):
+            scores = [clip for out in outs for clip in measured(out, row, domain, s, how, task.n)]
+            clips, values = [clip["id"] for clip in scores], np.array([[clip[k] for k in columns] for clip in scores])
+            mean = {clip: values[np.array(clips) == clip].mean(0) for clip in clips}
+            first.setdefault(domain, mean)
+            gains = [dict(zip(columns, x - first[domain][clip])) for clip, x in zip(clips, values)]
+            lines += [table_row(f"{row.name}, {domain} [95 %]", scores, columns, clips),
+                      table_row("− first row", gains, columns, clips, "+")]
+    if how.rank == 0:
+        print(f"{command}: held-out clips of {N_FRAMES} frames", table_head("row", columns), *lines, sep="\n", flush=True)
 
 # ---- a round as a picture, a run as one folder -----------------------------------------------------------------
 
 def plot(run, size=300):
-    """run/training.png from its log: gamma of every motion module over steps (Figure 4e), EPM's mean bias of every
-    site, other frames less the own, and what the mean bias gives as attention, last (Figure 5; rows listen, white 1)."""
-    rows = read_log(run / "log.jsonl")
-    if not rows or "gamma" not in rows[0]:
-        raise UserError(f"{run / 'log.jsonl'}: no log of a video run; pass --weights with the folder of one")
-    panels = {"gamma": {k: [r["gamma"][k] for r in rows] for k in rows[0]["gamma"]}}
-    if "epm" in rows[0]:
-        panels["EPM: bias"] = {k: [r["epm"][k][1] - r["epm"][k][0] for r in rows] for k in rows[0]["epm"]}
-    picture = Picture.new("RGB", (3 * size, size + 20), "white")
-    draw = ImageDraw.Draw(picture)
+    """run/training.svg from its log: gamma of every motion module over steps (Figure 4e), EPM's bias of every site, and
+    what its mean gives as attention at the end (Figure 5: rows listen, white is 1)."""
+    with reading(run / "log.jsonl", "pass --round N, or --out with the folder of a round"):
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        panels = {"gamma": [row["gamma"] for row in rows], "EPM's bias": [row.get("epm", {}) for row in rows]}
+        end, matrix = rows[-1]["step"], torch.tensor(rows[-1].get("epm_matrix", []))
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -20 {3 * size} {size + 20}">']
     for i, (title, curves) in enumerate(panels.items()):
-        low, high = min(map(min, curves.values())), max(map(max, curves.values()))
-        draw.text((i * size + 5, 4), f"{title}, {low:.3f} to {high:.3f}, {rows[-1]['step']} steps", "black")
-        for k, curve in enumerate(curves.values()):
-            points = [((i + r["step"] / rows[-1]["step"]) * size, 20 + size * (high - y) / (high - low + 1e-9))
-                      for r, y in zip(rows, curve)]
-            draw.line([(i * size, points[0][1]), *points], f"hsl({360 * k // len(curves)}, 70%, 40%)", 2)
-    if "epm" in rows[0]:
-        share = torch.tensor(rows[-1]["epm_matrix"]).softmax(dim=1)
-        matrix = Picture.fromarray((255 * share).byte().numpy())
-        picture.paste(matrix.resize((size, size), Picture.Resampling.NEAREST), (2 * size, 20))
-    with aside(run / "training.png") as half:
-        picture.save(half, "PNG")
-    print(f"{run / 'training.png'}: {len(rows)} points")
+        low, high = (f([y for row in curves for y in row.values()] + [0]) for f in (min, max))
+        svg.append(f'<text x="{i * size}" y="-5">{title}, {low:.3f} to {high:.3f}, {end} steps</text>')
+        for k, name in enumerate(curves[0]):
+            points = [f"{(i + row['step'] / end) * size:.0f},{size * (high - curve[name]) / (high - low):.0f}"
+                      for row, curve in zip(rows, curves)]
+            svg.append(f'<polyline fill="none" stroke="hsl({40 * k},70%,40%)" points="{" ".join(points)}"/>')
+    for y, line in enumerate(matrix.softmax(-1).tolist()):
+        svg += [f'<rect x="{2 * size + 16 * x}" y="{16 * y}" width="16" height="16" fill="hsl(0,0%,{100 * share:.0f}%)"/>'
+                for x, share in enumerate(line)]
+    write_text(run / "training.svg", "\n".join([*svg, "</svg>"]))
+    print(f"{run / 'training.svg'}: {len(rows)} points")
 
 
-def export(run, to):
+def export(source, to):
     """An editor as one folder in hub layout, float16, what it is made of from its own folder, its base's, and so on:
     what `--model tiny` loads."""
-    if not finished(run):
-        raise UserError(f"{run}: no finished run there to export; train it first")
-    folders, about = repository(run), {}
+    if not finished(source):
+        raise UserError(f"{source}: no finished run there to export; train it first")
+    folders, about = repository(source), {}
     for folder in reversed(folders):                               # a run's own words come before its base's
         about |= read_json(folder / "model_index.json").get("instructvedit", {})
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "clip", "viclip"):
-        if not any((folder / name).is_dir() for folder in folders):
-            continue                                               # scorers: not everybody's
         for path in sorted(part(folders, name).iterdir()):
             if path.suffix == ".safetensors":
                 save_tensors(to / name / path.name, read_tensors(path), torch.float16)
-            elif not (to / name / path.name).exists() or not path.samefile(to / name / path.name):
-                (to / name).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, to / name / path.name)
-    about.pop("base", None)
-    write_json(to / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about})
+            else:
+                write_text(to / name / path.name, path.read_text(encoding="utf-8"))
+    write_json(to / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about | {"base": None}})
     print(f"{to}: {sum(path.stat().st_size for path in to.rglob('*') if path.is_file()) / 1e6:.1f} MB")
 
 # ---- commands --------------------------------------------------------------------------------------------------
 
-# the networks of `tiny`, in the order in which they need each other
-NETWORKS = {"vae": (stage_vae, Vae(steps=2500, lr=2e-3, batch=64, ema=0.995)),
-            "clip": (stage_clip, Clip(batch=48, ema=0.995)),
-            "viclip": (stage_viclip, Viclip(steps=1500, batch=16, ema=0.995)),
-            "image": (stage_image, Image(steps=16_000, batch=32)),
-            "motion": (stage_motion, Motion(steps=600))}
-WRITER = Writer(steps=2000, lr=1e-4, warmup=0)                     # ours; the paper names neither
+# the networks of `tiny`: how one is trained, its settings, what must be there before
+NETWORKS = {"vae": (stage_vae, Vae(steps=2500, lr=2e-3, batch=64, ema=0.995), []),
+            "clip": (stage_clip, Clip(batch=48, samples=60_000, ema=0.995), []),
+            "viclip": (stage_viclip, Viclip(steps=1500, batch=16, samples=60_000, ema=0.995), ["clip"]),
+            "image": (stage_image, Image(steps=16_000, batch=32), ["vae", "clip", "viclip"]),
+            "motion": (stage_motion, Motion(steps=600, samples=2000), ["image"])}
 
 
-def networks(args, s, how):
-    """The networks of `tiny` that a model up to a round, or without one, needs and that are not there yet."""
-    needs = ["vae", "clip", "viclip", "image"] if Path(s.weights) == args.runs / "image" else []
-    needs += ["motion"] if args.round is not None and Path(s.motion) == args.runs / "motion" else []
+def train_network(name, s, how, task):
+    """One of NETWORKS, where it is not finished: on the data drawn by this world, from the networks that it needs."""
+    stage, _, needs = NETWORKS[name]
+    weights = getattr(s, "weights", "")
+    origin = dict(world=world_folder(task.data).name) | (editor_of(weights) if weights else {})
+    for other in needs if not weights else []:
+        if not finished(task.runs / other):
+            raise UserError(f"{task.runs / other}: no finished network there; run `python train.py {other}` first")
+        origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
+    if not is_done(task.runs / name, asdict(s) | origin, how):
+        stage(task.runs / name, s, how, task.data)
+
+
+def networks(task, s, how):
+    """What a round, or an image editor without one, needs and is not there: with default settings. Whoever wants others
+    trains it by its own command before."""
+    needs = [name for name in NETWORKS if name != "motion"] if Path(s.weights) == task.runs / "image" else []
     for name in needs:
-        stage, settings = NETWORKS[name]
-        if name == "motion":
-            settings = replace(settings, weights=s.weights)
-            stage(args.runs / name, as_begun(args.runs / name, settings), how, args.data)
-        elif processes()[0] == 0:                                  # minutes, so one process is enough
-            stage(args.runs / name, as_begun(args.runs / name, settings), how, args.data)
-        wait_for_all()
+        if how.rank == 0 and not finished(task.runs / name):       # minutes, so one process is enough
+            train_network(name, NETWORKS[name][1], replace(how, n_ranks=1), task)
+    wait_for_all()
+    if task.round is not None and Path(s.motion) == task.runs / "motion" and not finished(task.runs / "motion"):
+        train_network("motion", replace(NETWORKS["motion"][1], weights=s.weights), how, task)
+
+
+def parse(argv):
+    """(command, what to do, settings of the stage, How) of a command line."""
+    defaults = {name: settings for name, (_, settings, _) in NETWORKS.items()} | {"writer": WRITER}
+    commands = [*defaults, "video", "table2", "table3", "table4", "plot", "export"]
+    command = argv[0] if argv and argv[0] in commands else ""
+    p = Parser(prog=f"train.py {command}", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument("--device", type=known_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    for settings in (defaults.get(command, ROUND["tiny"]), Task(), How()):
+        add_flags(p, settings)
+    args = p.parse_args(argv[1:] if command else argv)
+    task = from_flags(Task(), args)
+    task.data, task.runs = task.data or ROOT / "data" / task.model, task.runs or ROOT / "runs" / task.model
+    s = from_flags(defaults.get(command, ROUND[task.model]), args)
+    if isinstance(s, Round):                                       # what round 0 starts from
+        tiny = task.model == "tiny"
+        s.weights = s.weights or (str(task.runs / "image") if tiny else "sd15")
+        s.motion = s.motion or (str(task.runs / "motion") if tiny else SD15_MOTION)
+    rank, n_ranks = join_processes(args.device)
+    return command, task, s, replace(from_flags(How(), args), device=args.device, rank=rank, n_ranks=n_ranks)
+
+
+def main(argv=None):
+    command, task, s, how = parse(sys.argv[1:] if argv is None else argv)
+    name = "image" if command in ("", "plot", "export") else command
+    name = name if task.round is None and name != "video" else f"round{task.round or 0}"
+    out = task.out or task.runs / name
+    if command in NETWORKS:
+        train_network(command, s, how, task)
+    elif command == "video":
+        stage_video(out, replace(s, train_on=s.train_on or round_folders(task, task.round or 0)), how, {})
+    elif command == "writer":
+        stage_writer(out, s, how)
+    elif command == "plot":
+        plot(out)
+    elif command == "export":
+        export(out, task.to)
+    elif command:
+        table(command, task, s, how)
+    elif task.round is None:
+        networks(task, s, how)
+    else:
+        refine(task, s, how)
+    if task.n and command in ("", "image") and how.rank == 0:
+        report(out, how, task.n, 1 if task.round is None else N_FRAMES)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
