@@ -648,35 +648,35 @@ def against_truth(ed, z_src, source, edits, truth, mask):
 @dataclass
 class Score:
     name: str           # as tables print it
+    better: str         # up, 0 or 1 (the nearer), - (neither)
     digits: int
     says: str
-    better: str = "up"  # or 0 or 1 (the nearer), or - (neither)
 
 
 SCORES = {
-    "viclip_out": Score("ViCLIP_out", 3, "edited clip against the target caption"),
-    "pick_score": Score("PickScore", 2, "human preference for each frame under the target caption"),
-    "clip_frame": Score("CLIPFrame", 3, "frames alike; a frozen frame has 1"),
-    "clip_text": Score("CLIPText", 2, "frames against the target caption, x 100"),
-    "clip_frame_gain": Score("CLIPFrame gain", 3, "CLIPFrame minus the source's own", "0"),
-    "flicker": Score("flicker", 2, "flicker over the source's own; above 1 flickers, below smears", "1"),
-    "seam": Score("seam", 2, "change where windows of 16 meet, over change elsewhere", "1"),
-    "changed": Score("area changed", 2, "share of the clip that the edit changed", "-"),
-    "psnr_outside": Score("PSNR outside", 1, "dB, source kept outside that area; 100 is equal"),
-    "ssim_outside": Score("SSIM outside", 3, "structure kept outside that area"),
-    "viclip_dir": Score("ViCLIP_dir", 3, "held out; change of clip against captions'; untouched has 0"),
+    "viclip_out": Score("ViCLIP_out", "up", 3, "edited clip against the target caption"),
+    "pick_score": Score("PickScore", "up", 2, "human preference for each frame under the target caption"),
+    "clip_frame": Score("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1"),
+    "clip_text": Score("CLIPText", "up", 2, "frames against the target caption, x 100"),
+    "clip_frame_gain": Score("CLIPFrame gain", "0", 3, "CLIPFrame minus the source's own"),
+    "flicker": Score("flicker", "1", 2, "flicker over the source's own; above 1 flickers, below smears"),
+    "seam": Score("seam", "1", 2, "change where windows of 16 meet, over change elsewhere"),
+    "changed": Score("area changed", "-", 2, "share of the clip that the edit changed"),
+    "psnr_outside": Score("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal"),
+    "ssim_outside": Score("SSIM outside", "up", 3, "structure kept outside that area"),
+    "viclip_dir": Score("ViCLIP_dir", "up", 3, "held out; change of clip against captions'; untouched has 0"),
 }
 JUDGED = {                                              # only with --judge, see judge_edit
-    "judge_follows": Score("judge: follows", 2, "chance of yes: it follows the instruction"),
-    "judge_preserves": Score("judge: keeps", 2, "chance of yes: all else is unchanged"),
-    "judge_clean": Score("judge: clean", 2, "chance of yes: no artefacts, no flicker"),
+    "judge_follows": Score("judge: follows", "up", 2, "chance of yes: it follows the instruction"),
+    "judge_preserves": Score("judge: keeps", "up", 2, "chance of yes: all else is unchanged"),
+    "judge_clean": Score("judge: clean", "up", 2, "chance of yes: no artefacts, no flicker"),
 }
 TRUTH = {                                               # only where the true edit is known
-    "psnr_truth": Score("PSNR to truth", 1, "dB to the true edit inside its region"),
-    "ssim_truth": Score("SSIM to truth", 3, "structure of the true edit inside its region"),
-    "truth_gain": Score("gain, dB", 1, "PSNR to truth minus the untouched source's"),
-    "whole_gain": Score("gain, whole clip", 1, "the same over the whole clip"),
-    "success": Score("success", 2, "share of clips, see SUCCESS"),
+    "psnr_truth": Score("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
+    "ssim_truth": Score("SSIM to truth", "up", 3, "structure of the true edit inside its region"),
+    "truth_gain": Score("gain, dB", "up", 1, "PSNR to truth minus the untouched source's"),
+    "whole_gain": Score("gain, whole clip", "up", 1, "the same over the whole clip"),
+    "success": Score("success", "up", 2, "share of clips, see SUCCESS"),
 }
 ALL_SCORES = SCORES | JUDGED | TRUTH
 # The judge that curation never filters by. Both models have it, and doing nothing does not win it; but its
