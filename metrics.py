@@ -2,11 +2,11 @@
 
     python metrics.py edited.mp4 --source video.mp4 --instruction "make it snow" \\
                       --source-caption "a street" --target-caption "a street in the snow"
-    python metrics.py tgve DIR [--plus] [--outputs DIR]          the TGVE or TGVE+ benchmark as one table
-    python metrics.py shapes [--sweep] [--agreement] [--bare]    the same on drawn clips with a known true edit
-    python metrics.py footage DIR                                the same on real clips, by effects that are exact
-    python metrics.py study DIR_A DIR_B [DIR_SOURCE]             a user study as one HTML page
-    python metrics.py votes *.json                               its answers as win rates
+    python metrics.py tgve DIR [--plus] [--outputs DIR]        the TGVE or TGVE+ benchmark as one table
+    python metrics.py shapes [--sweep] [--agreement] [--bare]  the same on drawn clips with a known truth
+    python metrics.py footage DIR                              the same on real clips, by exact effects
+    python metrics.py study DIR_A DIR_B [DIR_SOURCE]           a user study as one HTML page
+    python metrics.py votes *.json                             its answers as win rates
 
 Contents
     images in    resize_crop, Preprocess
@@ -50,11 +50,12 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from tqdm import tqdm
 
 import world
-from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention, begin,
-                   build, find_tensors, fingerprint, hub_dir, load_weights, need, placement, read_json,
+from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
+                   begin, build, find_tensors, fingerprint, hub_dir, load_weights, need, placement, read_json,
                    read_tensors, reading, run, stretch, to_u8, to_video, write_json, write_text)
-from sample import (IMAGES, REFERENCES, VIDEOS, WINDOW, Parser, between, choose_model, edit_pictures, editor_flags,
-                    known_device, model_size, plan, probe, read_frames, read_video, settings, video_writer)
+from sample import (IMAGES, REFERENCES, VIDEOS, WINDOW, Parser, between, choose_model, edit_pictures,
+                    editor_flags, known_device, model_size, plan, probe, read_frames, read_video, settings,
+                    video_writer)
 from teachers import LLAVA, LlavaOneVision, judge_edit
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,9 +95,9 @@ def normalise(images, mean, std):
     return ((x - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def open_network(network, source, device=None, dtype=torch.float32, patterns=("*.json", "model.safetensors")):
+def open_network(network, source, device=None, dtype=torch.float32):
     """(network with the weights of a hub id or a directory in transformers' layout, that directory)."""
-    folder = hub_dir(source, list(patterns))
+    folder = hub_dir(source, ["*.json", "merges.txt", "model.safetensors"])
     with torch.device("meta"):
         net = build(network, folder / "config.json")
     tensors, file = find_tensors(folder)
@@ -182,7 +183,7 @@ class CLIP(nn.Module):
 
         Raises UserError for missing, partial or foreign files.
         """
-        net, folder = open_network(cls, source, device, dtype, ["*.json", "merges.txt", "model.safetensors"])
+        net, folder = open_network(cls, source, device, dtype)
         net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
         return net
 
@@ -204,9 +205,9 @@ class CLIP(nn.Module):
 def resize_positions(table, grid, antialias):
     """The square position table (1, 1 + n*n, D) for another grid (h, w), bicubic in float32.
 
-    antialias: in models with registers, as in both code bases; in others not, as in transformers' Dinov2Model.
-    (There facebookresearch/dinov2 resizes by the factors (h + 0.1)/n, (w + 0.1)/n.) All agree on the table's own
-    grid.
+    antialias: in models with registers, as in both code bases; in others not, as in transformers'
+    Dinov2Model. (There facebookresearch/dinov2 resizes by the factors (h + 0.1)/n, (w + 0.1)/n.) All agree on
+    the table's own grid.
     """
     n = round((table.shape[1] - 1) ** 0.5)
     if tuple(grid) == (n, n):
@@ -359,9 +360,11 @@ class ViCLIPText(nn.Module):
 class ViCLIP(nn.Module):
     """encode_video: (N, 8 or 1, 3, S, S) -> (N, P); encode_text: ids (N, 32) -> (N, P); not normalised.
 
-    cfg: image_size, patch_size, num_frames, {vision,text}_{width,layers,heads}, context_length, vocab_size,
-    embed_dim. All tokens are used; the published code drops 90 % by default, which is for training.
+    cfg: as SIZES. All tokens are used; the published code drops 90 % by default, which is for training.
     """
+    SIZES = dict(image_size=224, patch_size=14, num_frames=8, context_length=32, vocab_size=49408,
+                 vision_width=1024, vision_layers=24, vision_heads=16,
+                 text_width=768, text_layers=12, text_heads=12, embed_dim=768)
     MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])        # ImageNet's
     FILES = ["ViClip-InternVid-10M-FLT.pth", "model.safetensors", "bpe_simple_vocab_16e6.txt.gz", "*.json"]
 
@@ -375,22 +378,18 @@ class ViCLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, source, device=None, dtype=torch.float32):
         """source: OpenGVLab/ViCLIP (gated: accept its terms and log in) or a directory with its .pth, or with
-        a model.safetensors of the same names, and the vocabulary beside it.
-
-        Sizes come from the tensors; heads are 64 wide unless a config beside the file gives their number.
-        """
+        a model.safetensors of the same names, and the vocabulary beside it; other sizes are in its
+        config.json."""
         folder = hub_dir(source, cls.FILES)
         path = folder / cls.FILES[0]
         path = path if path.is_file() else folder / "model.safetensors"
-        tensors = read_tensors(path)
-        with reading(path, "is it ViCLIP's file?"):
-            cfg = viclip_sizes(tensors)
-        for name in ("config.json", "mini_sizes.json"):
-            if (folder / name).is_file():
-                cfg |= {k: v for k, v in read_json(folder / name).items() if k in cfg}
+        cfg = cls.SIZES
+        for file in (folder / "config.json", folder / "mini_sizes.json"):
+            if file.is_file():
+                cfg = cfg | {key: x for key, x in read_json(file).items() if key in cfg}
         with torch.device("meta"):
-            net = cls(cfg)
-        load_weights(net, tensors, f"{folder.name}/{path.name}", device=device, dtype=dtype)
+            net = build(cls, folder / "config.json", cfg)
+        load_weights(net, read_tensors(path), f"{folder.name}/{path.name}", device=device, dtype=dtype)
         bpe = folder / "bpe_simple_vocab_16e6.txt.gz"                   # or, for `tiny`, CLIP's two files
         net.tokenizer = (Tokenizer.from_bpe_gz(bpe, pad=0) if bpe.is_file() else
                          Tokenizer(folder / "vocab.json", folder / "merges.txt", pad=0))
@@ -421,22 +420,6 @@ class ViCLIP(nn.Module):
         x = torch.from_numpy(np.stack(self.choose(to_u8(images)))).permute(0, 3, 1, 2).float()
         x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear").round()
         return normalise(x.permute(0, 2, 3, 1), self.MEAN, self.STD)[None]
-
-
-def viclip_sizes(t):
-    """The config that fits ViCLIP's tensors."""
-    vision, text = t["vision_encoder.conv1.weight"], t["text_encoder.token_embedding.weight"]
-    grid = round((len(t["vision_encoder.positional_embedding"]) - 1) ** 0.5)
-
-    def layers(tower):
-        return 1 + max(int(k.split(".")[3]) for k in t if k.startswith(f"{tower}_encoder.transformer."))
-    return dict(image_size=grid * vision.shape[-1], patch_size=vision.shape[-1],
-                num_frames=t["vision_encoder.temporal_positional_embedding"].shape[1],
-                vision_width=len(vision), vision_layers=layers("vision"),
-                vision_heads=max(1, len(vision) // 64), text_heads=max(1, text.shape[1] // 64),
-                text_width=text.shape[1], text_layers=layers("text"), vocab_size=len(text),
-                context_length=len(t["text_encoder.positional_embedding"]),
-                embed_dim=t["vision_encoder.proj"].shape[1])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -519,8 +502,8 @@ def unit(x):
 
 
 def ssim(first, second, mask=None):
-    """Structural similarity of (..., H, W, 3) twice, the mean over R, G, B and all full 7x7 windows, or those whose
-    centre is in mask (..., H, W): -1 to 1, up, 1 for equal images; NaN for no windows.
+    """Structural similarity of (..., H, W, 3) twice, the mean over R, G, B and all full 7x7 windows, or those
+    whose centre is in mask (..., H, W): -1 to 1, up, 1 for equal images; NaN for no windows.
 
     Wang et al. 2004, as scikit-image has it by default: flat window, sample covariance (48ths, not 49ths),
     constants 0.01^2 and 0.03^2.
@@ -552,8 +535,8 @@ def flicker(edited, source):
     """Flicker over the source's own: 1 is as steady, above flickers, below smears; NaN for fewer than three
     frames.
 
-    A clip's flicker is the mean distance of a frame from the mean of its two neighbours, in grey levels: steady
-    motion mostly cancels. A quarter of a level is added to both, since stills have none.
+    A clip's flicker is the mean distance of a frame from the mean of its two neighbours, in grey levels:
+    steady motion mostly cancels. A quarter of a level is added to both, since stills have none.
     """
     def bend(frames):
         x = [frame.astype(np.int16) for frame in frames]
@@ -563,8 +546,9 @@ def flicker(edited, source):
 
 
 def seam_score(edited, source):
-    """How much more the edit changes where two windows of `edit_stream` meet (16, 28, 40, ...) than elsewhere: 1
-    is no seam; NaN for one window. Changes count relative to the source's own, so that motion cancels."""
+    """How much more the edit changes where two windows of `edit_stream` meet (16, 28, 40, ...) than
+    elsewhere: 1 is no seam; NaN for one window. Changes count relative to the source's own, so that motion
+    cancels."""
     def changes(frames):                                                # (F - 1,), in [0, 1]
         return np.array([np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(frames, frames[1:])])
     if len(edited) <= WINDOW:
@@ -610,7 +594,8 @@ def preservation(source, edited, mask=None):
 
 SUCCESS = ("success: inside the region that the true edit changes, at least 1 dB closer to the truth than "
            "the source and the autoencoded source are; outside it, at most 1 dB further from the source than "
-           "the autoencoder's own error, on source or truth")
+           "the autoencoder's own error, on source or truth. The truth is known where the result follows from "
+           "source and instruction alone")
 CODED = ("autoencoded source", "autoencoded truth")                     # what a perfect editor loses
 
 
@@ -624,9 +609,9 @@ def truth_scores(source, edited, truth, mask):
 
 
 def succeeds(gain, outside, coded):
-    """Success as SUCCESS says it: 1.0 or 0.0. gain: dB nearer to the truth inside the true region than the source
-    is; outside: PSNR to the source, NaN where there is no outside; coded: [(gain, outside)] of what a perfect
-    editor loses, source and truth through the autoencoder, the source first.
+    """Success as SUCCESS says it: 1.0 or 0.0. gain: dB nearer to the truth inside the true region than the
+    source is; outside: PSNR to the source, NaN where there is no outside; coded: [(gain, outside)] of what a
+    perfect editor loses, source and truth through the autoencoder, the source first.
 
     Without the margin, doing nothing would often succeed: the autoencoder's blur alone brings clips closer.
     """
@@ -712,7 +697,7 @@ class Scorers:
     """The networks behind the scores; each is opened when first asked for, and kept."""
     paths: dict                 # {a key of NETWORKS: hub id or directory}
     family: str = "published"   # or tiny
-    square: int = 0             # TGVE's script stretches frames to 480x480 before the networks' own preprocessing
+    square: int = 0             # TGVE's script stretches frames to 480x480 before the networks see them
     device: str = None
     networks: dict = field(default_factory=dict)
 
@@ -732,8 +717,8 @@ class Scorers:
 
 def scorer_flags(parser):
     parser.add_argument("--scorers", choices=["auto", "tiny", "published"], default="auto",
-                        help="embedded networks or the hub's; auto: for curation those that lie with the editor, "
-                        "else the hub's if there is a GPU")
+                        help="embedded networks or the hub's; auto: for curation those that lie with the "
+                        "editor, else the hub's if there is a GPU")
     for role in ("clip", "pick", "viclip"):
         parser.add_argument(f"--{role}", metavar="DIR",
                             help=f"hub id or directory of another {role} network, or none")
@@ -761,12 +746,12 @@ def choose_scorers(kind="auto", own=None, device=None, **paths):
 
 @torch.no_grad()
 def score_clips(clips, scorers):
-    """Scores of clips, several edits of each: a list of {edit's name: {key of SCORES: float}}, with the keys that
-    the inputs allow.
+    """Scores of clips, several edits of each: a list of {edit's name: {key of SCORES: float}}, with the keys
+    that the inputs allow.
 
     clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them),
-    `source_caption`, `target_caption`, `instruction`, `mask` (F, H, W) of the true edit and `truth`, that edit,
-    which counts if it is `known` to be the only one.
+    `source_caption`, `target_caption`, `instruction`, `mask` (F, H, W) of the true edit and `truth`, that
+    edit, which counts if it is `known` to be the only one.
     """
     results = []
     for clip in clips:
@@ -827,7 +812,8 @@ def network_scores(net, role, clip, square=0):
 
 
 def encode_clip(net, frames, square=0):
-    """Features of frames, by ViCLIP (P,), by CLIP (F, P). square: stretch frames to this side before, 0: do not."""
+    """Features of frames, by ViCLIP (P,), by CLIP (F, P). square: stretch frames to this side before, 0: do
+    not."""
     video = isinstance(net, ViCLIP)
     frames = net.choose(frames) if video else frames
     if square:
@@ -838,9 +824,9 @@ def encode_clip(net, frames, square=0):
 
 
 def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
-    """The filter's total of N candidates: (N,) weighted mean of the scores that all of them have, less `centre`
-    and divided by `spread` ({score: value}, from `curate.py calibrate`); without those, by their own mean and
-    deviation."""
+    """The filter's total of N candidates: (N,) weighted mean of the scores that all of them have, less
+    `centre` and divided by `spread` ({score: value}, from `curate.py calibrate`); without those, by their own
+    mean and deviation."""
     keys = [key for key in weights if all(row.get(key) is not None for row in rows)]
 
     def values(*rows):                                                  # (N, K)
@@ -855,8 +841,8 @@ def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
 # ------------------------------------------------------------------------------------------------------------
 
 def load_frames(path, start=0):
-    """A video file, from `start` seconds on, or a folder of numbered frames -> (frames (F, H, W, 3) uint8, times
-    (F,) in seconds from the first of them; None of a folder)."""
+    """A video file, from `start` seconds on, or a folder of numbered frames -> (frames (F, H, W, 3) uint8,
+    times (F,) in seconds from the first of them; None of a folder)."""
     clip = probe(path)
     if clip.path.is_dir() and start:
         raise UserError(f"--start {start:g}: {path} is a folder of frames, which have no times")
@@ -869,9 +855,9 @@ def load_frames(path, start=0):
 def align(source, edited, source_times=None, edited_times=None):
     """Source and edit as clips of one length and size: (source, edited, notes on what was done).
 
-    Clips of as many frames, and folders, whose frames have no times (None), are paired one to one. Else times in
-    seconds tell: up to where the shorter clip ends, each frame of the clip that has fewer there meets the one
-    shown at its time.
+    Clips of as many frames, and folders, whose frames have no times (None), are paired one to one. Else times
+    in seconds tell: up to where the shorter clip ends, each frame of the clip that has fewer there meets the
+    one shown at its time.
     """
     notes, (height, width) = [], source.shape[1:3]
     if len(source) != len(edited):
@@ -887,7 +873,7 @@ def align(source, edited, source_times=None, edited_times=None):
             source, edited = (x[np.searchsorted(t, when, "right") - 1]
                               for x, t in zip((source, edited), times))
         notes.append(f"{found}: {how} {len(source)} of both are scored")
-    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # mp4 shows an odd last row or column twice
+    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # mp4 shows an odd last row twice
         edited = edited[:, :height, :width]
     if edited.shape[1:3] != (height, width):
         old = f"{edited.shape[2]}x{edited.shape[1]}"
@@ -897,8 +883,8 @@ def align(source, edited, source_times=None, edited_times=None):
 
 
 def main_clip(argv):
-    parser = Parser(prog="metrics.py", description="Scores of one edited clip; `tgve|shapes|footage|study|votes "
-                    "--help` for the rest.")
+    parser = Parser(prog="metrics.py", description="Scores of one edited clip; for the rest see "
+                    "`metrics.py tgve|shapes|footage|study|votes --help`.")
     add = parser.add_argument
     add("edited", help="video file or folder of frames")
     add("--source", help="the clip it was made from")
@@ -951,13 +937,13 @@ def benchmark_item(folder, subset, video, task, source_caption, target_caption, 
 def read_tgve(folder, prompts=None):
     """LOVEU-TGVE-2023 as published: a CSV with section rows ("DAVIS Videos:") and blank ones, three folders.
 
-    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without it
-    items have no instruction and can only be scored. Returns items of `benchmark_item`, four per video.
+    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without
+    it items have no instruction and can only be scored. Returns items of `benchmark_item`, four per video.
     """
     file = min(folder.glob("*.csv"), default=folder / "LOVEU-TGVE-2023_Dataset.csv")
     prompts = prompts or min(folder.glob("*prompt*.json"), default=None)
     asked, items, subset = read_json(prompts) if prompts else {}, [], None
-    with reading(file, "is it TGVE's CSV, saved as UTF-8?"), open(file, encoding="utf-8-sig", newline="") as f:
+    with reading(file, "is it TGVE's CSV, as UTF-8?"), open(file, encoding="utf-8-sig", newline="") as f:
         for row in csv.DictReader(f, restval=""):
             name = row["Video name"].strip()
             if name.endswith("Videos:"):
@@ -993,7 +979,7 @@ def read_tgve_plus(folder):
         for row in rows:
             row = {key: row[name] or "" for key, name in names.items()}
             path, task = Path(row["video"]), re.sub(r"\W+", "_", row["task"].lower())
-            count[path, task] += 1                                      # a task may come several times a video
+            count[path, task] += 1                                      # may come several times a video
             n = count[path, task]
             item = benchmark_item(folder, path.parts[0], path.stem, task if n == 1 else f"{task}-{n}",
                                   row["source"], row["target"], row["instruction"])
@@ -1012,13 +998,13 @@ def read_source(item):
 
 
 def edit_and_score(items, read, ed, rows, scorers, out, edits_at=None):
-    """Every item's edit in every row as <out>/<row>/<id>/00000.jpg, …, the submission layout, and its scores in
-    <out>/scores/<id>.json. Folders appear whole, and edits that are there are kept; scores are taken anew where
-    scorers or edits are others.
+    """Every item's edit in every row as <out>/<row>/<id>/00000.jpg, …, the submission layout, and its scores
+    in <out>/scores/<id>.json. Folders appear whole, and edits that are there are kept; scores are taken anew
+    where scorers or edits are others.
 
     read(item) -> {"source": frames, where it is known "truth" and "mask"}; rows: {name: options of
-    `edit_pictures`}, the first the one that matters. edits_at: a folder of edits, so that none is made. Returns
-    {id: {row: scores}} and says what it leaves out.
+    `edit_pictures`}, the first the one that matters. edits_at: a folder of edits, so that none is made.
+    Returns {id: {row: scores}} and says what it leaves out.
     """
     done, networks = {}, [path for path in scorers.paths.values() if Path(path).is_dir()]
     for item in tqdm(items, desc=out.name, unit="clip"):
@@ -1063,8 +1049,8 @@ def write_frames(folder, frames, ending):
 
 
 def score_edits(ed, clip, edits, scorers):
-    """{row: scores} of edits {row: frames}, of CODED where the truth is there, and of two controls, all of one
-    length."""
+    """{row: scores} of edits {row: frames}, of CODED where the truth is there, and of two controls, all of
+    one length."""
     for row, edited in edits.items():
         if len(edited) == clip.get("length"):                           # of all of the source's frames
             edited = thin(edited)
@@ -1084,8 +1070,9 @@ def score_edits(ed, clip, edits, scorers):
 
 
 # the columns of all benchmarks; those in which no clip has a score are left out
-COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker", "psnr_outside",
-           "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success", *JUDGED, HELD_OUT)
+COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker",
+           "psnr_outside", "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success",
+           *JUDGED, HELD_OUT)
 IN_PAPER = ("viclip_out", "viclip_dir", "pick_score", "clip_frame", "clip_text")
 PAPER = {                   # arXiv 2503.17641, Table 1; some rows lack the last score
     "tgve": """Tune-A-Video  .243 .162 20.36 .924 27.12
@@ -1141,8 +1128,8 @@ def values(rows, columns):
 
 
 def table_row(name, x, columns, groups=None, sign=""):
-    """One Markdown row of the means of x (clips, columns), which says over how many clips where some lack a score.
-    groups: a name for each clip, for an `interval`."""
+    """One Markdown row of the means of x (clips, columns), which says over how many clips where some lack a
+    score. groups: a name for each clip, for an `interval`."""
     cells = []
     for key, column in zip(columns, x.T):
         has = np.isfinite(column)
@@ -1161,17 +1148,21 @@ def rows_by(items, x, columns):
 
 
 def table(items, done, title, paper=""):
-    """A benchmark as Markdown lines: this run, its tasks and domains, the controls, the gains on them, the
-    paper's. done: {id: {row: scores}}, the first row this run, the others its controls."""
-    columns, items = columns_of(done), [item for item in items if item["id"] in done]
-    videos = np.array([item["id"].rsplit("/", 1)[0] for item in items])         # edits of one are not independent
+    """A benchmark as Markdown lines: its first row by task and domain, the other rows, the gains on them, the
+    paper's.
+
+    done: {id: {row: scores}}; paper: lines of a name and the scores IN_PAPER.
+    """
+    found = {key for clip in done.values() for scores in clip.values() for key in scores}
+    columns, items = [key for key in COLUMNS if key in found], [item for item in items if item["id"] in done]
+    videos = np.array([item["id"].rsplit("/", 1)[0] for item in items])
     rows = {row: values([clip[row] for clip in done.values()], columns) for row in done[items[0]["id"]]}
-    ours, *controls = rows
-    lines = [table_head(title, columns), table_row("this run [95 %]", rows[ours], columns, videos)]
-    lines += rows_by(items, rows[ours], columns)
-    lines += [table_row(f"control: {row}", rows[row], columns) for row in controls]
-    for row in controls:                                                # paired: clip by clip
-        lines.append(table_row(f"this run − {row} [95 %]", rows[ours] - rows[row], columns, videos, "+"))
+    main, *others = rows
+    lines = [table_head(title, columns), table_row(f"{main} [95 %]", rows[main], columns, videos)]
+    lines += rows_by(items, rows[main], columns)
+    lines += [table_row(row, rows[row], columns) for row in others]
+    for row in others:                                                  # paired: clip by clip
+        lines.append(table_row(f"{main} − {row} [95 %]", rows[main] - rows[row], columns, videos, "+"))
     for line in paper.splitlines():
         name, *numbers = line.split()
         row = table_row(name, values([dict(zip(IN_PAPER, map(float, numbers)))], columns), columns)
@@ -1179,15 +1170,10 @@ def table(items, done, title, paper=""):
     return lines
 
 
-def columns_of(done):
-    found = {key for clip in done.values() for scores in clip.values() for key in scores}
-    return [key for key in COLUMNS if key in found]
-
-
-def report(lines, scorers, out):
+def report(lines, ed, scorers, out):
     """Print a benchmark's lines, and write them beside its scores."""
-    made_by = read_json(out / "settings.json")
-    lines += [f"{key} {value}" for key, value in (scorers.paths | made_by).items()]
+    about = scorers.paths | read_json(out / "settings.json")
+    lines += [*(filtered_by(ed) if ed else ()), *(f"{key}: {value}" for key, value in about.items())]
     write_text(out / "table.md", "\n".join(lines) + "\n")
     print(*lines, f"table and every clip's scores: {out}", sep="\n")
 
@@ -1203,15 +1189,15 @@ def benchmark_flags(parser):
     editor_flags(parser)
     scorer_flags(parser)
     add = parser.add_argument
-    add("--no-image-control", action="store_true", help="leave out the controls: the image editor frame by frame "
-        "and, of drawn clips, the edit without detail")
+    add("--no-image-control", action="store_true", help="leave out the controls: the image editor frame by "
+        "frame and, of drawn clips, the edit without detail")
     add("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
     add("--device", type=known_device, help="cuda, mps or cpu (default: the best there is)")
 
 
 def open_editor(args):
-    """(editor, {name: options of `edit_pictures`} of a table's rows, settings that edits depend on) as the flags
-    say."""
+    """(editor, {name: options of `edit_pictures`} of a table's rows, settings that edits depend on) as the
+    flags say."""
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
     ed = VideoEditor.from_pretrained(source, device=args.device)
@@ -1244,7 +1230,7 @@ def filtered_by(ed):
 
 
 def main_tgve(argv):
-    parser = Parser(prog="metrics.py tgve", description="Run and score TGVE or TGVE+; prints one Markdown table.")
+    parser = Parser(prog="metrics.py tgve", description="Run and score TGVE or TGVE+; prints one table.")
     add = parser.add_argument
     add("dir", type=folder, help="LOVEU-TGVE-2023 as published: CSV, video folders, InsV2V's prompt JSON")
     add("--plus", action="store_true", help="TGVE+: DIR also holds facebook/tgve_plus")
@@ -1267,7 +1253,7 @@ def main_tgve(argv):
         print(f"{len(items)} clips have an instruction in the prompts")
     out = results(what, name, made_by, args.out)
     done = edit_and_score(items, read_source, ed, rows, scorers, out, args.outputs)
-    report([*table(items, done, out.name, PAPER[what]), "", *(filtered_by(ed) if ed else ())], scorers, out)
+    report([*table(items, done, out.name, PAPER[what]), ""], ed, scorers, out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1289,8 +1275,8 @@ def drawn_item(number, task, domain, t0=0):
 
 
 def drawn_items(n, which, domains):
-    """n held-out clips, tasks and domains in turn; more of them begin with the same ones. Their seeds no other
-    script uses."""
+    """n held-out clips, tasks and domains in turn; more of them begin with the same ones. Their seeds no
+    other script uses."""
     items, tasks, numbers = [], list(world.TASKS), itertools.count(7_000_001 + 100_000 * which)
     for turn, at in (divmod(k, len(tasks)) for k in range(n)):
         domain = domains[(at + turn) % len(domains)]
@@ -1307,8 +1293,8 @@ def draw(item, n_frames, size):
 
 @torch.no_grad()
 def drawn_scores(ed, n, domain, n_frames, mode="auto", **guidance):
-    """[{"id", "task", "domain", scores against the truth, "flicker"}] of the editor's own frames, nothing else
-    done to them.
+    """[{"id", "task", "domain", scores against the truth, "flicker"}] of the editor's own frames, nothing
+    else done to them.
 
     Of n held-out drawn clips a task, those whose truth is known. guidance: as `VideoEditor.edit` takes it.
     """
@@ -1378,10 +1364,10 @@ def main_shapes(argv):
     add("--domain", default="both", choices=["both", "synthetic", "real"], help="of scenes")
     add("--clips", type=between(0, 10 ** 6, int), default=0, help="which clips: another number draws others")
     add("--sweep", action="store_true", help="guidance grid: fidelity against preservation")
-    add("--agreement", action="store_true", help="the grid with two seeds: which scores agree with the truth?")
+    add("--agreement", action="store_true", help="grid with two seeds: which scores agree with the truth?")
     add("--grid-text", type=between(0, 30), nargs="+", help="text guidance of the grid")
     add("--grid-source", type=between(0, 10), nargs="+", help="source guidance of the grid")
-    add("--bare", action="store_true", help="only the model's own frames against the truth, as train.py measures")
+    add("--bare", action="store_true", help="the model's own frames against the truth, as train.py has it")
     benchmark_flags(parser)
     args = parser.parse_args(argv)
     grid = args.sweep or args.agreement
@@ -1389,14 +1375,15 @@ def main_shapes(argv):
     n = args.n or (24 if grid or args.bare else 200)
     ed, rows, made_by = open_editor(args)
     options = rows["edit"]
+    if ed.size % ed.multiple:
+        raise UserError(f"--size {ed.size}: drawn clips need a multiple of {ed.multiple}")
     if args.bare:
         guidance = {key: options[key] for key in ("steps", "s_txt", "s_src")}
         scores = [row for domain in domains for row in drawn_scores(ed, n, domain, args.frames, **guidance)]
         columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
-        rows = rows_by(scores, values(scores, columns), columns)
-        return print(table_head("held out, the model's own frames", columns), *rows, sep="\n")
-    if ed.size % ed.multiple:
-        raise UserError(f"--size {ed.size}: drawn clips need a multiple of {ed.multiple}")
+        print(table_head("held out, the model's own frames", columns),
+              *rows_by(scores, values(scores, columns), columns), sep="\n")
+        return
     made_by |= {"world": fingerprint(world.__file__), "frames": args.frames}
     if grid:
         rows = guidance_grid(options, args.grid_text, args.grid_source, seeds=1 + args.agreement)
@@ -1407,18 +1394,11 @@ def main_shapes(argv):
     for how in rows.values():
         how["seed"] *= 1_000_003                                        # to which a clip's number is added
     done = edit_and_score(items, partial(draw, n_frames=args.frames, size=ed.size), ed, rows, scorers, out)
-    lines = [] if grid else table(items, done, out.name)
-    if args.sweep:
-        columns = columns_of(done)
-        lines = [table_head("text, source, seed", columns)]
-        lines += [table_row(row, values([clip[row] for clip in done.values()], columns), columns) for row in rows]
+    lines = [*table(items, done, out.name), "", SUCCESS]
     if args.agreement:
         lines += ["", "Spearman's correlation with the gain in PSNR to the truth", "",
                   *agreement_table(done, list(rows))]
-    report([*lines, "", SUCCESS, KNOWN, *filtered_by(ed)], scorers, out)
-
-
-KNOWN = "truth: of edits whose result follows from source and instruction alone"
+    report(lines, ed, scorers, out)
 
 
 def guidance_grid(options, texts, sources, seeds):
@@ -1431,8 +1411,8 @@ def guidance_grid(options, texts, sources, seeds):
 
 
 def main_footage(argv):
-    parser = Parser(prog="metrics.py footage", description="Real clips: grayscale, sepia and night against the "
-                    "exact operation, and no instruction at all against the source.")
+    parser = Parser(prog="metrics.py footage", description="Real clips: grayscale, sepia and night against "
+                    "the exact operation, and no instruction at all against the source.")
     parser.add_argument("dir", type=folder, help="videos, or folders of frames")
     parser.add_argument("--frames", type=between(1, 10 ** 4, int), default=8, help="frames of a clip")
     benchmark_flags(parser)
@@ -1452,7 +1432,7 @@ def main_footage(argv):
     made_by |= {"clips": fingerprint(*clips.values()), "frames": args.frames}
     out = results("footage", ed.name, made_by, args.out)
     done = edit_and_score(items, read, ed, rows, scorers, out)
-    report([*table(items, done, out.name), "", SUCCESS, *filtered_by(ed)], scorers, out)
+    report([*table(items, done, out.name), "", SUCCESS], ed, scorers, out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1468,11 +1448,13 @@ RATINGS = {"text": "How well does it follow the caption? (1 not at all, 5 fully)
 def find_clips(where):
     """{name: video file or folder of frames} of everything below a folder: edited/cat.mp4 -> "cat"."""
     found = {}
-    for path in sorted(where.glob("**/[!.]*.*")):
+    for path in sorted(where.rglob("*.*")):
         place = path.relative_to(where)
+        if any(part.startswith(".") for part in place.parts):
+            continue
         if path.suffix.lower() in VIDEOS or path.name in ("source.png", "target.png"):      # of a data set
             found[str(place.with_suffix(""))] = path
-        elif path.suffix.lower() in IMAGES and path.parent != where and ".part" not in path.parent.name:
+        elif path.suffix.lower() in IMAGES and path.parent != where:
             found.setdefault(str(place.parent), path.parent)
     return found
 
@@ -1503,12 +1485,12 @@ def main_study(argv):
     if not n <= len(args.dirs) <= n + 1:
         raise UserError(f"study: {len(args.dirs)} folders; it takes {n} of edits, then one of sources")
     clips, captions = [find_clips(where) for where in args.dirs], {}
-    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list)
-            if row["kept"]]
-    if args.rate and rows:                                              # a data set of curate.py
-        captions = {f"{row['id']}/target": row["instruction"] for row in rows}
-        clips = [{name: clips[0][name.replace("target", key)] for name in captions}
-                 for key in ("target", "source")]
+    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list)]
+    if args.rate and rows:
+        with reading(args.dirs[0], "is it a data set of curate.py?"):
+            captions = {f"{row['id']}/target": row["instruction"] for row in rows if row["kept"]}
+            clips = [{name: clips[0][name.replace("target", key)] for name in captions}
+                     for key in ("target", "source")]
     file = args.captions or args.dirs[0] / "captions.json"
     if args.captions or file.is_file():
         captions = read_json(file)
@@ -1535,7 +1517,7 @@ def main_study(argv):
 
 
 def main_votes(argv):
-    parser = Parser(prog="metrics.py votes", description="Win rates from the files that the study's page saves.")
+    parser = Parser(prog="metrics.py votes", description="Win rates from the files of the study's page.")
     parser.add_argument("files", nargs="+", type=Path)
     people, studies = {}, set()
     for path in parser.parse_args(argv).files:
