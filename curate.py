@@ -60,9 +60,10 @@ from model import (N_FRAMES, ROOT, UserError, VideoEditor, begin, fingerprint, n
                    write_json, write_text)
 from sample import (IMAGES, VIDEOS, Parser, add_flags, frame_files, from_flags, known_device, model_size,
                     option, probe, read_frames, read_image, write_video)
-from teachers import (COGVIDEOX, FIELDS, LLAVA, WRITER_TASKS, CogVideoX, LlavaOneVision, clip_fault,
+from teachers import (COGVIDEOX, FIELDS, LLAVA, WRITER_TASKS, CogVideoX, LlavaOneVision, T5Encoder, clip_fault,
                       write_instructions)
-from teachers import T5Encoder as T5Encoder             # for whoever imports it from here
+
+__all__ = ["CogVideoX", "T5Encoder"]            # of teachers.py, for whoever imports them from here
 
 FPS = 8.0               # of every clip; videos are resampled to it, folders of frames are taken as they are
 LONGEST = 3             # ours: long side of a frame in short ones, at most (films: 2.4)
@@ -213,8 +214,8 @@ def read_rows(folder, kept=False):
     good = [row for row in rows if row["kept"]]
     if kept and not good:
         raise UserError(f"{folder}: none of its {len(rows)} candidates was kept: {', '.join(losses(rows))}; "
-                        f"see them with curate.py look {folder}, then lower a threshold with --min NAME=VALUE "
-                        "and another --to")
+                        f"see them with curate.py look {folder}, then lower a threshold by --min NAME=VALUE and "
+                        "another --to")
     return good if kept else rows
 
 
@@ -252,14 +253,13 @@ def my_share(sources):
     return sources[int(os.environ.get("RANK", "0"))::int(os.environ.get("WORLD_SIZE", "1"))]
 
 
-def run_step(to, settings, sources, load, work, how, group=1, whole=False):
+def run_step(to, settings, sources, load, work, how, group=1):
     """Load, work on and write every source that has no folder yet. sources: dicts with SOURCE, and what
     `load` needs.
 
     load(source) gives what `work` needs. Where it raises UserError the source is said and left out; it has no
-    folder, so the next run tries it again. work(source, loaded) -> (rows of its candidates, files); with a
-    group, work([(source, loaded)]) yields those. Groups are always of the same sources; whole: what is left
-    of one is done with the rest.
+    folder, so the next run tries it again. work(source, loaded) -> (rows of its candidates, files); with a group,
+    work([(source, loaded)]) yields those. Groups are always of the same sources, and done again whole.
     """
     begin(to, settings, how.force)
     mine, unread, done = my_share(sources), set(), 0
@@ -269,15 +269,15 @@ def run_step(to, settings, sources, load, work, how, group=1, whole=False):
         if not left or how.limit and done >= how.limit:
             continue
         loaded = []
-        for source in members if whole else left:
+        for source in members:
             try:
                 loaded.append((source, load(source)))
             except UserError as error:
                 print(f"left out: {error}")
                 unread.add(source["id"])
                 if len(unread) == GIVE_UP and not any(to.glob("*/candidates.json")):
-                    raise UserError(f"{to}: the first {GIVE_UP} sources cannot be read, the last: {error}; is "
-                                    "the disk there? then run the same again") from None
+                    raise UserError(f"{to}: the first {GIVE_UP} sources cannot be read, the last: {error}; "
+                                    "is the disk there? then run the same again") from None
         results = work(loaded) if group > 1 else [work(*x) for x in loaded]
         for (source, _), (rows, files) in zip(loaded, results):
             if source in left:
@@ -685,7 +685,7 @@ def write(to, s, how):
         def work(source, text):
             return [unscored(**text)], {}
 
-    run_step(to, settings, sources, load, work, how, group, whole=True)
+    run_step(to, settings, sources, load, work, how, group)
 
 
 def by_clip(clip, seed):
@@ -808,7 +808,7 @@ def prepare(frames, size, multiple):
     sides = frames[0].shape[:2]
     with reading("an image" if len(frames) == 1 else "a clip", "cut out a part"):
         need(all(rgb.shape[:2] == sides for rgb in frames), "its frames have several sizes")
-        need(max(sides) <= LONGEST * min(sides), f"{sides[1]}x{sides[0]}: over {LONGEST} times as long as wide")
+        need(max(sides) <= LONGEST * min(sides), f"{sides[1]}x{sides[0]}: sides of over {LONGEST} to 1")
     sides = model_size(*sides, size, multiple)
     return np.stack([to_rgb(resize(to_tensor(rgb), *sides)) for rgb in frames])
 
@@ -1143,8 +1143,8 @@ def fit_total(rows, scores, is_task, tasks, to):
     write_json(to, fitted | {"min_total": round(float(best), 4), "n": len(rows)})
     kept = total >= best
     weights = ", ".join(f"{key} {x:.2f}" for key, x in fitted["weights"].items())
-    print(f"{to}: {weights}; a total of {best:.2f} or more keeps {kept.mean():.0%}, {good[kept].mean():.0%} of "
-          "them good")
+    print(f"{to}: {weights}; a total of {best:.2f} or more keeps {kept.mean():.0%}, of which "
+          f"{good[kept].mean():.0%} are good")
 
 
 @dataclass
