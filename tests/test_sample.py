@@ -539,7 +539,7 @@ def test_a_cut_off_file_says_how_much_is_left(tmp_path):
     command(tmp_path / "a.mp4", "make it snow", "--frames", good, "--mode", "image")
     assert 5 < good < 60 and len(seconds(tmp_path / "a_make-it-snow.mp4")[0]) == good
     (tmp_path / "b.mp4").write_bytes(make_clip(tmp_path / "v.mp4").read_bytes()[:-200])         # its index is last
-    assert "b.mp4: not a video, or cut off" in refused(probe, tmp_path / "b.mp4")
+    assert "b.mp4: Invalid data found when processing input; is it a whole video?" in refused(probe, tmp_path / "b.mp4")
 
 
 def test_inputs_that_hold_no_pictures_are_named(tmp_path):
@@ -552,7 +552,7 @@ def test_inputs_that_hold_no_pictures_are_named(tmp_path):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
         frame.sample_rate = 8000
         out.mux(tone.encode(frame))
-    for name, says in (("missing.mp4", "No such file"), ("empty.mp4", "empty file"), ("noise.mp4", "not a video"),
+    for name, says in (("missing.mp4", "No such file"), ("empty.mp4", "empty file"), ("noise.mp4", "is it a whole video?"),
                        ("text.txt", "no video"), ("folder", "no frames in this folder"), ("song.wav", "only audio")):
         said = refused(command, tmp_path / name, "make it snow")
         assert name in said and says in said
