@@ -2,11 +2,11 @@
 
     python metrics.py edited.mp4 --source video.mp4 --instruction "make it snow" \\
                       --source-caption "a street" --target-caption "a street in the snow"
-    python metrics.py tgve DIR [--plus] [--outputs DIR]      the TGVE or TGVE+ benchmark as one table
-    python metrics.py shapes [--sweep | --agreement | --bare]    the same on drawn clips whose true edit is known
-    python metrics.py footage DIR                            the same on real clips, by effects that are exact
-    python metrics.py study DIR_A DIR_B [DIR_SOURCE]         a user study as one HTML page
-    python metrics.py votes *.json                           its answers as win rates
+    python metrics.py tgve DIR [--plus] [--outputs DIR]        the TGVE or TGVE+ benchmark as one table
+    python metrics.py shapes [--sweep] [--agreement] [--bare]  the same on drawn clips with a known truth
+    python metrics.py footage DIR                              the same on real clips, by exact effects
+    python metrics.py study DIR_A DIR_B [DIR_SOURCE]           a user study as one HTML page
+    python metrics.py votes *.json                             its answers as win rates
 
 Contents
     images in    resize_crop, Preprocess
@@ -20,8 +20,8 @@ Contents
     known truth  drawn_item, drawn_scores, agreement_table, main_shapes, main_footage
     user study   main_study, main_votes
 
-Networks return un-normalised projected features, so that a clip is encoded once for all its scores. Between files
-and networks a clip is "frames", (F, H, W, 3) uint8.
+Networks return un-normalised projected features, so that a clip is encoded once for all its scores.
+Between files and networks a clip is "frames", (F, H, W, 3) uint8.
 """
 import argparse
 import base64
@@ -50,11 +50,12 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from tqdm import tqdm
 
 import world
-from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention, begin, build,
-                   find_tensors, fingerprint, hub_dir, load_weights, need, placement, read_json, read_tensors, reading,
-                   run, stretch, to_u8, to_video, write_json, write_text)
-from sample import (IMAGES, REFERENCES, VIDEOS, WINDOW, Parser, between, choose_model, edit_pictures, editor_flags, known_device,
-                    model_size, plan, probe, read_frames, read_video, settings, video_writer)
+from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
+                   begin, build, find_tensors, fingerprint, hub_dir, load_weights, need, placement, read_json,
+                   read_tensors, reading, run, stretch, to_u8, to_video, write_json, write_text)
+from sample import (IMAGES, REFERENCES, VIDEOS, WINDOW, Parser, between, choose_model, edit_pictures,
+                    editor_flags, known_device, model_size, plan, probe, read_frames, read_video, settings,
+                    video_writer)
 from teachers import LLAVA, LlavaOneVision, judge_edit
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,9 +95,9 @@ def normalise(images, mean, std):
     return ((x - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def open_network(network, source, device=None, dtype=torch.float32, patterns=("*.json", "model.safetensors")):
+def open_network(network, source, device=None, dtype=torch.float32):
     """(network with the weights of a hub id or a directory in transformers' layout, that directory)."""
-    folder = hub_dir(source, list(patterns))
+    folder = hub_dir(source, ["*.json", "merges.txt", "model.safetensors"])
     with torch.device("meta"):
         net = build(network, folder / "config.json")
     tensors, file = find_tensors(folder)
@@ -160,7 +161,8 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """OpenAI's initialisation: residual branches shrink with depth, so that their sum keeps its scale."""
-        for tower, proj in ((self.text_model, self.text_projection), (self.vision_model, self.visual_projection)):
+        for tower, proj in ((self.text_model, self.text_projection),
+                            (self.vision_model, self.visual_projection)):
             width = proj.in_features
             branch = (2 * width * len(tower.encoder.layers)) ** -0.5
             std = {"out_proj": branch, "fc2": branch, "fc1": (2 * width) ** -0.5}
@@ -181,7 +183,7 @@ class CLIP(nn.Module):
 
         Raises UserError for missing, partial or foreign files.
         """
-        net, folder = open_network(cls, source, device, dtype, ["*.json", "merges.txt", "model.safetensors"])
+        net, folder = open_network(cls, source, device, dtype)
         net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
         return net
 
@@ -203,9 +205,9 @@ class CLIP(nn.Module):
 def resize_positions(table, grid, antialias):
     """The square position table (1, 1 + n*n, D) for another grid (h, w), bicubic in float32.
 
-    antialias: in models with registers, as in both code bases; in others not, as in transformers' Dinov2Model. (There
-    facebookresearch/dinov2 resizes by the factors (h + 0.1)/n, (w + 0.1)/n.) All agree on the table's own grid and
-    differ by up to 0.3 in the features elsewhere.
+    antialias: in models with registers, as in both code bases; in others not, as in transformers'
+    Dinov2Model. (There facebookresearch/dinov2 resizes by the factors (h + 0.1)/n, (w + 0.1)/n.) All agree on
+    the table's own grid.
     """
     n = round((table.shape[1] - 1) ** 0.5)
     if tuple(grid) == (n, n):
@@ -358,9 +360,11 @@ class ViCLIPText(nn.Module):
 class ViCLIP(nn.Module):
     """encode_video: (N, 8 or 1, 3, S, S) -> (N, P); encode_text: ids (N, 32) -> (N, P); not normalised.
 
-    cfg: image_size, patch_size, num_frames, {vision,text}_{width,layers,heads}, context_length, vocab_size,
-    embed_dim. All tokens are used; the published code drops 90 % by default, which is for training.
+    cfg: as SIZES. All tokens are used; the published code drops 90 % by default, which is for training.
     """
+    SIZES = dict(image_size=224, patch_size=14, num_frames=8, context_length=32, vocab_size=49408,
+                 vision_width=1024, vision_layers=24, vision_heads=16,
+                 text_width=768, text_layers=12, text_heads=12, embed_dim=768)
     MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])        # ImageNet's
     FILES = ["ViClip-InternVid-10M-FLT.pth", "model.safetensors", "bpe_simple_vocab_16e6.txt.gz", "*.json"]
 
@@ -374,29 +378,25 @@ class ViCLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, source, device=None, dtype=torch.float32):
         """source: OpenGVLab/ViCLIP (gated: accept its terms and log in) or a directory with its .pth, or with
-        a model.safetensors of the same names, and the vocabulary beside it.
-
-        Sizes come from the tensors; heads are 64 wide unless a config beside the file gives their number.
-        """
+        a model.safetensors of the same names, and the vocabulary beside it; other sizes are in its
+        config.json."""
         folder = hub_dir(source, cls.FILES)
         path = folder / cls.FILES[0]
         path = path if path.is_file() else folder / "model.safetensors"
-        tensors = read_tensors(path)
-        with reading(path, "is it ViCLIP's file?"):
-            cfg = viclip_sizes(tensors)
-        for name in ("config.json", "mini_sizes.json"):
-            if (folder / name).is_file():
-                cfg |= {k: v for k, v in read_json(folder / name).items() if k in cfg}
+        cfg = cls.SIZES
+        for file in (folder / "config.json", folder / "mini_sizes.json"):
+            if file.is_file():
+                cfg = cfg | {key: x for key, x in read_json(file).items() if key in cfg}
         with torch.device("meta"):
-            net = cls(cfg)
-        load_weights(net, tensors, f"{folder.name}/{path.name}", device=device, dtype=dtype)
+            net = build(cls, folder / "config.json", cfg)
+        load_weights(net, read_tensors(path), f"{folder.name}/{path.name}", device=device, dtype=dtype)
         bpe = folder / "bpe_simple_vocab_16e6.txt.gz"                   # or, for `tiny`, CLIP's two files
         net.tokenizer = (Tokenizer.from_bpe_gz(bpe, pad=0) if bpe.is_file() else
                          Tokenizer(folder / "vocab.json", folder / "merges.txt", pad=0))
         return net.eval()
 
     def encode_video(self, video):
-        assert video.shape[1] in (1, self.n_frames), f"{video.shape[1]} frames; positions fit {self.n_frames} or 1"
+        assert video.shape[1] in (1, self.n_frames), f"{video.shape[1]} frames; fit {self.n_frames} or 1"
         return self.vision_encoder(video.to(self.text_encoder.text_projection)).float()
 
     def encode_text(self, ids):
@@ -420,22 +420,6 @@ class ViCLIP(nn.Module):
         x = torch.from_numpy(np.stack(self.choose(to_u8(images)))).permute(0, 3, 1, 2).float()
         x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear").round()
         return normalise(x.permute(0, 2, 3, 1), self.MEAN, self.STD)[None]
-
-
-def viclip_sizes(t):
-    """The config that fits ViCLIP's tensors."""
-    vision, text = t["vision_encoder.conv1.weight"], t["text_encoder.token_embedding.weight"]
-    grid = round((len(t["vision_encoder.positional_embedding"]) - 1) ** 0.5)
-
-    def layers(tower):
-        return 1 + max(int(k.split(".")[3]) for k in t if k.startswith(f"{tower}_encoder.transformer."))
-    return dict(image_size=grid * vision.shape[-1], patch_size=vision.shape[-1],
-                num_frames=t["vision_encoder.temporal_positional_embedding"].shape[1],
-                vision_width=len(vision), vision_layers=layers("vision"),
-                vision_heads=max(1, len(vision) // 64), text_heads=max(1, text.shape[1] // 64),
-                text_width=text.shape[1], text_layers=layers("text"), vocab_size=len(text),
-                context_length=len(t["text_encoder.positional_embedding"]),
-                embed_dim=t["vision_encoder.proj"].shape[1])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -518,8 +502,8 @@ def unit(x):
 
 
 def ssim(first, second, mask=None):
-    """Structural similarity of (..., H, W, 3) twice, the mean over R, G, B and all full 7x7 windows, or those whose centre is
-    in mask (..., H, W): -1 to 1, up, 1 for equal images; NaN for no windows.
+    """Structural similarity of (..., H, W, 3) twice, the mean over R, G, B and all full 7x7 windows, or those
+    whose centre is in mask (..., H, W): -1 to 1, up, 1 for equal images; NaN for no windows.
 
     Wang et al. 2004, as scikit-image has it by default: flat window, sample covariance (48ths, not 49ths),
     constants 0.01^2 and 0.03^2.
@@ -534,7 +518,8 @@ def ssim(first, second, mask=None):
     ma, mb = mean(a), mean(b)
     va, vb, cov = (49 / 48 * (mean(xy) - mx * my)
                    for xy, mx, my in ((a * a, ma, ma), (b * b, mb, mb), (a * b, ma, mb)))
-    windows = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))  # (..., H-6, W-6, 3)
+    alike = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+    windows = alike / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))   # (..., H - 6, W - 6, 3)
     windows = windows if mask is None else windows[mask[..., 3:-3, 3:-3]]
     return float(windows.mean()) if windows.size else math.nan
 
@@ -547,10 +532,11 @@ def psnr(first, second, mask=None):
 
 
 def flicker(edited, source):
-    """Flicker over the source's own: 1 is as steady, above flickers, below smears; NaN for fewer than three frames.
+    """Flicker over the source's own: 1 is as steady, above flickers, below smears; NaN for fewer than three
+    frames.
 
-    A clip's flicker is the mean distance of a frame from the mean of its two neighbours, in grey levels: steady motion
-    mostly cancels. A quarter of a level is added to both, since stills have none.
+    A clip's flicker is the mean distance of a frame from the mean of its two neighbours, in grey levels:
+    steady motion mostly cancels. A quarter of a level is added to both, since stills have none.
     """
     def bend(frames):
         x = [frame.astype(np.int16) for frame in frames]
@@ -560,8 +546,9 @@ def flicker(edited, source):
 
 
 def seam_score(edited, source):
-    """How much more the edit changes where two windows of `edit_stream` meet (16, 28, 40, ...) than elsewhere: 1 is
-    no seam; NaN for one window. Changes count relative to the source's own, so that motion cancels."""
+    """How much more the edit changes where two windows of `edit_stream` meet (16, 28, 40, ...) than
+    elsewhere: 1 is no seam; NaN for one window. Changes count relative to the source's own, so that motion
+    cancels."""
     def changes(frames):                                                # (F - 1,), in [0, 1]
         return np.array([np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(frames, frames[1:])])
     if len(edited) <= WINDOW:
@@ -621,9 +608,9 @@ def truth_scores(source, edited, truth, mask):
 
 
 def succeeds(gain, outside, coded):
-    """Success as SUCCESS says it: 1.0 or 0.0. gain: dB nearer to the truth inside the true region than the source
-    is; outside: PSNR to the source, NaN where there is no outside; coded: [(gain, outside)] of what a perfect
-    editor loses, source and truth through the autoencoder, the source first.
+    """Success as SUCCESS says it: 1.0 or 0.0. gain: dB nearer to the truth inside the true region than the
+    source is; outside: PSNR to the source, NaN where there is no outside; coded: [(gain, outside)] of what a
+    perfect editor loses, source and truth through the autoencoder, the source first.
 
     Without the margin, doing nothing would often succeed: the autoencoder's blur alone brings clips closer.
     """
@@ -660,35 +647,35 @@ def against_truth(ed, z_src, source, edits, truth, mask):
 @dataclass
 class Score:
     name: str           # as tables print it
-    better: str         # up, 0 or 1 (the nearer), - (neither)
     digits: int
     says: str
+    better: str = "up"  # or 0 or 1 (the nearer), or - (neither)
 
 
 SCORES = {
-    "viclip_out": Score("ViCLIP_out", "up", 3, "edited clip against the target caption"),
-    "pick_score": Score("PickScore", "up", 2, "human preference for each frame under the target caption"),
-    "clip_frame": Score("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1"),
-    "clip_text": Score("CLIPText", "up", 2, "frames against the target caption, x 100"),
-    "clip_frame_gain": Score("CLIPFrame gain", "0", 3, "CLIPFrame minus the source's own"),
-    "flicker": Score("flicker", "1", 2, "flicker over the source's own; above 1 flickers, below smears"),
-    "seam": Score("seam", "1", 2, "change where windows of 16 meet, over change elsewhere"),
-    "changed": Score("area changed", "-", 2, "share of the clip that the edit changed"),
-    "psnr_outside": Score("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal"),
-    "ssim_outside": Score("SSIM outside", "up", 3, "structure kept outside that area"),
-    "viclip_dir": Score("ViCLIP_dir", "up", 3, "held out; change of clip against captions'; untouched has 0"),
+    "viclip_out": Score("ViCLIP_out", 3, "edited clip against the target caption"),
+    "pick_score": Score("PickScore", 2, "human preference for each frame under the target caption"),
+    "clip_frame": Score("CLIPFrame", 3, "frames alike; a frozen frame has 1"),
+    "clip_text": Score("CLIPText", 2, "frames against the target caption, x 100"),
+    "clip_frame_gain": Score("CLIPFrame gain", 3, "CLIPFrame minus the source's own", "0"),
+    "flicker": Score("flicker", 2, "flicker over the source's own; above 1 flickers, below smears", "1"),
+    "seam": Score("seam", 2, "change where windows of 16 meet, over change elsewhere", "1"),
+    "changed": Score("area changed", 2, "share of the clip that the edit changed", "-"),
+    "psnr_outside": Score("PSNR outside", 1, "dB, source kept outside that area; 100 is equal"),
+    "ssim_outside": Score("SSIM outside", 3, "structure kept outside that area"),
+    "viclip_dir": Score("ViCLIP_dir", 3, "held out; change of clip against captions'; untouched has 0"),
 }
 JUDGED = {                                              # only with --judge, see judge_edit
-    "judge_follows": Score("judge: follows", "up", 2, "chance of yes: it follows the instruction"),
-    "judge_preserves": Score("judge: keeps", "up", 2, "chance of yes: all else is unchanged"),
-    "judge_clean": Score("judge: clean", "up", 2, "chance of yes: no artefacts, no flicker"),
+    "judge_follows": Score("judge: follows", 2, "chance of yes: it follows the instruction"),
+    "judge_preserves": Score("judge: keeps", 2, "chance of yes: all else is unchanged"),
+    "judge_clean": Score("judge: clean", 2, "chance of yes: no artefacts, no flicker"),
 }
 TRUTH = {                                               # only where the true edit is known
-    "psnr_truth": Score("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
-    "ssim_truth": Score("SSIM to truth", "up", 3, "structure of the true edit inside its region"),
-    "truth_gain": Score("gain, dB", "up", 1, "PSNR to truth minus the untouched source's"),
-    "whole_gain": Score("gain, whole clip", "up", 1, "the same over the whole clip"),
-    "success": Score("success", "up", 2, "share of clips, see SUCCESS"),
+    "psnr_truth": Score("PSNR to truth", 1, "dB to the true edit inside its region"),
+    "ssim_truth": Score("SSIM to truth", 3, "structure of the true edit inside its region"),
+    "truth_gain": Score("gain, dB", 1, "PSNR to truth minus the untouched source's"),
+    "whole_gain": Score("gain, whole clip", 1, "the same over the whole clip"),
+    "success": Score("success", 2, "share of clips, see SUCCESS"),
 }
 ALL_SCORES = SCORES | JUDGED | TRUTH
 # The judge that curation never filters by. Both models have it, and doing nothing does not win it; but its
@@ -709,7 +696,7 @@ class Scorers:
     """The networks behind the scores; each is opened when first asked for, and kept."""
     paths: dict                 # {a key of NETWORKS: hub id or directory}
     family: str = "published"   # or tiny
-    square: int = 0             # TGVE's script stretches frames to 480x480 before the networks' own preprocessing
+    square: int = 0             # TGVE's script stretches frames to 480x480 before the networks see them
     device: str = None
     networks: dict = field(default_factory=dict)
 
@@ -729,8 +716,8 @@ class Scorers:
 
 def scorer_flags(parser):
     parser.add_argument("--scorers", choices=["auto", "tiny", "published"], default="auto",
-                        help="embedded networks or the hub's; auto: for curation those that lie with the editor, "
-                        "else the hub's if there is a GPU")
+                        help="embedded networks or the hub's; auto: for curation those that lie with the "
+                        "editor, else the hub's if there is a GPU")
     for role in ("clip", "pick", "viclip"):
         parser.add_argument(f"--{role}", metavar="DIR",
                             help=f"hub id or directory of another {role} network, or none")
@@ -758,12 +745,12 @@ def choose_scorers(kind="auto", own=None, device=None, **paths):
 
 @torch.no_grad()
 def score_clips(clips, scorers):
-    """Scores of clips, several edits of each: a list of {edit's name: {key of SCORES: float}}, with the keys that
-    the inputs allow.
+    """Scores of clips, several edits of each: a list of {edit's name: {key of SCORES: float}}, with the keys
+    that the inputs allow.
 
     clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them),
-    `source_caption`, `target_caption`, `instruction`, `mask` (F, H, W) of the true edit and `truth`, that edit,
-    which counts if it is `known` to be the only one.
+    `source_caption`, `target_caption`, `instruction`, `mask` (F, H, W) of the true edit and `truth`, that
+    edit, which counts if it is `known` to be the only one.
     """
     results = []
     for clip in clips:
@@ -801,7 +788,10 @@ def network_scores(net, role, clip, square=0):
         return rows
     if not target and role != "clip":
         return rows
-    texts = net.encode_text(net.tokenize([target or "", before or ""][:2 if role == "viclip" else 1]))
+    if role == "viclip":
+        texts = net.encode_text(net.tokenize([target, before or ""]))
+    else:
+        texts = net.encode_text(net.tokenizer([target or ""]))
     untouched = None if source is None else encode_clip(net, source, square)
     for name, frames in clip["edits"].items():
         x, row = untouched if frames is source else encode_clip(net, frames, square), rows[name]
@@ -821,7 +811,8 @@ def network_scores(net, role, clip, square=0):
 
 
 def encode_clip(net, frames, square=0):
-    """Features of frames, by ViCLIP (P,), by CLIP (F, P). square: stretch frames to this side before, 0: do not."""
+    """Features of frames, by ViCLIP (P,), by CLIP (F, P). square: stretch frames to this side before, 0: do
+    not."""
     video = isinstance(net, ViCLIP)
     frames = net.choose(frames) if video else frames
     if square:
@@ -832,9 +823,9 @@ def encode_clip(net, frames, square=0):
 
 
 def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
-    """The filter's total of N candidates: (N,) weighted mean of the scores that all of them have, less `centre`
-    and divided by `spread` ({score: value}, from `curate.py calibrate`); without those, by their own mean and
-    deviation."""
+    """The filter's total of N candidates: (N,) weighted mean of the scores that all of them have, less
+    `centre` and divided by `spread` ({score: value}, from `curate.py calibrate`); without those, by their own
+    mean and deviation."""
     keys = [key for key in weights if all(row.get(key) is not None for row in rows)]
 
     def values(*rows):                                                  # (N, K)
@@ -849,8 +840,8 @@ def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
 # ------------------------------------------------------------------------------------------------------------
 
 def load_frames(path, start=0):
-    """A video file, from `start` seconds on, or a folder of numbered frames -> (frames (F, H, W, 3) uint8, times
-    (F,) in seconds from the first of them; None of a folder)."""
+    """A video file, from `start` seconds on, or a folder of numbered frames -> (frames (F, H, W, 3) uint8,
+    times (F,) in seconds from the first of them; None of a folder)."""
     clip = probe(path)
     if clip.path.is_dir() and start:
         raise UserError(f"--start {start:g}: {path} is a folder of frames, which have no times")
@@ -863,9 +854,9 @@ def load_frames(path, start=0):
 def align(source, edited, source_times=None, edited_times=None):
     """Source and edit as clips of one length and size: (source, edited, notes on what was done).
 
-    Clips of as many frames, and folders, whose frames have no times (None), are paired one to one. Else times in
-    seconds tell: up to where the shorter clip ends, each frame of the clip that has fewer there meets the one
-    shown at its time.
+    Clips of as many frames, and folders, whose frames have no times (None), are paired one to one. Else times
+    in seconds tell: up to where the shorter clip ends, each frame of the clip that has fewer there meets the
+    one shown at its time.
     """
     notes, (height, width) = [], source.shape[1:3]
     if len(source) != len(edited):
@@ -878,19 +869,21 @@ def align(source, edited, source_times=None, edited_times=None):
             ends = [t[-1] + np.median(np.diff(t)) if len(t) > 1 else 0 for t in times]
             times = [t[t <= max(0, min(ends) - 0.002)] for t in times]  # 2 ms: as webm rounds
             when, how = min(times, key=len) + 0.002, "those shown at the same times,"
-            source, edited = (x[np.searchsorted(t, when, "right") - 1] for x, t in zip((source, edited), times))
+            source, edited = (x[np.searchsorted(t, when, "right") - 1]
+                              for x, t in zip((source, edited), times))
         notes.append(f"{found}: {how} {len(source)} of both are scored")
-    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # an odd last row or column, twice in mp4
+    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # mp4 shows an odd last row twice
         edited = edited[:, :height, :width]
     if edited.shape[1:3] != (height, width):
-        notes.append(f"edit stretched from {edited.shape[2]}x{edited.shape[1]} to the source's {width}x{height}")
+        old = f"{edited.shape[2]}x{edited.shape[1]}"
+        notes.append(f"edit stretched from {old} to the source's {width}x{height}")
         edited = np.stack([stretch(frame, width, height) for frame in edited])
     return source, edited, notes
 
 
 def main_clip(argv):
-    parser = Parser(prog="metrics.py", description="Scores of one edited clip; `tgve|shapes|footage|study|votes "
-                    "--help` for the rest.")
+    parser = Parser(prog="metrics.py", description="Scores of one edited clip; for the rest see "
+                    "`metrics.py tgve|shapes|footage|study|votes --help`.")
     add = parser.add_argument
     add("edited", help="video file or folder of frames")
     add("--source", help="the clip it was made from")
@@ -904,7 +897,8 @@ def main_clip(argv):
     if args.start and not args.source:
         raise UserError(f"--start {args.start:g}: is a time of --source, which lacks")
     edited, times = load_frames(args.edited)
-    clip, notes = {key: getattr(args, key).strip() for key in ("instruction", "source_caption", "target_caption")}, []
+    clip = {key: getattr(args, key).strip() for key in ("instruction", "source_caption", "target_caption")}
+    notes = []
     if args.source:
         source, source_times = load_frames(args.source, args.start)
         clip["source"], edited, notes = align(source, edited, source_times, times)
@@ -942,13 +936,13 @@ def benchmark_item(folder, subset, video, task, source_caption, target_caption, 
 def read_tgve(folder, prompts=None):
     """LOVEU-TGVE-2023 as published: a CSV with section rows ("DAVIS Videos:") and blank ones, three folders.
 
-    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without it
-    items have no instruction and can only be scored. Returns items of `benchmark_item`, four per video.
+    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without
+    it items have no instruction and can only be scored. Returns items of `benchmark_item`, four per video.
     """
     file = min(folder.glob("*.csv"), default=folder / "LOVEU-TGVE-2023_Dataset.csv")
     prompts = prompts or min(folder.glob("*prompt*.json"), default=None)
     asked, items, subset = read_json(prompts) if prompts else {}, [], None
-    with reading(file, "is it TGVE's CSV, saved as UTF-8?"), open(file, encoding="utf-8-sig", newline="") as f:
+    with reading(file, "is it TGVE's CSV, as UTF-8?"), open(file, encoding="utf-8-sig", newline="") as f:
         for row in csv.DictReader(f, restval=""):
             name = row["Video name"].strip()
             if name.endswith("Videos:"):
@@ -964,7 +958,8 @@ def read_tgve(folder, prompts=None):
 
 
 PLUS_COLUMNS = {            # what a column of TGVE+'s parquet may be called
-    "instruction": ("instruction", "edit_prompt"), "task": ("task", "type"), "video": ("video", "path", "file"),
+    "instruction": ("instruction", "edit_prompt"), "task": ("task", "type"),
+    "video": ("video", "path", "file"),
     "source": ("input_caption", "source_caption", "original_caption", "original_prompt", "input"),
     "target": ("output_caption", "target_caption", "edited_caption", "edited_prompt", "output")}
 
@@ -983,7 +978,7 @@ def read_tgve_plus(folder):
         for row in rows:
             row = {key: row[name] or "" for key, name in names.items()}
             path, task = Path(row["video"]), re.sub(r"\W+", "_", row["task"].lower())
-            count[path, task] += 1                                      # a task may come several times a video
+            count[path, task] += 1                                      # may come several times a video
             n = count[path, task]
             item = benchmark_item(folder, path.parts[0], path.stem, task if n == 1 else f"{task}-{n}",
                                   row["source"], row["target"], row["instruction"])
@@ -1002,13 +997,13 @@ def read_source(item):
 
 
 def edit_and_score(items, read, ed, rows, scorers, out, edits_at=None):
-    """Every item's edit in every row as <out>/<row>/<id>/00000.jpg, …, the submission layout, and its scores in
-    <out>/scores/<id>.json. Folders appear whole, and edits that are there are kept; scores are taken anew where
-    scorers or edits are others.
+    """Every item's edit in every row as <out>/<row>/<id>/00000.jpg, …, the submission layout, and its scores
+    in <out>/scores/<id>.json. Folders appear whole, and edits that are there are kept; scores are taken anew
+    where scorers or edits are others.
 
-    read(item) -> {"source": frames, where it is known "truth" and "mask"}; rows: {name: options of `edit_pictures`},
-    the first the one that matters. edits_at: a folder of edits instead. Returns {id: {row: scores}} and says what
-    it leaves out.
+    read(item) -> {"source": frames, where it is known "truth" and "mask"}; rows: {name: options of
+    `edit_pictures`}, the first the one that matters. edits_at: a folder of edits, so that none is made.
+    Returns {id: {row: scores}} and says what it leaves out.
     """
     done, networks = {}, [path for path in scorers.paths.values() if Path(path).is_dir()]
     for item in tqdm(items, desc=out.name, unit="clip"):
@@ -1053,9 +1048,11 @@ def write_frames(folder, frames, ending):
 
 
 def score_edits(ed, clip, edits, scorers):
-    """{row: scores} of edits {row: frames}, of CODED where the truth is there, and of two controls, all of one length."""
+    """{row: scores} of edits {row: frames}, of CODED where the truth is there, and of two controls, all of
+    one length."""
     for row, edited in edits.items():
-        edited = thin(edited) if len(edited) == clip.get("length") else edited      # of all of the source's frames
+        if len(edited) == clip.get("length"):                           # of all of the source's frames
+            edited = thin(edited)
         _, edits[row], notes = align(clip["source"], edited)
         for note in notes:
             tqdm.write(f"{clip['id']}: {row}: {note}", sys.stdout)
@@ -1072,8 +1069,9 @@ def score_edits(ed, clip, edits, scorers):
 
 
 # the columns of all benchmarks; those in which no clip has a score are left out
-COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker", "psnr_outside",
-           "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success", *JUDGED, HELD_OUT)
+COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker",
+           "psnr_outside", "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success",
+           *JUDGED, HELD_OUT)
 IN_PAPER = ("viclip_out", "viclip_dir", "pick_score", "clip_frame", "clip_text")
 PAPER = {                   # arXiv 2503.17641, Table 1; some rows lack the last score
     "tgve": """Tune-A-Video  .243 .162 20.36 .924 27.12
@@ -1095,8 +1093,8 @@ PAPER = {                   # arXiv 2503.17641, Table 1; some rows lack the last
 
 
 def interval(values, groups):
-    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples, fixed seed). groups: a name for each
-    value; those of one name, such as edits of one video, are not independent and are drawn together."""
+    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples, fixed seed). groups: a name for
+    each value; those of one name, such as edits of one video, are not independent and are drawn together."""
     _, place = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(place, values), np.bincount(place)
 
@@ -1123,51 +1121,58 @@ def table_head(name, columns):
     return f"| {name} | n | {' | '.join(names)} |\n{'|---' * (len(columns) + 2)}|"
 
 
-def table_row(name, rows, columns, groups=None, sign=""):
-    """One Markdown row of means over clips; where some clips lack a score, it says over how many. groups: a name
-    for each clip, for an `interval`."""
+def values(rows, columns):
+    """Scores of clips as an array (clips, columns); NaN where a clip lacks one."""
+    return np.array([[row.get(key, math.nan) for key in columns] for row in rows], float)
+
+
+def table_row(name, x, columns, groups=None, sign=""):
+    """One Markdown row of the means of x (clips, columns), which says over how many clips where some lack a
+    score. groups: a name for each clip, for an `interval`."""
     cells = []
-    for key in columns:
-        has = [i for i, row in enumerate(rows) if math.isfinite(row.get(key, math.nan))]
-        shown = cell([rows[i][key] for i in has], ALL_SCORES[key].digits, groups and [groups[i] for i in has], sign)
-        cells.append(f"{shown} (n={len(has)})" if 0 < len(has) < len(rows) else shown)
-    return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
+    for key, column in zip(columns, x.T):
+        has = np.isfinite(column)
+        shown = cell(column[has], ALL_SCORES[key].digits, None if groups is None else groups[has], sign)
+        cells.append(f"{shown} (n={has.sum()})" if 0 < has.sum() < len(x) else shown)
+    return f"| {name} | {len(x)} | {' | '.join(cells)} |"
 
 
-def rows_by(rows, columns):
-    """A row of each task and each domain."""
-    parts = [(key, value) for key in ("task", "domain") for value in dict.fromkeys(row.get(key) for row in rows)]
-    return [table_row(value, [row for row in rows if row.get(key) == value], columns) for key, value in parts if value]
-
-
-def table(items, done, title, paper=""):
-    """A benchmark as Markdown lines: this run, its tasks and domains, the controls, the gains on them, the
-    paper's. done: {id: {row: scores}}, the first row this run, the others its controls."""
-    columns, items = columns_of(done), [item for item in items if item["id"] in done]
-    videos = [item["id"].rsplit("/", 1)[0] for item in items]           # several edits of one are not independent
-    (_, ours), *controls = [(row, [clip[row] for clip in done.values()]) for row in done[items[0]["id"]]]
-    lines = [table_head(title, columns), table_row("this run [95 %]", ours, columns, videos)]
-    lines += rows_by([item | scores for item, scores in zip(items, ours)], columns)
-    lines += [table_row(f"control: {row}", scores, columns) for row, scores in controls]
-    for row, scores in controls:                                        # paired: clip by clip
-        gains = [{key: a[key] - b[key] for key in a.keys() & b.keys()} for a, b in zip(ours, scores)]
-        lines.append(table_row(f"this run − {row} [95 %]", gains, columns, videos, "+"))
-    for line in paper.splitlines():
-        name, *values = line.split()
-        row = table_row(f"copied from the paper: {name}", [dict(zip(IN_PAPER, map(float, values)))], columns)
-        lines.append(row.replace("| 1 |", "| |", 1))
+def rows_by(items, x, columns):
+    """A row of each task and each domain of the clips."""
+    lines = []
+    for key in ("task", "domain"):
+        for value in dict.fromkeys(item[key] for item in items if key in item):
+            lines.append(table_row(value, x[[item.get(key) == value for item in items]], columns))
     return lines
 
 
-def columns_of(done):
+def table(items, done, title, paper=""):
+    """A benchmark as Markdown lines: its first row by task and domain, the other rows, the gains on them, the
+    paper's.
+
+    done: {id: {row: scores}}; paper: lines of a name and the scores IN_PAPER.
+    """
     found = {key for clip in done.values() for scores in clip.values() for key in scores}
-    return [key for key in COLUMNS if key in found]
+    columns, items = [key for key in COLUMNS if key in found], [item for item in items if item["id"] in done]
+    videos = np.array([item["id"].rsplit("/", 1)[0] for item in items])
+    rows = {row: values([clip[row] for clip in done.values()], columns) for row in done[items[0]["id"]]}
+    main, *others = rows
+    lines = [table_head(title, columns), table_row(f"{main} [95 %]", rows[main], columns, videos)]
+    lines += rows_by(items, rows[main], columns)
+    lines += [table_row(row, rows[row], columns) for row in others]
+    for row in others:                                                  # paired: clip by clip
+        lines.append(table_row(f"{main} − {row} [95 %]", rows[main] - rows[row], columns, videos, "+"))
+    for line in paper.splitlines():
+        name, *numbers = line.split()
+        row = table_row(name, values([dict(zip(IN_PAPER, map(float, numbers)))], columns), columns)
+        lines.append(row.replace(" | 1 |", ", copied from the paper | |", 1))
+    return lines
 
 
-def report(lines, scorers, out):
+def report(lines, ed, scorers, out):
     """Print a benchmark's lines, and write them beside its scores."""
-    made_by = read_json(out / "settings.json")
-    lines += [f"{key} {value}" for key, value in (scorers.paths | made_by).items()]
+    about = scorers.paths | read_json(out / "settings.json")
+    lines += [*(filtered_by(ed) if ed else ()), *(f"{key}: {value}" for key, value in about.items())]
     write_text(out / "table.md", "\n".join(lines) + "\n")
     print(*lines, f"table and every clip's scores: {out}", sep="\n")
 
@@ -1183,14 +1188,15 @@ def benchmark_flags(parser):
     editor_flags(parser)
     scorer_flags(parser)
     add = parser.add_argument
-    add("--no-image-control", action="store_true", help="leave out the controls: the image editor frame by frame "
-        "and, of drawn clips, the edit without detail")
+    add("--no-image-control", action="store_true", help="leave out the controls: the image editor frame by "
+        "frame and, of drawn clips, the edit without detail")
     add("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
     add("--device", type=known_device, help="cuda, mps or cpu (default: the best there is)")
 
 
 def open_editor(args):
-    """(editor, {name: options of `edit_pictures`} of a table's rows, settings that edits depend on) as the flags say."""
+    """(editor, {name: options of `edit_pictures`} of a table's rows, settings that edits depend on) as the
+    flags say."""
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
     ed = VideoEditor.from_pretrained(source, device=args.device)
@@ -1211,17 +1217,19 @@ def results(what, name, made_by, out=None):
 
 
 def filtered_by(ed):
-    """A line for every judge that chose what an editor was trained on, as the settings.json of its data sets say."""
+    """A line for every judge that chose what an editor was trained on, as the settings.json of its data sets
+    say."""
     lines, path = [], ed.folders[0] / "settings.json"
     folders = read_json(path).get("train_on", ()) if path.is_file() else ()
     for path in (ROOT / folder / "settings.json" for folder in folders):
-        if path.is_file() and read_json(path).get("judge"):
-            lines.append(f"judge: {read_json(path)['judge']} chose the clips of {path.parent}; it flatters this model")
+        judge = read_json(path).get("judge") if path.is_file() else None
+        if judge:
+            lines.append(f"judge: {judge} chose the clips of {path.parent}, so it flatters this model")
     return lines
 
 
 def main_tgve(argv):
-    parser = Parser(prog="metrics.py tgve", description="Run and score TGVE or TGVE+; prints one Markdown table.")
+    parser = Parser(prog="metrics.py tgve", description="Run and score TGVE or TGVE+; prints one table.")
     add = parser.add_argument
     add("dir", type=folder, help="LOVEU-TGVE-2023 as published: CSV, video folders, InsV2V's prompt JSON")
     add("--plus", action="store_true", help="TGVE+: DIR also holds facebook/tgve_plus")
@@ -1244,7 +1252,7 @@ def main_tgve(argv):
         print(f"{len(items)} clips have an instruction in the prompts")
     out = results(what, name, made_by, args.out)
     done = edit_and_score(items, read_source, ed, rows, scorers, out, args.outputs)
-    report([*table(items, done, out.name, PAPER[what]), "", *(filtered_by(ed) if ed else ())], scorers, out)
+    report([*table(items, done, out.name, PAPER[what]), ""], ed, scorers, out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1254,8 +1262,8 @@ def main_tgve(argv):
 def drawn_item(number, task, domain, t0=0):
     """A held-out scene of the drawn world and an edit of it; None where the task does not fit the scene.
 
-    Scenes, wordings and combinations are of the world's "held" split. t0: seconds into the scene at which the clip
-    begins. `known`: the result follows from source and instruction alone, so there is one true edit.
+    Scenes, wordings and combinations are of the world's "held" split. t0: seconds into the scene at which the
+    clip begins. `known`: the result follows from source and instruction alone, so there is one true edit.
     """
     scene = world.draw_scene(number, domain, "held")
     if task not in world.possible_tasks(scene):
@@ -1266,8 +1274,8 @@ def drawn_item(number, task, domain, t0=0):
 
 
 def drawn_items(n, which, domains):
-    """n held-out clips, tasks and domains in turn; more of them begin with the same ones. Their seeds no other
-    script uses."""
+    """n held-out clips, tasks and domains in turn; more of them begin with the same ones. Their seeds no
+    other script uses."""
     items, tasks, numbers = [], list(world.TASKS), itertools.count(7_000_001 + 100_000 * which)
     for turn, at in (divmod(k, len(tasks)) for k in range(n)):
         domain = domains[(at + turn) % len(domains)]
@@ -1284,8 +1292,8 @@ def draw(item, n_frames, size):
 
 @torch.no_grad()
 def drawn_scores(ed, n, domain, n_frames, mode="auto", **guidance):
-    """[{"id", "task", "domain", scores against the truth, "flicker"}] of the editor's own frames, nothing else done to
-    them.
+    """[{"id", "task", "domain", scores against the truth, "flicker"}] of the editor's own frames, nothing
+    else done to them.
 
     Of n held-out drawn clips a task, those whose truth is known. guidance: as `VideoEditor.edit` takes it.
     """
@@ -1314,14 +1322,14 @@ def agreement_table(done, candidates):
     if not known or len(candidates) < 3:
         return ["agreement: needs clips with a known truth and at least 3 candidates of each"]
 
-    def values(key):                                                    # (clips, candidates)
+    def scores_of(key):                                                 # (clips, candidates)
         return np.array([[rows[c].get(key, math.nan) for c in candidates] for rows in known])
     columns = {}
     for key, score in SCORES.items():
         if score.better in ("0", "1"):
-            columns[f"{score.name} (distance from {score.better})"] = -abs(values(key) - int(score.better))
+            columns[f"{score.name} (distance from {score.better})"] = -abs(scores_of(key) - int(score.better))
         elif score.better == "up":
-            columns[score.name] = values(key)
+            columns[score.name] = scores_of(key)
     total = total_score([rows[c] for rows in known for c in candidates])
     columns["weighted total"] = total.reshape(len(known), -1)
     lines = ["| score | clips | inside, within a clip [95 %] | inside, pooled | whole, within a clip [95 %] "
@@ -1330,7 +1338,7 @@ def agreement_table(done, candidates):
         full = np.isfinite(x).all(1) & (np.ptp(x, axis=1) > 1e-9)       # clips that this score tells apart
         cells = [str(full.sum())]
         for gain in ("truth_gain", "whole_gain"):                       # inside the true region, overall
-            y = values(gain)
+            y = scores_of(gain)
             each = [spearman(a, b) for a, b in zip(x[full], y[full])]
             each = [r for r in each if math.isfinite(r)]
             cells += [cell(each, 2, range(len(each))), f"{spearman(x[full].ravel(), y[full].ravel()):.2f}"]
@@ -1355,13 +1363,14 @@ def main_shapes(argv):
     add("--domain", default="both", choices=["both", "synthetic", "real"], help="of scenes")
     add("--clips", type=between(0, 10 ** 6, int), default=0, help="which clips: another number draws others")
     add("--sweep", action="store_true", help="guidance grid: fidelity against preservation")
-    add("--agreement", action="store_true", help="the grid with two seeds: which scores agree with the truth?")
+    add("--agreement", action="store_true", help="grid with two seeds: which scores agree with the truth?")
     add("--grid-text", type=between(0, 30), nargs="+", help="text guidance of the grid")
     add("--grid-source", type=between(0, 10), nargs="+", help="source guidance of the grid")
-    add("--bare", action="store_true", help="the model's own frames against the truth, as train.py's tables have it")
+    add("--bare", action="store_true", help="the model's own frames against the truth, as train.py has it")
     benchmark_flags(parser)
     args = parser.parse_args(argv)
-    grid, domains = args.sweep or args.agreement, ["synthetic", "real"] if args.domain == "both" else [args.domain]
+    grid = args.sweep or args.agreement
+    domains = ["synthetic", "real"] if args.domain == "both" else [args.domain]
     n = args.n or (24 if grid or args.bare else 200)
     ed, rows, made_by = open_editor(args)
     options = rows["edit"]
@@ -1369,7 +1378,8 @@ def main_shapes(argv):
         guidance = {key: options[key] for key in ("steps", "s_txt", "s_src")}
         scores = [row for domain in domains for row in drawn_scores(ed, n, domain, args.frames, **guidance)]
         columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
-        return print(table_head("held out, the model's own frames", columns), *rows_by(scores, columns), sep="\n")
+        rows = rows_by(scores, values(scores, columns), columns)
+        return print(table_head("held out, the model's own frames", columns), *rows, sep="\n")
     if ed.size % ed.multiple:
         raise UserError(f"--size {ed.size}: drawn clips need a multiple of {ed.multiple}")
     made_by |= {"world": fingerprint(world.__file__), "frames": args.frames}
@@ -1382,15 +1392,11 @@ def main_shapes(argv):
     for how in rows.values():
         how["seed"] *= 1_000_003                                        # to which a clip's number is added
     done = edit_and_score(items, partial(draw, n_frames=args.frames, size=ed.size), ed, rows, scorers, out)
-    lines = [] if grid else table(items, done, out.name)
-    if args.sweep:
-        columns = columns_of(done)
-        lines = [table_head("text, source, seed", columns)]
-        lines += [table_row(row, [clip[row] for clip in done.values()], columns) for row in rows]
+    lines = [*table(items, done, out.name), "", SUCCESS, KNOWN]
     if args.agreement:
         lines += ["", "Spearman's correlation with the gain in PSNR to the truth", "",
                   *agreement_table(done, list(rows))]
-    report([*lines, "", SUCCESS, KNOWN, *filtered_by(ed)], scorers, out)
+    report(lines, ed, scorers, out)
 
 
 KNOWN = "truth: of edits whose result follows from source and instruction alone"
@@ -1406,28 +1412,28 @@ def guidance_grid(options, texts, sources, seeds):
 
 
 def main_footage(argv):
-    parser = Parser(prog="metrics.py footage", description="Real clips: grayscale, sepia and night against the exact "
-                    "operation, and no instruction at all against the source.")
+    parser = Parser(prog="metrics.py footage", description="Real clips: grayscale, sepia and night against "
+                    "the exact operation, and no instruction at all against the source.")
     parser.add_argument("dir", type=folder, help="videos, or folders of frames")
     parser.add_argument("--frames", type=between(1, 10 ** 4, int), default=8, help="frames of a clip")
     benchmark_flags(parser)
     args = parser.parse_args(argv)
     ed, rows, made_by = open_editor(args)
     scorers, clips = scorers_of(args), find_clips(args.dir)
-    tasks = {"nothing": "", "grayscale": "make it grayscale", "sepia": "make it sepia", "night": "make it night"}
-    items = [dict(id=f"{name}/{task}", task=task, path=path, instruction=text, known=bool(text))
-             for name, path in clips.items() for task, text in tasks.items()]
+    items = [dict(id=f"{name}/{task or 'nothing'}", task=task or "nothing", path=path, known=bool(task),
+                  instruction=f"make it {task}" if task else "")
+             for name, path in clips.items() for task in ("", "grayscale", "sepia", "night")]
 
     def read(item):                                                     # as `draw`
         source = read_video(item["path"], ed.size, frames=args.frames, multiple=ed.multiple)[0]
         source = truth = np.stack(to_u8(source))
-        if item["known"]:                                               # else all of the clip is outside the edit
+        if item["known"]:                                               # else all is outside the edit
             truth = world.quantise(world.EFFECTS[item["task"]](source / 255, np.arange(len(source)) / 10, 0))
         return {"source": source, "truth": truth, "mask": np.full(source.shape[:3], item["known"])}
     made_by |= {"clips": fingerprint(*clips.values()), "frames": args.frames}
     out = results("footage", ed.name, made_by, args.out)
     done = edit_and_score(items, read, ed, rows, scorers, out)
-    report([*table(items, done, out.name), "", SUCCESS, *filtered_by(ed)], scorers, out)
+    report([*table(items, done, out.name), "", SUCCESS], ed, scorers, out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1445,7 +1451,7 @@ def find_clips(where):
     found = {}
     for path in sorted(where.glob("**/[!.]*.*")):
         place = path.relative_to(where)
-        if path.suffix.lower() in VIDEOS or path.name in ("source.png", "target.png"):      # a data set of images
+        if path.suffix.lower() in VIDEOS or path.name in ("source.png", "target.png"):      # of a data set
             found[str(place.with_suffix(""))] = path
         elif path.suffix.lower() in IMAGES and path.parent != where and ".part" not in path.parent.name:
             found.setdefault(str(place.parent), path.parent)
@@ -1478,10 +1484,12 @@ def main_study(argv):
     if not n <= len(args.dirs) <= n + 1:
         raise UserError(f"study: {len(args.dirs)} folders; it takes {n} of edits, then one of sources")
     clips, captions = [find_clips(where) for where in args.dirs], {}
-    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list) if row["kept"]]
+    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list)
+            if row["kept"]]
     if args.rate and rows:                                              # a data set of curate.py
         captions = {f"{row['id']}/target": row["instruction"] for row in rows}
-        clips = [{name: clips[0][name.replace("target", key)] for name in captions} for key in ("target", "source")]
+        clips = [{name: clips[0][name.replace("target", key)] for name in captions}
+                 for key in ("target", "source")]
     file = args.captions or args.dirs[0] / "captions.json"
     if args.captions or file.is_file():
         captions = read_json(file)
@@ -1494,12 +1502,13 @@ def main_study(argv):
     for name in sorted(names):                                          # one source may serve several tasks
         paths = {key: found.get(name, found.get(str(Path(name).parent))) for key, found in zip(keys, clips)}
         paths = {key: path for key, path in paths.items() if path}
-        rate = next((probe(path).rate for path in paths.values() if path.is_file()), 8)     # of folders of frames, too
+        rate = next((probe(path).rate for path in paths.values() if path.is_file()), 8)     # of frames, too
         films = {key: data_url(path, rate) for key, path in paths.items()}
         items.append({"name": name, "caption": str(captions.get(name, ""))} | films)
     digest = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
     data = {"id": "-".join([*(where.resolve().name for where in args.dirs[:n]), digest]), "rating": args.rate,
-            "names": list(map(str, args.dirs[:n])), "questions": RATINGS if args.rate else QUESTIONS, "items": items}
+            "names": list(map(str, args.dirs[:n])), "questions": RATINGS if args.rate else QUESTIONS,
+            "items": items}
     text = json.dumps(data).replace("<", "\\u003c")                    # no name or caption can end the script
     page = (ROOT / "assets/study.html").read_text(encoding="utf-8")
     write_text(args.out, page.replace("@DATA@", text))
@@ -1507,7 +1516,7 @@ def main_study(argv):
 
 
 def main_votes(argv):
-    parser = Parser(prog="metrics.py votes", description="Win rates from the JSON files that the study's page saves.")
+    parser = Parser(prog="metrics.py votes", description="Win rates from the files of the study's page.")
     parser.add_argument("files", nargs="+", type=Path)
     people, studies = {}, set()
     for path in parser.parse_args(argv).files:
