@@ -1,31 +1,33 @@
-"""Curation: the paper's data synthesis and refinement. One step is one command, one folder in and one folder out.
+"""Curation: the paper's data synthesis and refinement. One step is one command, one folder in, one folder
+out.
 
-    stage I      python curate.py images --weights tiny --to data/try/images --n 20
-                 python curate.py clips  --images data/try/images --to data/try/clips
-                 python curate.py videos --weights tiny --images data/try/images --clips data/try/clips --to data/try/round0
-    stages II,   python curate.py cut    --from shapes --n 20 --to data/try/cut
-    III          python curate.py write  --clips data/try/cut --to data/try/written
-                 python curate.py real   --weights runs/tiny/round0 --from data/try/written --to data/try/round1
-    then         python curate.py look data/try/images               one HTML page of it
-                 python curate.py calibrate data/try/images          weights of the filter's total
+    stage I      curate.py images --weights tiny --to data/try/images --n 20
+                 curate.py clips  --images data/try/images --to data/try/clips
+                 curate.py videos --images data/try/images --clips data/try/clips --to data/try/round0
+    stages II    curate.py cut    --from shapes --n 20 --to data/try/cut
+    and III      curate.py write  --clips data/try/cut --to data/try/written
+                 curate.py real   --weights RUN --from data/try/written --to data/try/round1
+    then         curate.py look data/try/images                      one HTML page of it
+                 curate.py calibrate data/try/images                 weights of the filter's total
 
 Contents
     settings     How, Images ... Real: their fields are the flags
     a data set   read_rows, write_source, run_step
-    candidates   Filter, draw_candidates, choose, consensus_scores
+    candidates   Filter, edit, choose, consensus_scores
     steps        images, clips, videos, pairs, cut, write, real
     sources      readers of image pairs, pairs of clips and real videos; shots
     judging      calibrate, look; command line
 
-A data set is a folder: settings.json says what made it, and every source is a folder <id>/ with candidates.json, one row a
-candidate, kept or not, beside
+A data set is a folder: settings.json says what made it, and every source is a folder <id>/ with
+candidates.json, one row a candidate, kept or not, beside
     images          source.png target.png trajectory.safetensors {"trajectory": (steps + 1, c, h, w)}
     clips           source.mp4
     videos, real    source.mp4 target.mp4 latents.safetensors {"source", "target": (F, c, h, w)}
-It is renamed into place whole, so a source is done when its folder is there: a killed run goes on where it was, and under
-torchrun each process takes every n-th source. Latents are float16, those of clips unscaled: of the source the posterior
-mode, of the target what was sampled, which spares it a trip through the autoencoder. Training reads latents; the mp4
-(H.264, crf 16) are for people. A source whose candidates were all dropped shows its best one, without latents.
+It is renamed into place whole, so a source is done when its folder is there: a killed run goes on where it
+was, and under torchrun each process takes every n-th source. Latents are float16, those of clips unscaled: of
+the source the posterior mode, of the target what was sampled, which spares it a trip through the autoencoder.
+Training reads latents; the mp4 (H.264, crf 16) are for people. A source whose candidates were all dropped
+shows its best one.
 """
 import base64
 import hashlib
@@ -35,7 +37,6 @@ import math
 import os
 import shutil
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -46,7 +47,6 @@ from random import Random
 
 import numpy as np
 import scipy.optimize
-import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -55,23 +55,27 @@ from tqdm import tqdm
 
 import metrics
 import world
-from model import (N_FRAMES, ROOT, UserError, VideoEditor, begin, fingerprint, need, part, portable, read_json,
-                   read_tensors, reading, resize, run, save_tensors, to_rgb, to_tensor, to_u8, to_video, write_json,
-                   write_text)
-from sample import (IMAGES, VIDEOS, Parser, add_flags, frame_files, from_flags, known_device, model_size, option, probe, read_frames,
-                    read_image, write_video)
-from teachers import (COGVIDEOX, FIELDS, LLAVA, WRITER_TASKS, CogVideoX, LlavaOneVision, T5Encoder,  # noqa: F401
-                      clip_fault, write_instructions)
+from model import (N_FRAMES, ROOT, UserError, VideoEditor, begin, fingerprint, need, portable, read_json,
+                   read_tensors, reading, resize, run, save_tensors, to_rgb, to_tensor, to_u8, to_video,
+                   write_json, write_text)
+from sample import (IMAGES, VIDEOS, Parser, add_flags, frame_files, from_flags, known_device, model_size,
+                    option, probe, read_frames, read_image, write_video)
+from teachers import (COGVIDEOX, FIELDS, LLAVA, WRITER_TASKS, CogVideoX, LlavaOneVision, T5Encoder, clip_fault,
+                      write_instructions)
 
-FPS = 8.0               # of every clip; videos are resampled to this rate, folders of frames are taken as they are
+__all__ = ["CogVideoX", "T5Encoder"]            # of teachers.py, for whoever imports them from here
+
+FPS = 8.0               # of every clip; videos are resampled to it, folders of frames are taken as they are
 LONGEST = 3             # ours: long side of a frame in short ones, at most (films: 2.4)
-# Guidance is drawn around the checkpoint's own: for 7.5 and 1.5 this is the paper's 5.0-12.5 (text), 1.2-2.0 (source)
+# Guidance is drawn around the checkpoint's own: for 7.5 and 1.5 this is the paper's 5.0-12.5 (text), 1.2-2.0
+# (source)
 TEXT_RANGE, SOURCE_RANGE = (2 / 3, 5 / 3), (0.8, 4 / 3)
 # By scorers. A candidate below a threshold is out; the paper's thresholds and weights are not published.
 THRESHOLDS = {
     "published": {
         # UltraEdit's free-form run script; its SSIM check is commented out there, and left out here
-        "clip_sim_source": 0.2, "clip_sim_target": 0.2, "clip_sim_dir": 0.22, "clip_sim_image": 0.75, "dinov2_sim": 0.4,
+        "clip_sim_source": 0.2, "clip_sim_target": 0.2, "clip_sim_dir": 0.22, "clip_sim_image": 0.75,
+        "dinov2_sim": 0.4,
         # ours: CLIPText as 100 x the same 0.2, the others somewhat below the averages in the paper's Table 1
         "clip_text": 20, "clip_frame": 0.85, "viclip_out": 0.2, "pick_score": 19},
     "tiny": {
@@ -79,18 +83,20 @@ THRESHOLDS = {
         "clip_sim_dir": 0.2, "clip_sim_target_gain": -0.03, "consensus": 0.8,
         # ours, clips: what 95 % of the true edits of drawn clips lie above, once through the autoencoder
         "clip_text": 43, "viclip_out": 0.45, "clip_frame": 0.9}}
-# The total's scores: the paper's six of an image and five of a clip but the held-out one, and ours: <score>_gain over
-# the untouched source's, of clips the share of area `changed`, and `consensus_scores`' two. Their weights, until
-# `calibrate` has fitted others: published, all equal; tiny, of images fitted to the truth of drawn scenes, of clips the
-# same with their own gains in the place of the images'.
-IMAGE_WEIGHTS = {"published": dict.fromkeys(("clip_sim_source", "clip_sim_target", "clip_sim_dir", "clip_sim_image",
-                                             "dinov2_sim", "ssim"), 1),
-                 "tiny": {"clip_sim_target_gain": 0.5, "consensus": 1.2, "certainty": 0.6}}
+# The total's scores: the paper's six of an image and five of a clip but the held-out one, and ours:
+# <score>_gain over the untouched source's, of clips the share of area `changed`, and `consensus_scores`' two.
+# Weights until `calibrate` has fitted others: published, all equal; tiny, of images fitted to the truth of
+# drawn scenes, of clips the same with their own gains in the place of the images'.
+IMAGE_WEIGHTS = {
+    "published": dict.fromkeys(("clip_sim_source", "clip_sim_target", "clip_sim_dir", "clip_sim_image",
+                                "dinov2_sim", "ssim"), 1),
+    "tiny": {"clip_sim_target_gain": 0.5, "consensus": 1.2, "certainty": 0.6}}
 IMAGE_SCORES = (*IMAGE_WEIGHTS["published"], "clip_sim_target_gain", "consensus", "certainty")
-VIDEO_WEIGHTS = {"published": dict.fromkeys((*metrics.WEIGHTS, "clip_text_gain", "viclip_out_gain"), 1),
-                 "tiny": {"clip_text_gain": 0.5, "viclip_out_gain": 0.5, "consensus": 1.2, "certainty": 0.6}}
+VIDEO_WEIGHTS = {
+    "published": dict.fromkeys((*metrics.WEIGHTS, "clip_text_gain", "viclip_out_gain"), 1),
+    "tiny": {"clip_text_gain": 0.5, "viclip_out_gain": 0.5, "consensus": 1.2, "certainty": 0.6}}
 VIDEO_SCORES = (*VIDEO_WEIGHTS["published"], "changed", "consensus", "certainty")
-DINO = "facebook/dinov2-with-registers-large"                      # UltraEdit's; only for the published scorers
+DINO = "facebook/dinov2-with-registers-large"          # UltraEdit's; only for the published scorers
 
 # ---- settings: a dataclass a step; its fields are the flags and what settings.json holds ------------------
 
@@ -100,7 +106,7 @@ class How:
     device: str | None = None           # --device, in `main`
     dtype: str | None = option(None, "of the editor (default: bfloat16 on CUDA, else float32)",
                                choices=["float32", "bfloat16", "float16"])
-    batch: int = option(0, "candidates at a time, fewer where memory is short (0: 30 of an image, 4 of a clip)", low=1)
+    batch: int = option(0, "candidates at a time, fewer take less memory (0: 30 images or 4 clips)", low=1)
     limit: int | None = option(None, "new sources in this run, of every process; run again to go on", low=1)
     force: bool = option(False, "go on although the settings changed")
 
@@ -114,8 +120,8 @@ class Edited:
     filter: bool = option(True, "keep what passes it; --no-filter: the first candidate of every source")
     min: tuple[str, ...] = option((), "more thresholds, NAME=VALUE; -inf: none")
     score_weights: str = option("", "weights of the total, a file of calibrate")
-    scorers: str = option("auto", "embedded networks or the hub's; auto: those that lie with the editor, else the hub's "
-                          "if there is a GPU", choices=["auto", "tiny", "published"])
+    scorers: str = option("auto", "embedded networks or the hub's; auto: those that lie with the editor, "
+                          "else the hub's if there is a GPU", choices=["auto", "tiny", "published"])
     clip: str = option("", "hub id or directory of another CLIP, or none")
     pick: str = option("", "the same for PickScore")
     viclip: str = option("", "the same for ViCLIP")
@@ -135,7 +141,7 @@ class Images(Edited):
 @dataclass
 class Clips:
     images: str = option("", "data set of `images`")
-    animate: str | None = option(None, "how an image becomes a clip (default: world for drawn scenes, camera for others)",
+    animate: str | None = option(None, "how an image becomes a clip (default: world if drawn, else camera)",
                                  choices=["world", "camera", "cogvideox"])
     cogvideox: str = option(COGVIDEOX, "hub id or directory of the teacher")
     cogvideox_steps: int = option(50, "its sampling steps", low=1)
@@ -146,7 +152,7 @@ class Clips:
 class Videos(Edited):
     images: str = option("", "data set of `images`")
     clips: str = option("", "data set of `clips`, made of those images")
-    motion: str = option("", "motion modules: hub id, directory or .ckpt, or none (default: the weights' own)")
+    motion: str = option("", "motion modules: hub id, directory, .ckpt, or none (default: the weights' own)")
     mode: str = option("ffg", "image: frame by frame, without the trajectory", choices=["ffg", "image"])
 
 
@@ -166,7 +172,7 @@ class Cut:
 @dataclass
 class Write:
     clips: str = option("", "data set of `cut`")
-    writer: str = option("tiny", "tiny: CLIP and the drawn world's words; llava; or a file of text or JSON lines")
+    writer: str = option("tiny", "tiny, CLIP in the drawn world's words; llava; a file, text or JSON lines")
     clip: str = option(str(ROOT / "assets/tiny/clip"), "the writer tiny's CLIP: hub id or directory")
     size: int = option(64, "short side of the frames that it sees, pixels", low=8)
     llava: str = option(LLAVA, "hub id or directory of the writer llava")
@@ -207,8 +213,9 @@ def read_rows(folder, kept=False):
     rows = [row for rows in read_sources(folder) for row in rows]
     good = [row for row in rows if row["kept"]]
     if kept and not good:
-        raise UserError(f"{folder}: none of its {len(rows)} candidates was kept: {', '.join(losses(rows))}; see them with python "
-                        f"curate.py look {folder}, then lower a threshold with --min NAME=VALUE and another --to")
+        raise UserError(f"{folder}: none of its {len(rows)} candidates was kept: {', '.join(losses(rows))}; "
+                        f"see them with curate.py look {folder}, then lower a threshold by --min NAME=VALUE and "
+                        "another --to")
     return good if kept else rows
 
 
@@ -223,7 +230,8 @@ def unscored(fault="", **more):
 
 
 def write_source(folder, source, rows, files):
-    """A source's folder, which appears when it is whole. files: {name: rgb (H, W, 3), video (1, F, 3, H, W) or tensors}."""
+    """A source's folder, which appears when it is whole. files: {name: rgb, video (1, F, 3, H, W) or
+    tensors}."""
     new = folder / ".part" / source["id"]
     shutil.rmtree(new, ignore_errors=True)                          # what a kill left
     new.mkdir(parents=True)
@@ -242,15 +250,16 @@ def write_source(folder, source, rows, files):
 
 def my_share(sources):
     """Every n-th, where torchrun started n processes."""
-    return sources[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+    return sources[int(os.environ.get("RANK", "0"))::int(os.environ.get("WORLD_SIZE", "1"))]
 
 
-def run_step(to, settings, sources, load, work, how, group=1, whole=False):
-    """Load, work on and write every source that has no folder yet. sources: dicts with SOURCE, and what `load` needs.
+def run_step(to, settings, sources, load, work, how, group=1):
+    """Load, work on and write every source that has no folder yet. sources: dicts with SOURCE, and what
+    `load` needs.
 
-    load(source) gives what `work` needs. Where it raises UserError the source is said and left out; it has no folder, so
-    the next run tries it again. work(source, loaded) -> (rows of its candidates, files); with a group, work([(source,
-    loaded)]) yields those. Groups are always cut at the same sources; whole: what is left of one is done with the rest.
+    load(source) gives what `work` needs. Where it raises UserError the source is said and left out; it has no
+    folder, so the next run tries it again. work(source, loaded) -> (rows of its candidates, files); with a group,
+    work([(source, loaded)]) yields those. Groups are always of the same sources, and done again whole.
     """
     begin(to, settings, how.force)
     mine, unread, done = my_share(sources), set(), 0
@@ -260,15 +269,15 @@ def run_step(to, settings, sources, load, work, how, group=1, whole=False):
         if not left or how.limit and done >= how.limit:
             continue
         loaded = []
-        for source in members if whole else left:
+        for source in members:
             try:
                 loaded.append((source, load(source)))
             except UserError as error:
                 print(f"left out: {error}")
                 unread.add(source["id"])
                 if len(unread) == GIVE_UP and not any(to.glob("*/candidates.json")):
-                    raise UserError(f"{to}: the first {GIVE_UP} sources cannot be read, the last: {error}; see that the disk is "
-                                    "there and run the same again") from None
+                    raise UserError(f"{to}: the first {GIVE_UP} sources cannot be read, the last: {error}; "
+                                    "is the disk there? then run the same again") from None
         results = work(loaded) if group > 1 else [work(*x) for x in loaded]
         for (source, _), (rows, files) in zip(loaded, results):
             if source in left:
@@ -285,13 +294,13 @@ def run_step(to, settings, sources, load, work, how, group=1, whole=False):
 
 @dataclass
 class Filter:
-    """Which candidate of a source is kept: of those above all thresholds the one with the best total. Without centre and
-    spread, scores are normalised over the candidates of one source, as in the paper."""
+    """Which candidate of a source is kept: of those above all thresholds the one with the best total. Without
+    centre and spread, scores are normalised over the candidates of one source, as in the paper."""
     thresholds: dict                    # {score or "total": least}
     weights: dict                       # of the total, {score: weight}
     centre: dict | None = None          # with spread, what `calibrate` normalises each score by
     spread: dict | None = None
-    tasks: dict = field(default_factory=dict)       # of calibrate --by-task: what each kind of edit adds to the total
+    tasks: dict = field(default_factory=dict)       # of calibrate --by-task: what each kind of edit adds
     asked: tuple = ()                   # the scores that a flag names: they must be there
     on: bool = True
 
@@ -311,7 +320,7 @@ def read_filter(s, thresholds, weights):
         with reading(f"--score-weights {s.score_weights}", "pass what curate.py calibrate writes"):
             file = read_json(s.score_weights)
             keep.weights, keep.centre, keep.spread = file["weights"], file["centre"], file["spread"]
-            metrics.total_score([keep.weights], keep.weights, keep.centre, keep.spread)         # do they fit together?
+            metrics.total_score([keep.weights], keep.weights, keep.centre, keep.spread)     # do they fit?
             keep.tasks, keep.asked = dict(file.get("tasks", {})), tuple(keep.weights)
             keep.thresholds["total"] = float(file["min_total"])
     if s.judge:
@@ -319,7 +328,7 @@ def read_filter(s, thresholds, weights):
     keep.thresholds = {name: x for name, x in (keep.thresholds | least).items() if x > -math.inf}
     keep.asked += tuple(least.keys() & keep.thresholds.keys() - {"total"})
     if metrics.HELD_OUT in keep.asked:
-        raise UserError(f"{metrics.HELD_OUT} is kept for judging: a filter by it would flatter its own results")
+        raise UserError(f"{metrics.HELD_OUT} is kept for judging: a filter by it would flatter its results")
     return keep
 
 
@@ -335,50 +344,52 @@ class Tools:
 
 def open_tools(s, how, weights, motion=None):
     ed = VideoEditor.from_pretrained(s.weights, motion, device=how.device, dtype=how.dtype)
-    own = None
-    if any((folder / "clip").is_dir() for folder in ed.folders):    # judges that lie with the editor, as `tiny` has them
-        own = {role: part(ed.folders, role) for role in ("clip", "viclip")}
-    scorers = metrics.choose_scorers(s.scorers, own, ed.device, clip=s.clip, pick=s.pick, viclip=s.viclip, judge=s.judge)
+    near = [folder for folder in ed.folders if (folder / "clip").is_dir()]      # as `tiny` has them
+    own = {role: near[0] / role for role in ("clip", "viclip")} if near else None
+    scorers = metrics.choose_scorers(s.scorers, own, ed.device, clip=s.clip, pick=s.pick, viclip=s.viclip,
+                                     judge=s.judge)
     return Tools(s, how, ed, scorers, read_filter(s, THRESHOLDS[scorers.family], weights[scorers.family]))
 
 
 def settings_of(s, tools=None):
     """What settings.json holds."""
-    settings = {"step": step_of(s)} | asdict(s)
+    settings = {"step": type(s).__name__.lower()} | asdict(s)
     if tools:
         paths = {role: portable(path) for role, path in tools.scorers.paths.items()}
-        settings |= {"editor": tools.ed.fingerprint, "size": tools.ed.size, "scorers": paths, "filter": asdict(tools.filter)}
+        settings |= {"editor": tools.ed.fingerprint, "size": tools.ed.size, "scorers": paths}
+        settings["filter"] = asdict(tools.filter)
     return settings
 
 
-def step_of(s):
-    return type(s).__name__.lower()
-
-
 def draw_candidates(ed, name, n, seed, first=None):
-    """Rows with the seed and guidance [text, source] of n candidates of the source `name`. The first has the checkpoint's own
-    guidance: without a filter it is what a plain edit would be. first: a row whose seed all take, and that guidance."""
+    """Rows with the seed and guidance [text, source] of n candidates of the source `name`. The first has the
+    checkpoint's own guidance: without a filter it is what a plain edit would be. first: a row whose seed all
+    take, the first its guidance, too."""
     rows = []
     for k in range(n):
         rng = Random(f"candidate {seed} {name} {k}")
-        row = {"seed": rng.getrandbits(31)}
-        row["guidance"] = [round(own * rng.uniform(*span), 3) for own, span in zip(ed.guidance, (TEXT_RANGE, SOURCE_RANGE))]
-        rows.append(row | {"seed": first["seed"]} if first else row)
-    rows[0]["guidance"] = list(first["guidance"] if first else ed.guidance)
+        rows.append({"seed": rng.getrandbits(31)})
+        spans = zip(ed.guidance, (TEXT_RANGE, SOURCE_RANGE))
+        rows[k]["guidance"] = [round(own * rng.uniform(*span), 3) for own, span in spans]
+    rows[0]["guidance"] = list(ed.guidance)
+    if first:
+        rows[0] |= {"guidance": first["guidance"]}
+        rows = [row | {"seed": first["seed"]} for row in rows]
     return rows
 
 
 def edit(tools, source, frames, steps, mode, first=None, anchor=None):
-    """Candidates of one source, drawn and sampled: their rows, the frames' latents z_src (1, F, c, h, w), and the candidates'
-    at every step and the end (steps + 1, K, F, c, h, w). first: see `draw_candidates`; anchor: see VideoEditor.sample."""
+    """Candidates of one source, drawn and sampled: their rows, the frames' latents z_src (1, F, c, h, w), and
+    those of the candidates at every step and the end (steps + 1, K, F, c, h, w). first: see
+    `draw_candidates`; anchor: see VideoEditor.sample."""
     ed, s = tools.ed, tools.s
     z_src, paths = ed.encode(to_video(frames)), []
-    rows = draw_candidates(ed, source["id"], s.candidates, f"{step_of(s)} {s.seed}", first)
+    rows = draw_candidates(ed, source["id"], s.candidates, f"{type(s).__name__.lower()} {s.seed}", first)
     batch = tools.how.batch or (30 if len(frames) == 1 else 4)
     for k in range(0, len(rows), batch):
         path, some = [], rows[k:k + batch]
         s_txt, s_src = zip(*(row["guidance"] for row in some))
-        if anchor:                                                  # every frame starts where the first one's edit did
+        if anchor:                              # every frame starts where the first one's edit did
             z_T = anchor[1][0].expand(len(some), *z_src.shape[1:])
         else:
             z_T = torch.cat([ed.noise(len(frames), *z_src.shape[3:], row["seed"], mode=mode) for row in some])
@@ -388,31 +399,34 @@ def edit(tools, source, frames, steps, mode, first=None, anchor=None):
 
 
 def choose(rows, keep, source):
-    """Fills in total, below and kept of the candidates of one source. Returns the index of the kept, or of the best.
-    UserError for a threshold on a score that is not there."""
+    """Fills in total, below and kept of the candidates of one source. Returns the index of the kept, or of
+    the best. UserError for a threshold on a score that is not there."""
+    for row in rows:
+        row["scores"] = {name: round(float(x), 5) for name, x in row["scores"].items()}
     scores = [row["scores"] for row in rows]
     lacks = set(keep.asked).difference(*scores)
     if lacks and keep.on and source["source_caption"] and source["target_caption"]:
-        raise UserError(f"--min or --score-weights: {', '.join(sorted(lacks))}: not among the scores of this run, which are "
-                        f"{', '.join(sorted(scores[0]))}; leave it out, with --force, or pass what it needs")
-    for row in rows:
-        row["scores"] = {name: round(float(x), 5) for name, x in row["scores"].items()}
-    totals = metrics.total_score([row["scores"] for row in rows], keep.weights, keep.centre, keep.spread)
+        raise UserError(f"--min or --score-weights: {', '.join(sorted(lacks))}: not among the scores of this "
+                        f"run, which are {', '.join(sorted(scores[0]))}; leave it out, with --force, or pass "
+                        "what it needs")
+    totals = metrics.total_score(scores, keep.weights, keep.centre, keep.spread)
     for row, total in zip(rows, totals + keep.tasks.get(source["task"], 0.0)):
         known = row["scores"] | {"total": total}
         row["total"], row["kept"] = round(float(total), 4), False
-        row["below"] = [name for name, least in keep.thresholds.items() if name in known and not known[name] >= least]
+        row["below"] = [k for k, least in keep.thresholds.items() if k in known and not known[k] >= least]
     best = max(range(len(rows)), key=lambda k: (not rows[k]["below"], rows[k]["total"])) if keep.on else 0
     rows[best]["kept"] = not (keep.on and rows[best]["below"])      # NaN is below any threshold
     return best
 
 
 def consensus_scores(z0, z_src):
-    """How far each of K candidates of a source does what the others do: {"consensus", "certainty": (K,)}; {} for one.
+    """How far each of K candidates of a source does what the others do: {"consensus", "certainty": (K,)}; {}
+    for one.
 
-    z0: scaled latents (K, ...); z_src (1, ...): the source's, scaled. consensus: cosine between a candidate's change
-    and the mean change of the others, -1 to 1. certainty: -10 log10 of its mean squared difference to them, in dB.
-    Ours: an editor that has understood makes one edit from every noise, one that guesses makes many.
+    z0: scaled latents (K, ...); z_src (1, ...): the source's, scaled. consensus: cosine between a candidate's
+    change and the mean change of the others, -1 to 1. certainty: -10 log10 of its mean squared difference to
+    them, in dB. Ours: an editor that has understood makes one edit from every noise, one that guesses makes
+    many.
     """
     if len(z0) < 2:
         return {}
@@ -424,9 +438,13 @@ def consensus_scores(z0, z_src):
 
 
 def judge(tools, source, frames, z_src, z0, rows, edits, truth=None):
-    """Completes the rows of K candidates, which have scores; returns the index of the kept one, or of the best. z0 (K, F, c, h,
-    w): their latents; frames, edits' items: (F, H, W, 3) uint8. truth: the true edit's frames and its region (F, H, W)
-    bool; how candidates compare with it metrics.SUCCESS says, and the filter never sees."""
+    """Completes the rows of K candidates, which have scores; returns the index of the kept one, or of the
+    best.
+
+    z0 (K, F, c, h, w): their latents; frames, edits' items: (F, H, W, 3) uint8. truth: the true edit's frames
+    and its region (F, H, W) bool; how candidates compare with it metrics.SUCCESS says, and the filter never
+    sees.
+    """
     together = consensus_scores(z0, z_src * tools.ed.vae.scaling_factor)
     for k, row in enumerate(rows):
         row["scores"] |= {name: x[k] for name, x in together.items()}
@@ -434,14 +452,15 @@ def judge(tools, source, frames, z_src, z0, rows, edits, truth=None):
         at = np.unique(np.linspace(0, len(frames) - 1, 4).astype(int))          # four frames of a clip say it
         edits = {k: x[at] for k, x in enumerate(edits)}
         found = metrics.against_truth(tools.ed, z_src[:, at], frames[at], edits, *(x[at] for x in truth))
-        for k, row in enumerate(rows):                              # dB inside the true region, dB outside, 0 or 1
+        for k, row in enumerate(rows):          # dB inside the true region, dB outside, 0 or 1
             gain, outside = round(found[k]["truth_gain"], 3), round(found[k]["psnr_outside"], 3)
             row["truth"] = {"gain": gain, "outside": outside, "success": found[k]["success"]}
     return choose(rows, tools.filter, source)
 
 
 def finish_clip(tools, source, frames, z_src, z0, rows, truth=None):
-    """Candidates z0 (K, F, c, h, w) of a clip (F, H, W, 3) uint8: decoded, scored, filtered -> (rows, files)."""
+    """Candidates z0 (K, F, c, h, w) of a clip (F, H, W, 3) uint8: decoded, scored, filtered -> (rows,
+    files)."""
     ed = tools.ed
     videos = [ed.decode(z[None]).cpu() for z in z0]
     edits = [np.stack(to_u8(video)) for video in videos]
@@ -469,14 +488,14 @@ def images(to, s, how):
     ed, scorers = tools.ed, tools.scorers
     if "clip" not in scorers:
         raise UserError("curate.py images: the six scores need CLIP; pass --clip DIR")
-    dino = s.dino or (DINO if scorers.family == "published" else "none")        # the embedded scorers have none
+    dino = s.dino or (DINO if scorers.family == "published" else "none")
     dino = None if dino == "none" else metrics.DINOv2.from_pretrained(dino, device=ed.device, dtype=ed.dtype)
 
     def work(source, image):                                        # (1, H, W, 3) uint8
         rows, z_src, paths = edit(tools, source, image, s.steps, "image")
         edits = to_u8(ed.decode(paths[-1].transpose(0, 1)))
-        scores = metrics.image_scores(scorers.open("clip"), dino, image[0], [*edits, image[0]],         # the last is untouched
-                                      source["source_caption"], source["target_caption"])
+        captions = source["source_caption"], source["target_caption"]          # the last edit is none
+        scores = metrics.image_scores(scorers.open("clip"), dino, image[0], [*edits, image[0]], *captions)
         scores["clip_sim_target_gain"] = scores["clip_sim_target"] - scores["clip_sim_target"][-1]
         for k, row in enumerate(rows):
             row["scores"] = {name: x[k] for name, x in scores.items()}
@@ -487,22 +506,25 @@ def images(to, s, how):
             files["trajectory.safetensors"] = {"trajectory": paths[:, best, 0]}
         return rows, files
 
-    sources = drawn_sources(s.n, "synthetic", s.seed) if s.source == "shapes" else first_of(read_pairs(s.source), s)
-    run_step(to, settings_of(s, tools), sources, partial(pixels, size=ed.size, multiple=ed.multiple, n=1), work, how)
+    drawn = s.source == "shapes"
+    sources = drawn_sources(s.n, "synthetic", s.seed) if drawn else first_of(read_pairs(s.source), s)
+    load = partial(pixels, size=ed.size, multiple=ed.multiple, n=1)
+    run_step(to, settings_of(s, tools), sources, load, work, how)
 
 
 def move(animate, source, image):
-    """A clip (F, H, W, 3) uint8 that begins with an image (H, W, 3): by the world, in which a drawn scene moves on by
-    itself, or by a camera, a slow bicubic zoom and pan inside the picture, by the image's id."""
+    """A clip (F, H, W, 3) uint8 that begins with an image (H, W, 3): by the world, in which a drawn scene
+    moves on by itself, or by a camera, a slow bicubic zoom and pan inside the picture, by the image's id."""
     if animate == "world":
         with reading(source["id"], "curate the images again, or pass --animate camera or cogvideox"):
             need("scene" in source["origin"], "--animate world: is no drawn scene")
             frames = world.drawn_clip(source["origin"], N_FRAMES, len(image), FPS)
-            need(np.abs(frames[0].astype(int) - image).mean() < 2, "the drawn world has changed since this image was made")
+            apart = np.abs(frames[0].astype(int) - image).mean()
+            need(apart < 2, "the drawn world has changed since this image was made")
         return frames
     rng, s = Random(source["id"]), torch.linspace(0, 1, N_FRAMES)
     zoom, x, y = rng.uniform(0.08, 0.2) * s, rng.uniform(-1, 1), rng.uniform(-1, 1)
-    across = torch.stack([1 - zoom, 0 * s, zoom * x], -1)           # each frame's window: its width, its middle
+    across = torch.stack([1 - zoom, 0 * s, zoom * x], -1)           # each frame's window: width, middle
     down = torch.stack([0 * s, 1 - zoom, zoom * y], -1)
     still = to_tensor(image).expand(N_FRAMES, -1, -1, -1)
     grid = F.affine_grid(torch.stack([across, down], 1), still.shape, align_corners=False)
@@ -510,15 +532,15 @@ def move(animate, source, image):
     return np.stack([image, *map(to_rgb, frames[1:])])
 
 
-TEACHER_CLIPS = 3       # PAPER: 48 frames; of CogVideoX's 49 (8 a second) the last is left out: three clips of N_FRAMES
+TEACHER_CLIPS = 3       # PAPER: 48 frames; of CogVideoX's 49 (8 a second) the last is left out
 TEACHER_GROUP = 64      # images that go through one of its networks before the next one is loaded
 
 
 def clips(to, s, how):
     """step 3: the kept images become clips: they move on in the drawn world, by a camera, or by CogVideoX
 
-    CogVideoX makes three clips of an image. Only the first starts with it; the edit of the image guides the attention
-    of all three, and each is a source of its own for `videos`, filtered by itself.
+    CogVideoX makes three clips of an image. Only the first starts with it; the edit of the image guides the
+    attention of all three, and each is a source of its own for `videos`, filtered by itself.
     """
     def load(source):
         return read_image(Path(s.images) / source["id"] / "source.png")
@@ -529,14 +551,18 @@ def clips(to, s, how):
         return [row], {"source.mp4": to_video(move(animate, source, image))}
 
     def by_teacher(loaded):
-        jobs = [(to_tensor(image), source["source_caption"], Random(f"cogvideox {s.seed} {source['id']}").getrandbits(31))
-                for source, image in loaded]
+        jobs = []
+        for source, image in loaded:
+            seed = Random(f"cogvideox {s.seed} {source['id']}").getrandbits(31)
+            jobs.append((to_tensor(image), source["source_caption"], seed))
         for (source, _), (image, *_), video in zip(loaded, jobs, teacher.clips(jobs, s.cogvideox_steps)):
             video, rows = video[:TEACHER_CLIPS * N_FRAMES], []      # (F, 3, H, W) in [-1, 1]
             for k, clip in enumerate(video.split(N_FRAMES)):
-                origin = source["origin"] | {"image": source["id"], "frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}
-                row = unscored(clip_fault(video, image) or clip_fault(clip, clip[0]), animate="cogvideox", origin=origin)
-                rows.append(row | {"id": ident(source["id"], k), "order": source["order"] + [k]} if k else row)
+                span = {"image": source["id"], "frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}
+                fault = clip_fault(video, image) or clip_fault(clip, clip[0])
+                rows.append(unscored(fault, animate="cogvideox", origin=source["origin"] | span))
+                if k:
+                    rows[k] |= {"id": ident(source["id"], k), "order": source["order"] + [k]}
             yield rows, {"source.mp4": video[None]}
 
     step = partial(run_step, to, settings_of(s), read_rows(s.images, kept=True), load)
@@ -548,7 +574,7 @@ def clips(to, s, how):
 
 
 def videos(to, s, how):
-    """step 4: the clips, edited under the trajectory of their image's edit with several guidance settings (FFG-V2V)
+    """step 4: the clips, edited under the trajectory of their image's edit (FFG-V2V)
 
     Paper, section 3.2. --mode image edits frame by frame without the trajectory, for Table 2's comparison.
     """
@@ -562,9 +588,11 @@ def videos(to, s, how):
         image = read_image(Path(s.images) / image_id / "source.png")
         path = read_tensors(Path(s.images) / image_id / "trajectory.safetensors")["trajectory"].float()
         if source["animate"] == "cogvideox":
-            video = video_frames(Path(s.clips) / image_id / "source.mp4", source["origin"]["frames"][0], N_FRAMES)
-            return row, image, path, np.stack([*video])
-        return row, image, path, move(source["animate"], row, image)            # exact pixels, which mp4 does not hold
+            start, _ = source["origin"]["frames"]
+            frames = np.stack([*video_frames(Path(s.clips) / image_id / "source.mp4", start, N_FRAMES)])
+        else:
+            frames = move(source["animate"], row, image)            # exact pixels, which mp4 does not hold
+        return row, image, path, frames
 
     def work(source, loaded):
         row, image, path, frames = loaded
@@ -585,7 +613,7 @@ def pairs(to, s, how):
     def load(source):
         clip, edit = (prepare(frames, ed.size, ed.multiple) for frames in source["load"]())
         with reading(source["origin"]["file"]):
-            need(clip.shape == edit.shape, "clips of {2}x{1} and {6}x{5} in one pair".format(*clip.shape, *edit.shape))
+            need(clip.shape == edit.shape, f"clips of {clip.shape} and {edit.shape} in one pair")
         return clip, edit
 
     def work(source, loaded):
@@ -601,12 +629,12 @@ def pairs(to, s, how):
 def cut(to, s, how):
     """stage II: real videos become clips of 16 frames, evenly spread, none across a cut, none static or black
 
-    Paper, section 4.1: 8 K videos of YouTube-VOS, MOSE, LVOS and MeViS, 16 K clips. A clip's row says where its frames
-    are; no pixels are copied.
+    Paper, section 4.1: 8 K videos of YouTube-VOS, MOSE, LVOS and MeViS, 16 K clips. A clip's row says where
+    its frames are; no pixels are copied.
     """
     if s.source == "shapes":
-        sources = drawn_sources(s.n, "real", s.seed)
-        return run_step(to, settings_of(s), sources, lambda source: None, lambda source, _: ([unscored()], {}), how)
+        drawn = drawn_sources(s.n, "real", s.seed)
+        return run_step(to, settings_of(s), drawn, lambda source: None, lambda *_: ([unscored()], {}), how)
 
     def thumbnails(source):                                         # (F, 32, 32, 3) uint8
         return np.stack([np.asarray(Image.fromarray(rgb).resize((32, 32), Image.BOX))
@@ -634,28 +662,36 @@ WRITE_GROUP = 4         # clips that the language model sees at once
 
 
 def write(to, s, how):
-    """stage II: an instruction and captions for every clip, by LLaVA-OneVision as in the paper, by tiny CLIP, or of a file"""
-    sources, settings = read_rows(s.clips, kept=True), settings_of(s)
+    """stage II: an instruction and captions for every clip: by LLaVA-OneVision, as in the paper, tiny CLIP,
+    or a file"""
+    sources, settings, group = read_rows(s.clips, kept=True), settings_of(s), 1
+    load = partial(pixels, size=s.size, multiple=8)
     if s.writer == "llava":
         mix = named_values("--task-mix", s.task_mix)
         if s.lora:
             settings["lora_file"] = fingerprint(s.lora)
         net = LlavaOneVision.from_pretrained(s.llava, device=how.device, lora=s.lora or None)
-        load = partial(pixels, size=384)                            # drawn at the size of SigLIP's eye
-        run_step(to, settings, sources, load, by_llava(to, net, mix, sources), how, WRITE_GROUP, whole=True)
+        work, group = by_llava(to, net, mix, sources), WRITE_GROUP
+        load = partial(pixels, size=384)                            # as large as SigLIP's eye
     elif s.writer == "tiny":
-        clip = metrics.CLIP.from_pretrained(s.clip, device=how.device, dtype=torch.float32)
-        run_step(to, settings, sources, partial(pixels, size=s.size, multiple=8), by_clip(clip, s.seed), how)
+        work = by_clip(metrics.CLIP.from_pretrained(s.clip, device=how.device, dtype=torch.float32), s.seed)
     else:
         texts = read_texts(Path(s.writer))
         settings["writer_file"] = fingerprint(s.writer)
-        run_step(to, settings, sources, lambda source: texts[int(source["id"], 16) % len(texts)],
-                 lambda source, text: ([unscored(**text)], {}), how)
+
+        def load(source):
+            return texts[int(source["id"], 16) % len(texts)]
+
+        def work(source, text):
+            return [unscored(**text)], {}
+
+    run_step(to, settings, sources, load, work, how, group)
 
 
 def by_clip(clip, seed):
-    """A writer: CLIP names what it sees, zero-shot among the captions of the drawn world, and an edit of such a scene
-    supplies the instruction and both captions. Of effects and styles the row names the exact operation."""
+    """A writer: CLIP names what it sees, zero-shot among the captions of the drawn world, and an edit of such
+    a scene supplies the instruction and both captions. Of effects and styles the row names the exact
+    operation."""
     colours, background = world.COLOURS, world.Background
     objects = [(kind, colour) for kind in world.KINDS for colour in colours]
     grounds = [background("plain", f"a {name} background", (rgb,)) for name, rgb in colours.items()]
@@ -689,14 +725,15 @@ def by_clip(clip, seed):
 
 
 def by_llava(to, net, mix, sources):
-    """A writer: LLaVA-OneVision, asked about a group of clips at once. Earlier answers, of this process, count for the mix of
-    tasks and for near-duplicates, see teachers.write_instructions."""
+    """A writer: LLaVA-OneVision, asked about a group of clips at once. Earlier answers, of this process,
+    count for the mix of tasks and for near-duplicates, see teachers.write_instructions."""
     mine = [source["id"] for source in my_share(sources)]
     answers = {row["id"]: row for path in to.glob("*/candidates.json") for row in read_json(path, list)}
 
     def work(loaded):
         shown = {source["id"]: frames for source, frames in loaded}
-        before = [answers[name] for name in takewhile(lambda name: name not in shown, mine) if name in answers]
+        before = takewhile(lambda name: name not in shown, mine)
+        before = [answers[name] for name in before if name in answers]
         for answer in write_instructions(net.generate, shown.items(), mix or None, before, WRITE_GROUP):
             row = unscored("" if answer["kept"] else "no instruction", why=answer["why"])
             row |= {key: answer[key] for key in FIELDS if key in answer}
@@ -707,16 +744,17 @@ def by_llava(to, net, mix, sources):
 
 
 def read_texts(path):
-    """A file's [{task, instruction, source_caption, target_caption}]: one instruction a line, which then is its own target
-    caption, or JSON lines. Every clip takes one of them by its id."""
+    """A file's [{task, instruction, source_caption, target_caption}]: one instruction a line, which then is
+    its own target caption, or JSON lines. Every clip takes one of them by its id."""
     rows = [dict(zip(FIELDS, texts)) for _, (_, _, *texts) in read_lines(path, ["instruction"])]
-    with reading(f"--writer {path}", "pass tiny, llava, or a file of one instruction a line or of JSON lines"):
+    with reading(f"--writer {path}", "pass tiny, llava, or a file of instructions or JSON lines"):
         need(rows and all(row["instruction"].strip() for row in rows), "has an empty instruction, or none")
     return [row | {"target_caption": row["target_caption"] or row["instruction"]} for row in rows]
 
 
 def real(to, s, how):
-    """stages II, III: the written clips, edited by the previous round's model (paper, sections 3.3 and 4.1)"""
+    """stages II, III: the written clips, edited by the previous round's model (paper, sections 3.3 and
+    4.1)"""
     tools = open_tools(s, how, VIDEO_WEIGHTS)
     ed = tools.ed
 
@@ -733,13 +771,14 @@ def real(to, s, how):
     run_step(to, settings_of(s, tools), read_rows(s.source, kept=True), load, work, how)
 
 
-STEPS = {"images": (Images, images), "clips": (Clips, clips), "videos": (Videos, videos), "pairs": (Pairs, pairs),
-         "cut": (Cut, cut), "write": (Write, write), "real": (Real, real)}
+STEPS = {"images": (Images, images), "clips": (Clips, clips), "videos": (Videos, videos),
+         "pairs": (Pairs, pairs), "cut": (Cut, cut), "write": (Write, write), "real": (Real, real)}
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Sources: drawn scenes, image pairs, pairs of clips, real videos. Each is a dict of SOURCE, plain data, and, unless its
-# origin tells where the pixels are, load() -> rgb (H, W, 3) uint8 or lists of it. order: its place.
+# Sources: drawn scenes, image pairs, pairs of clips, real videos. Each is a dict of SOURCE, plain data, and,
+# unless its origin tells where the pixels are, load() -> rgb (H, W, 3) uint8 or lists of it. order: its
+# place.
 # ----------------------------------------------------------------------------------------------------------
 
 def make_source(source_id, order, texts, origin, task="", **load):
@@ -748,7 +787,8 @@ def make_source(source_id, order, texts, origin, task="", **load):
 
 
 def pixels(source, size, multiple=None, n=N_FRAMES):
-    """The first n frames of a source, (F, H, W, 3) uint8. size: of drawn ones and, with multiple, of all, see `prepare`."""
+    """The first n frames of a source, (F, H, W, 3) uint8. size: of drawn ones; with multiple of all, see
+    `prepare`."""
     origin = source["origin"]
     if "scene" in origin:
         return world.drawn_clip(origin, n, size, FPS)
@@ -763,17 +803,19 @@ def pixels(source, size, multiple=None, n=N_FRAMES):
 
 
 def prepare(frames, size, multiple):
-    """Frames [(H, W, 3) uint8] of one size -> (F, h, w, 3) with this short side, both sides multiples of `multiple`."""
+    """Frames [(H, W, 3) uint8] of one size -> (F, h, w, 3) with this short side, both multiples of
+    `multiple`."""
     sides = frames[0].shape[:2]
     with reading("an image" if len(frames) == 1 else "a clip", "cut out a part"):
         need(all(rgb.shape[:2] == sides for rgb in frames), "its frames have several sizes")
-        need(max(sides) <= LONGEST * min(sides), f"{sides[1]}x{sides[0]}: one side is over {LONGEST} times the other")
+        need(max(sides) <= LONGEST * min(sides), f"{sides[1]}x{sides[0]}: sides of over {LONGEST} to 1")
     sides = model_size(*sides, size, multiple)
     return np.stack([to_rgb(resize(to_tensor(rgb), *sides)) for rgb in frames])
 
 
 def drawn_sources(n, domain, seed):
-    """n scenes of the drawn world (None: 20) with an edit each; their numbers are far from those of train.py's sets."""
+    """n scenes of the drawn world (None: 20) with an edit each, of numbers far from those of train.py's
+    sets."""
     first, sources = (60 if domain == "synthetic" else 70) * 1_000_000 + 100_000 * seed, []
     for k in range(n or 20):
         origin = world.drawn_origin(first + k, domain)
@@ -784,21 +826,24 @@ def drawn_sources(n, domain, seed):
 
 
 def first_of(sources, s):
-    """The first s.n of a reader's sources (None: all) that have an instruction: to the editor, none means no edit."""
+    """The first s.n of a reader's sources (None: all) that have an instruction: to the editor, none means no
+    edit."""
     found = list(islice(sources, getattr(s, "n", None)))
     good = {source["id"]: source for source in found if source["instruction"].strip()}
     if not good:
         raise UserError(f"--from {s.source}: none of its {len(found)} sources has an instruction")
     if len(good) < len(found):
-        print(f"{s.source}: {len(found) - len(good)} of {len(found)} sources left out: twice there, or without an instruction")
+        left = len(found) - len(good)
+        print(f"{s.source}: {left} of {len(found)} sources left out: there twice, or without an instruction")
     return list(good.values())
 
 
 def read_pairs(where):
     """Yields the image pairs of a data set; their load() gives (source, edited or None), rgb uint8.
 
-    Known: UltraEdit's and InstructPix2Pix's parquet files (or a folder of them), InstructPix2Pix's own folders, and a
-    folder with a .jsonl: {"source": file, "target": file or none, "instruction", "source_caption", "target_caption"}.
+    Known: UltraEdit's and InstructPix2Pix's parquet files (or a folder of them), InstructPix2Pix's own
+    folders, and a folder with a .jsonl: {"source": file, "target": file or none, "instruction",
+    "source_caption", "target_caption"}.
     """
     where = Path(where)
     files = [where] if where.is_file() else sorted([*where.rglob("*.parquet"), *where.glob("*.jsonl")])
@@ -810,8 +855,8 @@ def read_pairs(where):
         return read_jsonl(lines[0])
     if any(where.glob("*/prompt.json")):
         return read_ip2p(where)
-    raise UserError(f"--from {where}: no image pairs there; pass shapes, UltraEdit's or InstructPix2Pix's parquet files, "
-                    "InstructPix2Pix's folders (<name>/prompt.json), or one .jsonl")
+    raise UserError(f"--from {where}: no image pairs there; pass shapes, UltraEdit's or InstructPix2Pix's "
+                    "parquet files, InstructPix2Pix's folders (<name>/prompt.json), or one .jsonl")
 
 
 def texts_of(row, names):
@@ -825,8 +870,9 @@ def read_files(files):
     return [file and read_image(file) for file in files]
 
 
-PARQUET = (("source_image", "edited_image", "edit_prompt", "source_caption", "target_caption"),         # UltraEdit
-           ("original_image", "edited_image", "edit_prompt", "original_prompt", "edited_prompt"))       # IP2P
+PARQUET = (     # columns of UltraEdit and InstructPix2Pix
+    ("source_image", "edited_image", "edit_prompt", "source_caption", "target_caption"),
+    ("original_image", "edited_image", "edit_prompt", "original_prompt", "edited_prompt"))
 
 
 def read_parquet(files, where):
@@ -841,25 +887,27 @@ def read_parquet(files, where):
     def load(path, group, i, names):
         with reading(f"{path}, row {i} of group {group}"):
             cells = [read_group(path, group, names)[i][name] for name in names]
-            return read_files([io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell) for cell in cells])
+            cells = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
+            return read_files(map(io.BytesIO, cells))
 
     order = count()
     for path in files:
         with reading(path, "is it a whole parquet file of pairs?"):
-            file, name = ParquetFile(path), path.relative_to(where).as_posix() if path != where else path.name
+            file = ParquetFile(path)
             has = file.schema_arrow.names
+            name = path.relative_to(where.parent if path == where else where).as_posix()
             names = next((names for names in PARQUET if set(names) <= set(has)), None)
-            need(names, f"has columns {', '.join(has)}, needs {', '.join(PARQUET[0])} or {', '.join(PARQUET[1])}")
+            need(names, f"has columns {', '.join(has)}, needs {', or '.join(map(', '.join, PARQUET))}")
             for group in range(file.num_row_groups):
                 for i, row in enumerate(read_group(path, group, names[2:])):
-                    texts = texts_of(row, names[2:])
-                    yield make_source(ident(name, group, i, texts), [next(order)], texts, {"file": name, "row": [group, i]},
+                    texts, origin = texts_of(row, names[2:]), {"file": name, "row": [group, i]}
+                    yield make_source(ident(name, group, i, texts), [next(order)], texts, origin,
                                       load=partial(load, path, group, i, names[:2]))
 
 
 def read_lines(path, needed):
-    """Yields (row, its texts: source, target, *FIELDS) of people's JSON lines: a BOM, blank lines and no last newline are
-    fine. A line that does not begin with { is an instruction."""
+    """Yields (row, its texts: source, target, *FIELDS) of people's JSON lines: a BOM, blank lines and no last
+    newline are fine. A line that does not begin with { is an instruction."""
     with reading(path):
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     for n, line in enumerate(lines, 1):
@@ -871,16 +919,18 @@ def read_lines(path, needed):
 
 
 def read_jsonl(path):
-    for n, (row, (source, target, task, *texts)) in enumerate(read_lines(path, ["source", *FIELDS[1:]])):
-        files = [path.parent / source, path.parent / target if target else None]
-        yield make_source(ident("pair", row), [n], texts, {"file": source}, task, load=partial(read_files, files))
+    needed = ["source", *FIELDS[1:]]
+    for n, (row, (source, target, task, *texts)) in enumerate(read_lines(path, needed)):
+        load = partial(read_files, [path.parent / source, path.parent / target if target else None])
+        yield make_source(ident("pair", row), [n], texts, {"file": source}, task, load=load)
 
 
 def read_prompt(path):
     """[instruction, source caption, target caption] of a prompt.json."""
     with reading(path, "needs input, edit and output, as in InstructPix2Pix's and InsV2V's data"):
         prompt = read_json(path)
-        return texts_of({name: prompt[name] for name in ("edit", "input", "output")}, ("edit", "input", "output"))
+        names = "edit", "input", "output"
+        return texts_of({name: prompt[name] for name in names}, names)
 
 
 def read_ip2p(where):
@@ -889,7 +939,7 @@ def read_ip2p(where):
     listed = [[path.parent.name, sorted(file.name[:-6] for file in path.parent.glob("*_0.jpg"))]
               for path in sorted(where.glob("*/prompt.json"))]
     for n, entry in enumerate(read_json(table, list) if table.is_file() else listed):
-        with reading(f"{table}: {json.dumps(entry)[:60]}", 'needs a folder and its seeds, like ["0000001", ["11", "12"]]'):
+        with reading(f"{table}: {json.dumps(entry)[:60]}", 'needs a folder, its seeds, as in ["01", ["11"]]'):
             name, seeds = entry
             seeds, texts = [int(seed) for seed in seeds], read_prompt(where / name / "prompt.json")
         for seed in seeds:
@@ -899,7 +949,8 @@ def read_ip2p(where):
 
 
 def read_insv2v(where):
-    """InsV2V's synthetic clips, the first N_FRAMES frames; load() gives (source, edited), each a list of rgb."""
+    """InsV2V's synthetic clips, the first N_FRAMES frames; load() gives (source, edited), each a list of
+    rgb."""
     found = sorted(where.glob("*/image/*_0_0000.jpg"))
     with reading(f"--from {where}", "needs InsV2V's <name>/prompt.json, <name>/image/<seed>_0_0000.jpg"):
         need(found, "no clips there")
@@ -915,15 +966,16 @@ def read_insv2v(where):
 # ---- real videos -----------------------------------------------------------------------------------------
 
 def find_videos(where):
-    """[(name, file or folder of frames)] of YouTube-VOS, MOSE, LVOS, MeViS (JPEGImages/<video>/*.jpg, below any
-    split), of a folder of videos, or of a folder of folders of frames."""
-    depths = ("JPEGImages", "*/JPEGImages", "*/*/JPEGImages")
-    roots = [where] if where.name == "JPEGImages" else sorted(p for depth in depths for p in where.glob(depth))
+    """[(name, file or folder of frames)] of YouTube-VOS, MOSE, LVOS, MeViS (JPEGImages/<video>/*.jpg, below
+    any split), of a folder of videos, or of a folder of folders of frames."""
+    depths = "JPEGImages", "*/JPEGImages", "*/*/JPEGImages"
+    roots = sorted(p for depth in depths for p in where.glob(depth))
+    roots = [where] if where.name == "JPEGImages" else roots
     folders = [p for root in roots or [where] for p in sorted(root.glob("*/"))]
     found = [p for p in folders if any(f.suffix.lower() in IMAGES for f in p.iterdir())]
     if not roots:
         found += sorted(p for p in where.rglob("*") if p.suffix.lower() in VIDEOS)
-    ours = {path.parent for path in where.rglob("candidates.json")}             # what curate.py made is no source
+    ours = {path.parent for path in where.rglob("candidates.json")}     # what curate.py made is no source
     with reading(f"--from {where}", f"needs JPEGImages/<video>/*.jpg, or files like {', '.join(VIDEOS[:4])}"):
         need(set(found) - ours, "no videos there")
     return [(str(p.relative_to(where)), p) for p in found if not ours & {p, p.parent}]
@@ -934,8 +986,8 @@ def path_of(origin):
 
 
 def clip_id(origin, start):
-    """With the bytes of a video file or the number of frames in a folder, which tell a whole one from a part that was still
-    being copied."""
+    """Of what begins at a frame of a video, with the bytes of the file or the number of frames in the folder,
+    which tell a whole one from a part that was still being copied."""
     path = path_of(origin)
     size = len(frame_files(path)) if path.is_dir() else path.stat().st_size
     return ident(origin["file"], size, start, N_FRAMES)
@@ -944,17 +996,17 @@ def clip_id(origin, start):
 def video_frames(path, start=0, count=-1):
     """Frames (H, W, 3) uint8 from frame `start` on: of a file at FPS, of a folder as they are."""
     fps = Fraction(FPS)
-    for _, rgb in read_frames(probe(path, fps), start=start / fps, fps=None if path.is_dir() else fps, count=count):
-        yield rgb
+    frames = read_frames(probe(path, fps), start=start / fps, fps=None if path.is_dir() else fps, count=count)
+    return (rgb for _, rgb in frames)
 
 
 def find_shots(small):
     """[(first, end)] of the shots of a video: small (F, h, w, 3) uint8, thumbnails of its frames.
 
-    A cut is where the picture changes much more than around it; a little less will do where its colours do, too. Fades
-    are not found.
+    A cut is where the picture changes much more than around it; a little less will do where its colours do,
+    too. Fades are not found.
     """
-    change = np.abs(np.diff(small.astype(np.float32) / 255, axis=0)).mean((1, 2, 3))            # (F - 1,)
+    change = np.abs(np.diff(small.astype(np.float32) / 255, axis=0)).mean((1, 2, 3))    # (F - 1,)
     bins = (small // 64).astype(int) @ (16, 4, 1)                   # 64 colours
     counts = np.stack([np.bincount(b.ravel(), minlength=64) for b in bins]) / bins[0].size
     recoloured = np.abs(np.diff(counts, axis=0)).sum(1) / 2         # share of pixels with another colour
@@ -968,8 +1020,9 @@ def find_shots(small):
 
 
 def find_clips(small):
-    """Yields (first, end, fault) of a video's clips of N_FRAMES, none across a cut. Faults: static (under 0.3 % mean change
-    from frame to frame), black (under 5 % mean brightness), short (a shot that holds no clip)."""
+    """Yields (first, end, fault) of a video's clips of N_FRAMES, none across a cut. Faults: static (under 0.3
+    % mean change from frame to frame), black (under 5 % mean brightness), short (a shot that holds no
+    clip)."""
     for first, end in find_shots(small):
         if end - first < N_FRAMES:
             yield first, end, "short"
@@ -985,22 +1038,29 @@ def find_clips(small):
 
 @dataclass
 class Calibrate:
-    ratings: tuple[str, ...] = option((), "answers of metrics.py study --rate (default: the drawn world's truth)")
-    by_task: bool = option(False, "let the total know the task: a filter by it leaves out whole kinds of edit that seldom "
-                           "succeed")
+    ratings: tuple[str, ...] = option((), "answers of metrics.py study --rate (default: drawn scenes' truth)")
+    by_task: bool = option(False, "let the total know the task: a filter by it leaves out whole kinds of "
+                           "edit that seldom succeed")
     to: str = option("", "default: score_weights.json in the folder")
 
 
 def calibrate(folder, s):
-    """fit the weights of the filter's total to ratings or, in the drawn world, to the truth"""
+    """fit the weights of the filter's total to ratings or, in the drawn world, to the truth; say how well it
+    ranks"""
     rows = load_rated(folder, s.ratings)
-    cross_validate(rows)
-    fit_total(rows, s.by_task, s.to or folder / "score_weights.json")
+    known = IMAGE_SCORES if "clip_sim_dir" in rows[0]["scores"] else VIDEO_SCORES
+    scores = {key: np.array([row["scores"].get(key) for row in rows], float) for key in known}
+    scores = {key: x for key, x in scores.items() if not np.isnan(x).any()}     # of those that all have
+    tasks = sorted({row["task"] for row in rows}) if s.by_task else []
+    is_task = np.array([[row["task"] == task for task in tasks] for row in rows], float)        # (N, T)
+    cross_validate(rows, scores, is_task)
+    fit_total(rows, scores, is_task, tasks, s.to or folder / "score_weights.json")
 
 
 def load_rated(folder, ratings):
-    """Candidates [row] with y, what people gave or the gain to the truth in dB, and good: a rating above the middle, or
-    metrics.SUCCESS. ratings: files of the page of metrics.py study --rate; people see what was kept."""
+    """Candidates [row] with y, what people gave or the gain to the truth in dB, and good: a rating above the
+    middle, or metrics.SUCCESS. ratings: files of the page of metrics.py study --rate; people see what was
+    kept."""
     rows, given = read_rows(folder), {}
     for path in ratings:
         with reading(f"--ratings {path}", "pass what the page of metrics.py study --rate saved"):
@@ -1010,14 +1070,16 @@ def load_rated(folder, ratings):
                 if name.endswith("/target"):
                     given.setdefault(name.split("/")[0], []).append(np.mean([*answers.values()]))
     if ratings:
-        rows = [row | {"y": np.mean(given[row["id"]]), "good": np.mean(given[row["id"]]) > 3} for row in rows
-                if row["kept"] and row["id"] in given]
+        means = {name: np.mean(x) for name, x in given.items()}
+        rows = [row | {"y": means[row["id"]], "good": means[row["id"]] > 3} for row in rows
+                if row["kept"] and row["id"] in means]
     else:
-        rows = [row | {"y": row["truth"]["gain"], "good": row["truth"]["success"] > 0} for row in rows if "truth" in row]
+        rows = [row | {"y": row["truth"]["gain"], "good": row["truth"]["success"] > 0} for row in rows
+                if "truth" in row]
     n, good = len({row["id"] for row in rows}), sum(row["good"] for row in rows)
     if n < 10 or good in (0, len(rows)):
-        raise UserError(f"{folder}: {n} sources with a {'rating' if ratings else 'known truth'}, {good} of {len(rows)} candidates "
-                        "good; needs 10 sources, good and bad ones")
+        raise UserError(f"{folder}: {n} sources with a {'rating' if ratings else 'known truth'}, {good} of "
+                        f"{len(rows)} candidates good; needs 10 sources, good and bad ones")
     return rows
 
 
@@ -1026,68 +1088,63 @@ def auc(x, good):
     return scipy.stats.mannwhitneyu(x[good], x[~good]).statistic / (good.sum() * (~good).sum())
 
 
-def columns_of(rows):
-    """{score that all rows have: (N,)}, good (N,), the names of tasks, and (N, T) 0 or 1, each row's task."""
-    known = IMAGE_SCORES if "clip_sim_dir" in rows[0]["scores"] else VIDEO_SCORES
-    scores = {key: np.array([row["scores"].get(key) for row in rows], float) for key in known}
-    scores = {key: x for key, x in scores.items() if not np.isnan(x).any()}
-    names, tasks = np.unique([row["task"] for row in rows], return_inverse=True)
-    return scores, np.array([row["good"] for row in rows]), names, np.eye(len(names))[tasks]
+def fit(x, good, is_task):
+    """Logistic regression with weights >= 0 of the scores x (N, K), normalised, free ones of the tasks (N,
+    T), and a small ridge -> weights (K,) with sum 1 and offsets of tasks (T,), in units of the total."""
+    (n, k), t = x.shape, is_task.shape[1]
+    x, ridge = np.c_[np.ones(n), x, is_task], np.r_[0, np.full(k, 0.01), np.full(t, 0.003)]
+
+    def loss(p):
+        logit = x @ p
+        return (np.logaddexp(0, logit) - good * logit).mean() + ridge @ p ** 2
+
+    start = np.r_[0, np.full(k, 0.1), np.zeros(t)]
+    bounds = [(None, None), *[(0, None)] * k, *[(None, None)] * t]
+    p = scipy.optimize.minimize(loss, start, method="L-BFGS-B", bounds=bounds).x
+    return np.split(p[1:] / (p[1:k + 1].sum() or 1), [k])
 
 
-def fit(x, good, tasks, train, test):
-    """Logistic regression on the rows `train`, with weights >= 0 of the scores x (N, K), free ones of the tasks (N, T), and a
-    small ridge -> total of the rows `test`, weights (K,) with sum 1, offsets of tasks (T,), centre and spread of x (K,)."""
-    centre, spread = x[train].mean(0), np.maximum(x[train].std(0), 1e-6)
-    z, k, t = np.c_[np.ones(len(x)), (x - centre) / spread, tasks], x.shape[1], tasks.shape[1]
-    some, yes, ridge = z[train], good[train], np.r_[0, np.full(k, 0.01), np.full(t, 0.003)]
-
-    def loss(p):                                                    # and its gradient
-        logit = some @ p
-        slope = some.T @ (scipy.special.expit(logit) - yes) / len(some) + 2 * ridge * p
-        return (np.logaddexp(0, logit) - yes * logit).mean() + ridge @ p ** 2, slope
-
-    start, bounds = np.r_[0, np.full(k, 0.1), np.zeros(t)], [(None, None), *[(0, None)] * k, *[(None, None)] * t]
-    p = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
-    p /= p[1:k + 1].sum() or 1
-    return z[test, 1:] @ p[1:], p[1:k + 1], p[k + 1:], centre, spread
-
-
-def cross_validate(rows):
-    """Prints how well totals and scores rank: Spearman's correlation with y and AUC for good against bad over all candidates
-    (which should go?), and Spearman within a source (which is best?). Fitted totals by five folds over sources."""
-    scores, good, _, tasks = columns_of(rows)
-    x, (y, stored) = np.stack([*scores.values()], 1), np.array([(row["y"], row["total"] or 0) for row in rows]).T
-    ids, place = np.unique([row["id"] for row in rows], return_inverse=True)    # ids are hashes: any order is a random one
-    totals = {name: np.zeros(len(rows)) for name in ("fitted", "fitted, by task", "equal")}
+def cross_validate(rows, scores, is_task):
+    """Prints how well totals and scores rank: Spearman's correlation with y and AUC for good against bad over
+    all candidates (which should go?), and Spearman within a source (which is best?). Fitted by five folds
+    over sources."""
+    y, good, stored = (np.array([row[key] for row in rows]) for key in ("y", "good", "total"))
+    x, fitted, equal = np.stack([*scores.values()], 1), np.zeros(len(rows)), np.zeros(len(rows))
+    ids, place = np.unique([row["id"] for row in rows], return_inverse=True)    # hashes: in random order
     for k in range(5):
         train, test = place % 5 != k, place % 5 == k
-        totals["fitted"][test], *_, centre, spread = fit(x, good, tasks[:, :0], train, test)
-        totals["fitted, by task"][test], *_ = fit(x, good, tasks, train, test)
-        totals["equal"][test] = ((x[test] - centre) / spread).mean(1)
-    print(f"{len(rows)} candidates of {len(ids)} sources, {good.mean():.0%} good; five folds")
-    print("| total | Spearman | AUC | Spearman within a source |", "|---|---|---|---|", sep="\n")
+        z = (x - x[train].mean(0)) / np.maximum(x[train].std(0), 1e-6)
+        w, offsets = fit(z[train], good[train], is_task[train])
+        fitted[test] = z[test] @ w + is_task[test] @ offsets
+        equal[test] = z[test].mean(1)
+    print(f"{len(rows)} candidates of {len(ids)} sources, {good.mean():.0%} good; five folds\n"
+          "| total | Spearman | AUC | Spearman within a source |\n|---|---|---|---|")
     groups = [np.flatnonzero(place == k) for k in range(len(ids))]
-    for name, total in (totals | scores).items():
-        within = np.array([metrics.spearman(total[g], y[g]) for g in groups])   # NaN: one candidate, or all equal
-        within = within[np.isfinite(within)].mean() if np.isfinite(within).any() else math.nan
+    for name, total in ({"fitted": fitted, "equal": equal} | scores).items():
+        within = [metrics.spearman(total[g], y[g]) for g in groups]
+        within = np.mean([rho for rho in within if math.isfinite(rho)] or math.nan)     # NaN: all alike
         print(f"| {name} | {metrics.spearman(total, y):.2f} | {auc(total, good):.3f} | {within:.2f} |")
-    print(f"of a source's candidates the first is good for {np.mean([good[g[0]] for g in groups]):.0%} of the sources, the one "
-          f"with the best total for {np.mean([good[g[stored[g].argmax()]] for g in groups]):.0%}, any for "
-          f"{np.mean([good[g].any() for g in groups]):.0%}")
+    first, best, some = np.mean([(good[g[0]], good[g[stored[g].argmax()]], good[g].any()) for g in groups], 0)
+    print(f"of a source's candidates the first is good for {first:.0%} of the sources, the one with the best "
+          f"total for {best:.0%}, any for {some:.0%}")
 
 
-def fit_total(rows, by_task, to):
-    """Fits the total to all rows and writes what --score-weights reads, with the total that best parts good from bad."""
-    scores, good, names, tasks = columns_of(rows)
-    x = np.stack([*scores.values()], 1)
-    total, *parts = fit(x, good, tasks if by_task else tasks[:, :0], slice(None), slice(None))
-    best = max(np.unique(total), key=lambda c: (total[good] >= c).mean() - (total[~good] >= c).mean())          # Youden's J
-    parts = zip(("weights", "tasks", "centre", "spread"), (scores, names, scores, scores), parts)
-    fitted = {name: dict(zip(map(str, keys), values.round(5).tolist())) for name, keys, values in parts}
+def fit_total(rows, scores, is_task, tasks, to):
+    """Fits the total to all rows and writes what --score-weights reads, with the total that best parts good
+    and bad."""
+    x, good = np.stack([*scores.values()], 1), np.array([row["good"] for row in rows])
+    centre, spread = x.mean(0), np.maximum(x.std(0), 1e-6)
+    w, offsets = fit((x - centre) / spread, good, is_task)
+    total = (x - centre) / spread @ w + is_task @ offsets
+    best = max(total, key=lambda c: (total[good] >= c).mean() - (total[~good] >= c).mean())      # Youden's J
+    fitted = {"weights": dict(zip(scores, w)), "centre": dict(zip(scores, centre)),
+              "spread": dict(zip(scores, spread)), "tasks": dict(zip(tasks, offsets))}
+    fitted = {name: {key: round(float(x), 5) for key, x in part.items()} for name, part in fitted.items()}
     write_json(to, fitted | {"min_total": round(float(best), 4), "n": len(rows)})
     kept = total >= best
-    print(f"{to}: {fitted['weights']}; a total of {best:.2f} or more keeps {kept.mean():.0%}, {good[kept].mean():.0%} of them good")
+    weights = ", ".join(f"{key} {x:.2f}" for key, x in fitted["weights"].items())
+    print(f"{to}: {weights}; a total of {best:.2f} or more keeps {kept.mean():.0%}, of which "
+          f"{good[kept].mean():.0%} are good")
 
 
 @dataclass
@@ -1097,54 +1154,52 @@ class Look:
 
 
 def look(folder, s):
-    """one HTML page of a data set: pictures playing side by side, scores and their histograms, what was below which threshold"""
+    """one HTML page of a data set: pictures side by side, scores and their histograms, what was below which
+    threshold"""
     sources, items = read_sources(folder), []
     n = min(len(sources), s.limit or len(sources))
     for k in np.unique(np.linspace(0, len(sources) - 1, n).astype(int)):
         rows = sources[k]
-        item = max(rows, key=lambda row: (row["kept"], not row["below"], row["total"] or -1e9)) | {"n": len(rows)}
+        best = max(rows, key=lambda row: (row["kept"], not row["below"], row["total"] or 0))
+        items.append(best | {"n": len(rows)})
         for file in (folder / rows[0]["id"]).glob("*.[pm]*"):       # png, mp4
-            item[file.stem] = f"data:{guess_type(file)[0]};base64,{base64.b64encode(file.read_bytes()).decode()}"
-        items.append(item)
+            data = base64.b64encode(file.read_bytes()).decode()
+            items[-1][file.stem] = f"data:{guess_type(file)[0]};base64,{data}"
     rows = [{key: row[key] for key in ("id", "scores", "below", "kept")} for rows in sources for row in rows]
     data = json.dumps({"title": folder.resolve().name, "items": items, "rows": rows}).replace("<", "\\u003c")
-    to = Path(s.to or folder / "look.html")                         # no text of a data set can end the page's script
+    to = Path(s.to or folder / "look.html")                         # no text can end the page's script
     write_text(to, (ROOT / "assets/look.html").read_text(encoding="utf-8").replace("@DATA@", data))
-    print(f"{to}: {len(items)} of {len(sources)} sources, {to.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    print(f"{to}: {len(items)} of {len(sources)} sources, {len(data) / 1e6:.1f} MB; open it in a browser")
 
 
 # ---- command line ----------------------------------------------------------------------------------------
 
 @dataclass
 class Draw:
-    seed: int = option(68, "which scene")
+    seed: int = option(68, "which scene, of those that training never saw")
     domain: str = option("synthetic", "clean, or like a hand-held camera", choices=["synthetic", "real"])
-    split: str = option("held", "held: scenes and wordings that training never saw", choices=["train", "held"])
     task: str | None = option(None, "kind of edit (default: any that fits)", choices=list(world.TASKS))
     size: int = option(360, "height in pixels", low=8)
-    aspect: float = option(16 / 9, "width / height", low=0.1, high=10)
     seconds: float = option(4.0, "length", low=0.1)
-    fps: float = option(12.0, "frames per second", low=1)
     sound: bool = option(False, "give the source a tune")
 
 
 def draw(out, s):
     """one drawn scene and its true edit, as OUT_source.mp4 and OUT_target.mp4"""
-    scene = world.draw_scene(s.seed, s.domain, s.split)
-    tasks = world.possible_tasks(scene)
+    scene, fps = world.draw_scene(s.seed, s.domain, "held"), 12
+    tasks, n = world.possible_tasks(scene), round(s.seconds * fps)
     if s.task and s.task not in tasks:
         raise UserError(f"--task {s.task}: does not fit scene {s.seed}; {', '.join(tasks)} do")
-    edit, n = world.propose_edit(scene, s.seed, s.task, s.split), round(s.seconds * s.fps)
+    edit = world.propose_edit(scene, s.seed, s.task, "held")
     out.parent.mkdir(parents=True, exist_ok=True)
     for name, what in (("target", edit.target), ("source", scene)):
-        path = Path(f"{out}_{name}.mp4")
-        frames = world.render(what, n, s.size, round(s.size * s.aspect / 2) * 2, s.fps)
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None] * 2 - 1
-        write_video(path, video, s.fps)
+        path, width = Path(f"{out}_{name}.mp4"), round(s.size * 8 / 9) * 2
+        video = to_video(world.quantise(world.render(what, n, s.size, width, fps)))
+        write_video(path, video, fps)
     if s.sound:
         wav = Path(f"{out}_tune.wav")
-        world.tune(wav, n / s.fps, s.seed)
-        write_video(path, video, s.fps, audio=replace(probe(path), path=wav, audio=True))
+        world.tune(wav, n / fps, s.seed)
+        write_video(path, video, fps, audio=replace(probe(path), path=wav, audio=True))
         wav.unlink()
     print(f"{out}_source.mp4: {edit.source_caption}\n{out}_target.mp4: {edit.instruction}")
 
@@ -1161,7 +1216,7 @@ def main(argv=None):
         add_flags(p, settings())
         if name in STEPS:
             p.add_argument("--to", dest="path", required=True, type=Path, help="folder of the data set")
-            p.add_argument("--device", type=known_device, help="cuda, cuda:1, mps or cpu (default: the best there is)")
+            p.add_argument("--device", type=known_device, help="cuda, cuda:1, mps, cpu (default: the best)")
             add_flags(p, How())
         else:
             p.add_argument("path", type=Path, help="folder of a data set; of scene: OUT")
@@ -1171,7 +1226,7 @@ def main(argv=None):
     if args.command in COMMANDS:
         return function(args.path, s)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))         # one GPU for each process of torchrun
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))     # one GPU for each process of torchrun
     function(args.path, s, replace(from_flags(How(), args), device=args.device))
 
 
