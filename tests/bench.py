@@ -334,8 +334,8 @@ def operations(net, *inputs):
 
 
 def bench_cost(size, tflops, steps=20, branches=3):
-    """The paper's numbers (sections 3.2, 3.3, 4.1); candidates of a clip and training steps, which it does not
-    give, as here by default."""
+    """The paper's numbers (sections 3.2, 3.3, 4.1); what it does not give, candidates of a clip and training
+    steps, as here by default."""
     unet, vae, _, motion = configs("sd15")
     with torch.device("meta"):
         net, coder = UNet(unet), VAE(vae)
@@ -486,9 +486,9 @@ def main():
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else platform.machine()
-    print(f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads, load {os.getloadavg()[0]:.1f}, "
-          f"torch {torch.__version__}, {'bfloat16' if gpu else 'float32'}; median and best of {args.runs} calls. "
-          "Peak GB counts the weights too; CPU s adds up all threads"
+    print(f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads, load {os.getloadavg()[0]:.1f}, torch "
+          f"{torch.__version__}, {'bfloat16' if gpu else 'float32'}; median and best of {args.runs} calls. Peak GB "
+          "counts the weights too; CPU s adds up all threads"
           + ("" if DIFFUSERS else "; diffusers is not installed: nothing to compare with"))
     if args.long:
         return bench_long(device, args.size or 64, args.steps or 2)

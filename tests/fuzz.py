@@ -4,11 +4,11 @@
     python tests/fuzz.py --only 417 --seed 0      one case again, loudly
     python tests/fuzz.py --n 200 --what video     only targets with this in their name
 
-Every case copies a small piece that works (a clip, miniature weights, a data set, a table of texts), damages one
-file of it by chance or changes the flags, and runs a command on it in this process, on a copy of the tree. A
-command may accept what came or refuse it: one line on stderr that begins with "error:" and names the damaged file,
-a folder of it or a flag, exit status 2, and nothing new where the output goes. Everything else is printed with its
-number, and the status is 1.
+Every case copies a small piece that works (a clip, miniature weights, a data set, a table of texts), damages
+one file of it by chance or changes the flags, and runs a command on it in this process, on a copy of the
+tree. A command may accept what came or refuse it: one line on stderr that begins with "error:" and names the
+damaged file, a folder of it or a flag, exit status 2, and nothing new where the output goes. Everything else
+is printed with its number, and the status is 1.
 """
 import argparse
 import io
@@ -25,6 +25,7 @@ import time
 import traceback
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from random import Random
@@ -39,8 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = "sample", "metrics", "curate", "train"
 SECONDS = 60            # for one case
 
-# piece of the base folder | command. {x} is the damaged copy of the piece, {base} the folder of whole pieces, {out} an
-# empty folder; EDITOR and FEW stand for flags.
+# name | piece of the base folder | command. {x} is the damaged copy of the piece, {base} the folder of whole
+# pieces, {out} an empty folder; words of SHORT stand for flags.
 TABLE = """
 video sample     | clip.mp4 | sample {x} 'make it snow' EDITOR --frames 3 --steps 1 --out {out}/a.mp4
 video gif        | clip.gif | sample {x} snow EDITOR --steps 1 --out {out}/a.mp4
@@ -51,14 +52,19 @@ video footage    | videos   | metrics footage {x} EDITOR --frames 2 --steps 1 --
 video study      | videos   | metrics study {x} {base}/videos --out {out}/page.html
 weights editor   | editor   | sample {base}/clip.mp4 snow --weights {x} --frames 2 --steps 1 --out {out}/a.mp4
 weights run      | run      | sample {base}/clip.mp4 snow --weights {x} --frames 2 --steps 1 --out {out}/a.mp4
-weights motion   | motion   | sample {base}/clip.mp4 snow EDITOR --motion {x} --frames 2 --steps 1 --out {out}/a.mp4
-weights ckpt     | motion.ckpt | sample {base}/clip.mp4 snow EDITOR --motion {x} --frames 2 --steps 1 --out {out}/a.mp4
-weights clip     | clip     | metrics {base}/clip.mp4 --target-caption snow --scorers tiny --viclip none --clip {x}
-weights viclip   | viclip   | metrics {base}/clip.mp4 --target-caption snow --scorers tiny --clip none --viclip {x}
+weights motion   | motion   | sample {base}/clip.mp4 snow EDITOR --motion {x} --frames 2 --steps 1
+                              --out {out}/a.mp4
+weights ckpt     | motion.ckpt | sample {base}/clip.mp4 snow EDITOR --motion {x} --frames 2 --steps 1
+                              --out {out}/a.mp4
+weights clip     | clip     | metrics {base}/clip.mp4 --target-caption snow --scorers tiny --viclip none
+                              --clip {x}
+weights viclip   | viclip   | metrics {base}/clip.mp4 --target-caption snow --scorers tiny --clip none
+                              --viclip {x}
 weights dino     | dino     | curate images EDITOR --dino {x} --to {out}/a FEW
-weights judge    | llava    | metrics {base}/clip.mp4 --source {base}/clip.mp4 --instruction snow --scorers tiny
-                              --clip none --viclip none --judge {x}
-weights writer   | llava    | curate write --clips {base}/cut --writer llava --llava {x} --to {out}/w --limit 1
+weights judge    | llava    | metrics {base}/clip.mp4 --source {base}/clip.mp4 --instruction snow
+                              --scorers tiny --clip none --viclip none --judge {x}
+weights writer   | llava    | curate write --clips {base}/cut --writer llava --llava {x} --to {out}/w
+                              --limit 1
 weights teacher  | cogvideox | curate clips --images {base}/images --animate cogvideox --cogvideox {x}
                               --cogvideox-steps 1 --to {out}/c --limit 1
 data jsonl       | pairs    | curate images EDITOR --from {x} --to {out}/a FEW
@@ -66,19 +72,21 @@ data ip2p        | ip2p     | curate images EDITOR --from {x} --to {out}/a FEW
 data parquet     | parquet  | curate images EDITOR --from {x} --to {out}/a FEW
 data insv2v      | insv2v   | curate pairs EDITOR --from {x} --to {out}/a --no-filter
 data images      | images   | curate clips --images {x} --to {out}/c
-data trajectory  | images   | curate videos EDITOR --motion none --images {x} --clips {base}/clips --to {out}/v
-                              --candidates 1 --no-filter --limit 1
-data clips       | clips    | curate videos EDITOR --motion none --images {base}/images --clips {x} --to {out}/v
-                              --candidates 1 --no-filter --limit 1
+data trajectory  | images   | curate videos EDITOR --motion none --images {x} --clips {base}/clips
+                              --to {out}/v --candidates 1 --no-filter --limit 1
+data clips       | clips    | curate videos EDITOR --motion none --images {base}/images --clips {x}
+                              --to {out}/v --candidates 1 --no-filter --limit 1
 data cut         | cut      | curate write --clips {x} --to {out}/w --writer {base}/texts.jsonl
 data texts       | texts.jsonl | curate write --clips {base}/cut --to {out}/w --writer {x}
-data written     | written  | curate real EDITOR --from {x} --to {out}/r --candidates 1 --steps 1 --no-filter --limit 1
+data written     | written  | curate real EDITOR --from {x} --to {out}/r --candidates 1 --steps 1
+                              --no-filter --limit 1
 data look        | round0   | curate look {x} --to {out}/look.html
 data calibrate   | images   | curate calibrate {x} --to {out}/w.json
 data ratings     | ratings.json | curate calibrate {base}/images --ratings {x} --to {out}/w.json
 data weights     | score_weights.json | curate images EDITOR --score-weights {x} --to {out}/a FEW
 data votes       | votes.json | metrics votes {x}
-data captions    | captions.json | metrics study {base}/videos {base}/videos --captions {x} --out {out}/page.html
+data captions    | captions.json | metrics study {base}/videos {base}/videos --captions {x}
+                              --out {out}/page.html
 data tgve        | tgve     | metrics tgve {x} EDITOR --limit 1 --steps 1 --scorers tiny --viclip none
                               --no-image-control --out {out}/r
 data round       | round0   | train video TRAIN --train-on {x} --out {out}/r
@@ -90,14 +98,11 @@ TARGETS = {}
 for line in re.sub(r"\n {6,}", " ", TABLE).strip().splitlines():
     name, piece, command = (cell.strip() for cell in line.split(" | "))
     TARGETS[name] = piece, re.sub(r"\b(EDITOR|FEW|TRAIN)\b", lambda found: SHORT[found[0]], command)
-FLAGS = ["sample", "metrics", "curate images", "curate clips", "curate videos", "curate cut", "curate write",
-         "curate real", "curate look", "curate calibrate", "curate scene", "metrics tgve", "metrics shapes",
-         "metrics footage", "metrics study", "metrics votes", "train video", "train image", "train writer"]
-ODD = ["-1", "0", "nan", "inf", "1e400", "", "x", "1/0", "999999999999999999999", "2.5", "a b", "\u2603", "none",
-       "tiny", "sd15", "{box}", "{box}/missing/file", "{base}/clip.mp4", "{base}/captions.json", "{base}/images",
-       "clip_text=x"]
-VALUES = [None, True, -1, 0, 3, 2 ** 40, 1e30, -0.5, float("nan"), "", "x", "\u2603", [], {}, [[]], [None], {"x": 1},
-          ["x"]]
+ODD = ["-1", "0", "nan", "inf", "1e400", "", "x", "1/0", "999999999999999999999", "2.5", "a b", "\u2603",
+       "none", "tiny", "sd15", "{box}", "{box}/missing/file", "{base}/clip.mp4", "{base}/captions.json",
+       "{base}/images", "clip_text=x"]
+VALUES = [None, True, -1, 0, 3, 2 ** 40, 1e30, -0.5, float("nan"), "", "x", "\u2603", [], {}, [[]], [None],
+          {"x": 1}, ["x"]]
 
 
 # ---- whole pieces ----------------------------------------------------------------------------------------
@@ -133,23 +138,26 @@ def build(base, tree):
         import_module(script).main(argv)
     do("curate images --weights {base}/editor --to {base}/images --n 12 --candidates 2 --steps 1 --no-filter")
     do("curate clips --images {base}/images --to {base}/clips --limit 2")
-    do("curate videos --weights {base}/editor --motion {base}/motion --images {base}/images --clips {base}/clips "
-       "--to {base}/round0 --candidates 1 --no-filter --limit 2")
+    do("curate videos --weights {base}/editor --motion {base}/motion --images {base}/images "
+       "--clips {base}/clips --to {base}/round0 --candidates 1 --no-filter --limit 2")
     do("curate cut --from shapes --n 2 --to {base}/cut")
-    (base / "texts.jsonl").write_text('{"instruction": "make it snow", "task": "effect", "target_caption": "snow"}\n'
-                                      "make it night\n")
+    (base / "texts.jsonl").write_text('{"instruction": "make it snow", "task": "effect"}\nmake it night\n')
     do("curate write --clips {base}/cut --to {base}/written --writer {base}/texts.jsonl")
     do("train video --weights {base}/editor --motion {base}/motion --train-on {base}/round0 --steps 1 "
        "--out {base}/run --data {base}/d --runs {base}/u")
 
-    rows = [json.loads(path.read_text())[0] for path in sorted((base / "images").glob("*/candidates.json"))]
+    rows = []                                                      # `calibrate`: random edits never succeed
+    for k, path in enumerate(sorted((base / "images").glob("*/candidates.json"))):
+        truth = {"gain": k - 5, "outside": 30, "success": k % 2}
+        rows += [row | {"truth": truth} for row in json.loads(path.read_text())]
+        path.write_text(json.dumps(rows[-2:]))
     person = {"study": "s", "person": "p", "names": ["a", "b"]}
-    ratings = {f"{row['id']}/target": {"text": 1 + k % 5} for k, row in enumerate(rows)}
+    ratings = {f"{row['id']}/target": {"text": 1 + k % 5} for k, row in enumerate(rows[::2])}
     votes = {f"c{k}": {"text": "ab"[k % 2], "quality": "a"} for k in range(4)}
     fitted = {"weights": {"consensus": 1.0}, "centre": {"consensus": 0.5}, "spread": {"consensus": 0.1},
               "tasks": {"style": 0.1}, "min_total": 0.1}
     for name, data in (("ratings", person | {"rating": True, "answers": ratings}), ("score_weights", fitted),
-                       ("votes", person | {"rating": False, "answers": votes}), ("captions", {"a": "snow", "b": "x"})):
+                       ("votes", person | {"rating": False, "answers": votes}), ("captions", {"a": "snow"})):
         (base / f"{name}.json").write_text(json.dumps(data))
 
     picture, other = (Image.fromarray(x) for x in (frames[0], frames[9]))
@@ -165,7 +173,7 @@ def build(base, tree):
     for k, x in enumerate((picture, other)):
         x.save(base / "ip2p" / "0000001" / f"11_{k}.jpg")
         for i in range(16):
-            Image.fromarray(frames[i + 2 * k]).save(base / "insv2v" / "0000001" / "image" / f"7_{k}_{i:04d}.jpg")
+            Image.fromarray(frames[i + 2 * k]).save(base / f"insv2v/0000001/image/7_{k}_{i:04d}.jpg")
     shutil.copy(base / "clip.mp4", base / "tgve" / "DAVIS_480p" / "480p_videos" / "fox.mp4")
     columns = ["Video name", "Our GT caption", "Style Change Caption", "Object Change Caption",
                "Background Change Caption", "Multiple Changes Caption"]
@@ -181,7 +189,8 @@ def build(base, tree):
     picture.save(blob, "PNG")
     cells = {"source_image": {"bytes": blob.getvalue()}, "edited_image": {"bytes": blob.getvalue()},
              "edit_prompt": "make it snow", "source_caption": "a circle", "target_caption": "snow"}
-    write_table(pyarrow.table({name: [cell] * 2 for name, cell in cells.items()}), base / "parquet" / "a.parquet")
+    table = pyarrow.table({name: [cell] * 2 for name, cell in cells.items()})
+    write_table(table, base / "parquet" / "a.parquet")
 
 
 # ---- damage ----------------------------------------------------------------------------------------------
@@ -205,7 +214,7 @@ def damage_file(file, rng):
     elif what == 3:
         file.symlink_to("nowhere")
     elif what == 4:
-        file.write_bytes(rng.choice([b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", b"<html>", b"{}", b"[]", b"\x00" * 64]))
+        file.write_bytes(rng.choice([b"\x89PNG\r\n", b"PK\x03\x04", b"<html>", b"{}", b"[]", bytes(64)]))
 
 
 def damage_bytes(file, rng):
@@ -221,7 +230,7 @@ def damage_bytes(file, rng):
         at = rng.randrange(len(data))
         data[at:at + 200] = bytes(rng.randrange(256) for _ in range(rng.randrange(200)))
     else:
-        for at in range(min(len(data), 64)):                        # the head, where formats say what they are
+        for at in range(min(len(data), 64)):                       # the head, where formats say what they are
             if rng.random() < .2:
                 data[at] = rng.randrange(256)
     file.write_bytes(data)
@@ -317,11 +326,12 @@ def odd_flags(argv, known, rng):
 # ---- a case ----------------------------------------------------------------------------------------------
 
 def listing(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+    """Files below a folder."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
 def call(script, argv):
-    """(exit status, stdout, stderr) of a command; a traceback counts as status 1, as in a process of its own."""
+    """(exit status, stdout, stderr) of a command; a traceback has status 1, as in a process of its own."""
     run, module = import_module("model").run, import_module(script)
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
 
@@ -343,32 +353,33 @@ def call(script, argv):
     return status, *(stream.buffer.getvalue().decode(errors="replace") for stream in (out, err))
 
 
-def helps():
-    """{command: its flags}, as --help lists them."""
-    found = {}
-    for command in FLAGS:
-        script, *rest = command.split()
-        text = call(script, [*rest, "--help"])[1]
-        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
-        found[command] = sorted(named - {"--help", "--out", "--to", "--data", "--runs"})
-    return found
+@cache
+def flags_of(script, command):
+    """The flags of a command, as --help lists them, but those that say where the output goes."""
+    text = call(script, [*command, "--help"])[1]
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
+    return sorted(named - {"--help", "--out", "--to", "--data", "--runs"})
 
 
-def case(number, seed, base, box, names, flags):
-    """Runs a case -> (its target's name, what happened, details). box: an empty folder."""
+def case(number, seed, base, box, names):
+    """Runs a case -> (its target's name, what happened, details). box: an empty folder. The first len(names)
+    cases are the whole pieces, which a command has to accept."""
     rng = Random(f"{seed} {number}")
-    name = rng.choice(names)
+    name = names[number] if number < len(names) else rng.choice(names)
     piece, command = TARGETS[name]
     x, out = box / piece, box / "out"
     out.mkdir(parents=True)
     source = base / piece
     (shutil.copytree if source.is_dir() else shutil.copy)(source, x)
     script, *argv = shlex.split(command)
-    only_flags = rng.random() < .25
     words = [piece.split(".")[0]]
-    if only_flags:
+    if number < len(names):
+        name = "whole pieces"
+    elif rng.random() < .25:
         name = f"flags of {script}"
-        argv = odd_flags(argv, flags.get(f"{script} {argv[0]}", flags.get(script)), rng)
+        named = tuple(argv[:1]) if script in ("curate", "train") or argv[0].isalpha() else ()
+        argv = odd_flags(argv, flags_of(script, named), rng)
+        words += [word for word in argv if word]
     else:
         file = damage(x, rng)
         words += [file.name, file.stem, file.parent.name]
@@ -378,9 +389,13 @@ def case(number, seed, base, box, names, flags):
     lines = [line for line in told.splitlines() if line.strip()]
     error = lines[-1] if lines else ""
     new = [path for path in listing(out) if path not in before]
-    details = f"{script}.py {shlex.join(argv)}\n" + "".join(f"    {line}\n" for line in told.splitlines()[-25:])
+    if any("/" in path and ".part" not in path and not path.endswith("settings.json") for path in new):
+        new = []                                                   # items that were done before stay
+    details = "\n    ".join([f"{script}.py {shlex.join(argv)}", *told.splitlines()[-25:], ""])
     if status == 0:
         return name, "accepted", details
+    if name == "whole pieces" and "candidates was kept" not in error:      # random teachers: nothing useful
+        return name, "REFUSED", details
     if status != 2 or "Traceback" in told:
         return name, "TRACEBACK", details
     if not error.startswith("error: ") or sum(line.startswith("error: ") for line in lines) != 1:
@@ -399,26 +414,26 @@ def main():
     p.add_argument("--only", type=int, help="this case alone, and what it said")
     p.add_argument("--what", default="", help="targets with this in their name")
     args = p.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (24 << 30, 24 << 30))    # a size of 2 ** 40 must not take the machine down
+    resource.setrlimit(resource.RLIMIT_AS, (24 << 30, 24 << 30))   # 2 ** 40 must not take the machine down
     torch.set_num_threads(1)
     names = [name for name in TARGETS if args.what in name]
     counts, began = Counter(), time.time()
     with tempfile.TemporaryDirectory() as folder:
         tree, base, home = (Path(folder) / name for name in ("tree", "base", "home"))
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "data", "runs", "results", "__pycache__"))
-        sys.path.insert(0, str(tree))                              # whose data/, runs/ and results/ may fill
+        ours = shutil.ignore_patterns(".*", "data", "runs", "results", "__pycache__")
+        shutil.copytree(ROOT, tree, ignore=ours)                   # whose data/, runs/ and results/ may fill
+        sys.path.insert(0, str(tree))
         base.mkdir()
         home.mkdir()
         os.chdir(home)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             build(base, tree)
-            flags = helps()
         print(f"pieces built in {time.time() - began:.0f} s", flush=True)
         whole = listing(base)
         for number in range(args.n) if args.only is None else [args.only]:
             np.random.seed(0)
             box = Path(folder) / f"case{number}"
-            name, what, details = case(number, args.seed, base, box, names, flags)
+            name, what, details = case(number, args.seed, base, box, names)
             counts[name, what] += 1
             if what.isupper() or args.only is not None:
                 print(f"{what}: --seed {args.seed} --only {number}, {name}\n    {details}", flush=True)
