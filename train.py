@@ -252,7 +252,7 @@ def random_batch(shards, n, generator, axis=2, odds=None):
     often than drawn}. Returns the pairs (N, 2, ...) and their [source captions, target captions, instructions]."""
     pairs, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
     short, long = sorted(pairs.shape[axis:axis + 2])
-    weights = torch.tensor([odds[record["task"]] if odds else 1.0 for record in records])
+    weights = torch.tensor([float(odds[record["task"]]) if odds else 1.0 for record in records])
     rows = torch.multinomial(weights, max(2, round(n * short / long)), replacement=True, generator=generator).tolist()
     return pairs[rows], [[records[i][key] for i in rows] for key in ("source", "target", "instruction")]
 
@@ -521,7 +521,6 @@ def train_tokenizer(folder):
              "<|startoftext|>", "<|endoftext|>"]                   # the end has the largest id: CLIP pools there
     write_json(folder / "vocab.json", {word: i for i, word in enumerate(dict.fromkeys(words))})
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
-    return Tokenizer(folder / "vocab.json", folder / "merges.txt")
 
 
 def contrastive_loss(a, b, scale, texts):
@@ -543,7 +542,9 @@ def stage_clip(out, s, how, data):
     instructions on the direction from source to target, so that the text tower learns the words of edits too."""
     config, pixels = (read_json(TINY / "clip" / name) for name in ("config.json", "preprocessor_config.json"))
     shards = square(world_set(data, "pairs", s.samples, config["vision_config"]["image_size"]))
-    tokenizer = train_tokenizer(out)
+    if not (out / "merges.txt").is_file():                         # ties are broken by chance: a resumed run keeps its own
+        train_tokenizer(out)
+    tokenizer = Tokenizer(out / "vocab.json", out / "merges.txt")
     config["text_config"]["vocab_size"] = len(tokenizer.vocab)
     torch.manual_seed(s.seed)
     clip = CLIP(config)
@@ -923,7 +924,9 @@ def curation_steps(task, s, n):
                 step(task, "clips", clips, images=images),
                 step(task, "videos", f"{data}/round0", weights=s.weights, motion=s.motion, images=images, clips=clips)]
     before = str(task.runs / f"round{n - 1}")
-    return [step(task, "cut", cut, source=task.real_from, n=task.real_clips), step(task, "write", written, clips=cut),
+    clip = {"clip": str(folder / "clip") for folder in repository(s.weights)[::-1] if (folder / "clip").is_dir()}
+    return [step(task, "cut", cut, source=task.real_from, n=task.real_clips),
+            step(task, "write", written, clips=cut, **clip),
             step(task, "real", f"{data}/round{n}", weights=before, source=written, round=n)]
 
 
@@ -932,8 +935,10 @@ def step(task, name, to, **own):
     settings, flags = curate.STEPS[name][0](**CURATE[task.model].get(name, {})), getattr(task, f"curate_{name}")
     parser = Parser(add_help=False)
     add_flags(parser, settings)
-    with reading(f"--curate-{name}={flags}"):
+    try:
         settings = from_flags(settings, parser.parse_args(shlex.split(flags)))
+    except (UserError, ValueError) as error:
+        raise UserError(f"--curate-{name}={flags}: {error}") from None
     return name, Path(to), replace(settings, **own)
 
 
@@ -959,18 +964,22 @@ def refine(task, s, how):
     5k, 5k). So every round trains from the image editor: a model that goes on from the one that made its targets
     drifts a bit further in every round.
     """
-    todo = []
-    for n in range(task.round + 1):
+    def bring_up_to(n, out):
         steps = [] if s.train_on else curation_steps(task, s, n)
         curation = {f"{name} {k}": v for name, _, settings in steps for k, v in asdict(settings).items()}
-        out, own = task.runs / f"round{n}", replace(s, train_on=s.train_on or round_folders(task, n))
-        if not finished(out) or not is_done(out, round_settings(own, curation), how):
-            todo.append((steps, out, own, curation))
-    networks(task, s, how)
-    for steps, out, own, curation in todo:
-        print(f"{out}: curating, then training")
-        curate_all(steps, how)
-        stage_video(out, own, how, curation)
+        if not finished(out):
+            print(f"{out}: curating, then training")
+            curate_all(steps, how)
+        stage_video(out, replace(s, train_on=s.train_on or round_folders(task, n)), how, curation)
+
+    runs = {n: task.runs / f"round{n}" for n in range(task.round + 1)}
+    todo = {n: out for n, out in runs.items() if not finished(out)}
+    for n in runs.keys() - todo.keys():
+        bring_up_to(n, runs[n])
+    if todo:
+        networks(task, s, how)
+    for n, out in todo.items():
+        bring_up_to(n, out)
 
 # ---- stage writer: LLaVA-OneVision learns to write instructions like those of image-editing data ---------------
 
@@ -995,6 +1004,8 @@ def stage_writer(out, s, how):
     the form in which the writer then meets real clips, at 197 tokens instead of up to 7,290. `fit` sees the trained
     matrices alone, so that its checkpoints are small. Writes <out>/writer.safetensors for `curate.py write --lora`.
     """
+    if not s.pairs_from:
+        raise UserError("train.py writer: needs --pairs-from, a folder or file of image pairs")
     pairs = [] if finished(out) else writer_pairs(s.pairs_from, s.samples)
     settings = asdict(s) | dict(llava=portable(s.llava), pairs_from=portable(s.pairs_from))
     if is_done(out, settings, how, found=len(pairs)):
@@ -1010,7 +1021,7 @@ def stage_writer(out, s, how):
             pair, answer = pairs[row_of(at, len(pairs), s.seed)]
             try:
                 return pair["load"]()[0][None], answer
-            except curate.Unusable as error:
+            except UserError as error:
                 if str(error) not in broken:
                     print(broken.setdefault(str(error), f"left out: {error}"))
         raise UserError(f"--pairs-from {s.pairs_from}: none of {len(pairs)} images can be read")
@@ -1132,13 +1143,16 @@ def export(source, to):
     folders, about = repository(source), {}
     for folder in reversed(folders):                               # a run's own words come before its base's
         about |= read_json(folder / "model_index.json").get("instructvedit", {})
-    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "clip", "viclip"):
+    for name in sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()}):
         for path in sorted(part(folders, name).iterdir()):
             if path.suffix == ".safetensors":
                 save_tensors(to / name / path.name, read_tensors(path), torch.float16)
             else:
-                write_text(to / name / path.name, path.read_text(encoding="utf-8"))
-    write_json(to / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about | {"base": None}})
+                (to / name).mkdir(parents=True, exist_ok=True)
+                with aside(to / name / path.name) as half:
+                    shutil.copyfile(path, half)
+    about.pop("base", None)
+    write_json(to / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about})
     print(f"{to}: {sum(path.stat().st_size for path in to.rglob('*') if path.is_file()) / 1e6:.1f} MB")
 
 # ---- commands --------------------------------------------------------------------------------------------------
