@@ -184,7 +184,8 @@ class CLIP(nn.Module):
         Raises UserError for missing, partial or foreign files.
         """
         net, folder = open_network(cls, source, device, dtype)
-        net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
+        with reading(folder / "vocab.json", "does it belong to its merges.txt?"):
+            net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
         return net
 
     def encode_image(self, pixel_values):
@@ -391,8 +392,9 @@ class ViCLIP(nn.Module):
             net = build(cls, folder / "config.json", cfg)
         load_weights(net, read_tensors(path), f"{folder.name}/{path.name}", device=device, dtype=dtype)
         bpe = folder / "bpe_simple_vocab_16e6.txt.gz"                   # or, for `tiny`, CLIP's two files
-        net.tokenizer = (Tokenizer.from_bpe_gz(bpe, pad=0) if bpe.is_file() else
-                         Tokenizer(folder / "vocab.json", folder / "merges.txt", pad=0))
+        with reading(folder, "does its vocabulary belong to it?"):
+            net.tokenizer = (Tokenizer.from_bpe_gz(bpe, pad=0) if bpe.is_file() else
+                             Tokenizer(folder / "vocab.json", folder / "merges.txt", pad=0))
         return net.eval()
 
     def encode_video(self, video):
