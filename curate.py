@@ -263,7 +263,8 @@ def run_step(to, settings, sources, load, work, how, group=1):
     """
     begin(to, settings, how.force)
     mine, unread, done = my_share(sources), set(), 0
-    print(f"{to}: {len(sources)} sources, {shutil.disk_usage(to).free / 1e9:.1f} GB free")
+    free = shutil.disk_usage(to).free / 1e9
+    print(f"{to}: {len(sources)} sources, {free:.1f} GB free{', perhaps too few' if free < 5 else ''}")
     for members in tqdm([mine[k:k + group] for k in range(0, len(mine), group)], desc=to.name):
         left = [source for source in members if not (to / source["id"]).is_dir()]
         if not left or how.limit and done >= how.limit:
@@ -368,13 +369,11 @@ def draw_candidates(ed, name, n, seed, first=None):
     rows = []
     for k in range(n):
         rng = Random(f"candidate {seed} {name} {k}")
-        rows.append({"seed": rng.getrandbits(31)})
+        row = {"seed": rng.getrandbits(31)}
         spans = zip(ed.guidance, (TEXT_RANGE, SOURCE_RANGE))
-        rows[k]["guidance"] = [round(own * rng.uniform(*span), 3) for own, span in spans]
-    rows[0]["guidance"] = list(ed.guidance)
-    if first:
-        rows[0] |= {"guidance": first["guidance"]}
-        rows = [row | {"seed": first["seed"]} for row in rows]
+        row["guidance"] = [round(own * rng.uniform(*span), 3) for own, span in spans]
+        rows.append(row | {"seed": first["seed"]} if first else row)
+    rows[0]["guidance"] = list(first["guidance"] if first else ed.guidance)
     return rows
 
 
@@ -1016,7 +1015,7 @@ def find_shots(small):
     recoloured = np.abs(np.diff(counts, axis=0)).sum(1) / 2         # share of pixels with another colour
     cuts = [0]
     for i, x in enumerate(change):
-        around = np.r_[change[max(0, i - 6):i], change[i + 1:i + 7], 0 * change[:0]]
+        around = np.r_[change[max(0, i - 6):i], change[i + 1:i + 7]]
         usual = np.median(around) if len(around) else 0
         if x > 0.08 and x > (2.5 if recoloured[i] > 0.25 else 3) * usual:
             cuts.append(i + 1)
@@ -1213,8 +1212,8 @@ COMMANDS = {"calibrate": (Calibrate, calibrate), "look": (Look, look), "scene": 
 
 def main(argv=None):
     parser = Parser(description="Make and look at training data.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (settings, function) in (STEPS | COMMANDS).items():
+    commands, every = parser.add_subparsers(dest="command", required=True), STEPS | COMMANDS
+    for name, (settings, function) in every.items():
         text = function.__doc__.split("\n")[0]
         p = commands.add_parser(name, help=text, description=text)
         add_flags(p, settings())
@@ -1225,7 +1224,7 @@ def main(argv=None):
         else:
             p.add_argument("path", type=Path, help="folder of a data set; of scene: OUT")
     args = parser.parse_args(argv)
-    settings, function = (STEPS | COMMANDS)[args.command]
+    settings, function = every[args.command]
     s = from_flags(settings(), args)
     if args.command in COMMANDS:
         return function(args.path, s)
