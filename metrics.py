@@ -184,7 +184,8 @@ class CLIP(nn.Module):
         Raises UserError for missing, partial or foreign files.
         """
         net, folder = open_network(cls, source, device, dtype)
-        net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
+        with reading(folder / "vocab.json", "does it belong to its merges.txt?"):
+            net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
         return net
 
     def encode_image(self, pixel_values):
@@ -391,8 +392,9 @@ class ViCLIP(nn.Module):
             net = build(cls, folder / "config.json", cfg)
         load_weights(net, read_tensors(path), f"{folder.name}/{path.name}", device=device, dtype=dtype)
         bpe = folder / "bpe_simple_vocab_16e6.txt.gz"                   # or, for `tiny`, CLIP's two files
-        net.tokenizer = (Tokenizer.from_bpe_gz(bpe, pad=0) if bpe.is_file() else
-                         Tokenizer(folder / "vocab.json", folder / "merges.txt", pad=0))
+        with reading(folder, "does its vocabulary belong to it?"):
+            net.tokenizer = (Tokenizer.from_bpe_gz(bpe, pad=0) if bpe.is_file() else
+                             Tokenizer(folder / "vocab.json", folder / "merges.txt", pad=0))
         return net.eval()
 
     def encode_video(self, video):
@@ -594,7 +596,8 @@ def preservation(source, edited, mask=None):
 
 SUCCESS = ("success: inside the region that the true edit changes, at least 1 dB closer to the truth than "
            "the source and the autoencoded source are; outside it, at most 1 dB further from the source than "
-           "the autoencoder's own error, on source or truth")
+           "the autoencoder's own error, on source or truth. The truth is known where the result follows "
+           "from source and instruction alone")
 CODED = ("autoencoded source", "autoencoded truth")                     # what a perfect editor loses
 
 
@@ -647,35 +650,35 @@ def against_truth(ed, z_src, source, edits, truth, mask):
 @dataclass
 class Score:
     name: str           # as tables print it
+    better: str         # up, 0 or 1 (the nearer), - (neither)
     digits: int
     says: str
-    better: str = "up"  # or 0 or 1 (the nearer), or - (neither)
 
 
 SCORES = {
-    "viclip_out": Score("ViCLIP_out", 3, "edited clip against the target caption"),
-    "pick_score": Score("PickScore", 2, "human preference for each frame under the target caption"),
-    "clip_frame": Score("CLIPFrame", 3, "frames alike; a frozen frame has 1"),
-    "clip_text": Score("CLIPText", 2, "frames against the target caption, x 100"),
-    "clip_frame_gain": Score("CLIPFrame gain", 3, "CLIPFrame minus the source's own", "0"),
-    "flicker": Score("flicker", 2, "flicker over the source's own; above 1 flickers, below smears", "1"),
-    "seam": Score("seam", 2, "change where windows of 16 meet, over change elsewhere", "1"),
-    "changed": Score("area changed", 2, "share of the clip that the edit changed", "-"),
-    "psnr_outside": Score("PSNR outside", 1, "dB, source kept outside that area; 100 is equal"),
-    "ssim_outside": Score("SSIM outside", 3, "structure kept outside that area"),
-    "viclip_dir": Score("ViCLIP_dir", 3, "held out; change of clip against captions'; untouched has 0"),
+    "viclip_out": Score("ViCLIP_out", "up", 3, "edited clip against the target caption"),
+    "pick_score": Score("PickScore", "up", 2, "human preference for each frame under the target caption"),
+    "clip_frame": Score("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1"),
+    "clip_text": Score("CLIPText", "up", 2, "frames against the target caption, x 100"),
+    "clip_frame_gain": Score("CLIPFrame gain", "0", 3, "CLIPFrame minus the source's own"),
+    "flicker": Score("flicker", "1", 2, "flicker over the source's own; above 1 flickers, below smears"),
+    "seam": Score("seam", "1", 2, "change where windows of 16 meet, over change elsewhere"),
+    "changed": Score("area changed", "-", 2, "share of the clip that the edit changed"),
+    "psnr_outside": Score("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal"),
+    "ssim_outside": Score("SSIM outside", "up", 3, "structure kept outside that area"),
+    "viclip_dir": Score("ViCLIP_dir", "up", 3, "held out; change of clip against captions'; untouched has 0"),
 }
 JUDGED = {                                              # only with --judge, see judge_edit
-    "judge_follows": Score("judge: follows", 2, "chance of yes: it follows the instruction"),
-    "judge_preserves": Score("judge: keeps", 2, "chance of yes: all else is unchanged"),
-    "judge_clean": Score("judge: clean", 2, "chance of yes: no artefacts, no flicker"),
+    "judge_follows": Score("judge: follows", "up", 2, "chance of yes: it follows the instruction"),
+    "judge_preserves": Score("judge: keeps", "up", 2, "chance of yes: all else is unchanged"),
+    "judge_clean": Score("judge: clean", "up", 2, "chance of yes: no artefacts, no flicker"),
 }
 TRUTH = {                                               # only where the true edit is known
-    "psnr_truth": Score("PSNR to truth", 1, "dB to the true edit inside its region"),
-    "ssim_truth": Score("SSIM to truth", 3, "structure of the true edit inside its region"),
-    "truth_gain": Score("gain, dB", 1, "PSNR to truth minus the untouched source's"),
-    "whole_gain": Score("gain, whole clip", 1, "the same over the whole clip"),
-    "success": Score("success", 2, "share of clips, see SUCCESS"),
+    "psnr_truth": Score("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
+    "ssim_truth": Score("SSIM to truth", "up", 3, "structure of the true edit inside its region"),
+    "truth_gain": Score("gain, dB", "up", 1, "PSNR to truth minus the untouched source's"),
+    "whole_gain": Score("gain, whole clip", "up", 1, "the same over the whole clip"),
+    "success": Score("success", "up", 2, "share of clips, see SUCCESS"),
 }
 ALL_SCORES = SCORES | JUDGED | TRUTH
 # The judge that curation never filters by. Both models have it, and doing nothing does not win it; but its
@@ -1121,50 +1124,41 @@ def table_head(name, columns):
     return f"| {name} | n | {' | '.join(names)} |\n{'|---' * (len(columns) + 2)}|"
 
 
-def values(rows, columns):
-    """Scores of clips as an array (clips, columns); NaN where a clip lacks one."""
-    return np.array([[row.get(key, math.nan) for key in columns] for row in rows], float)
-
-
-def table_row(name, x, columns, groups=None, sign=""):
-    """One Markdown row of the means of x (clips, columns), which says over how many clips where some lack a
+def table_row(name, rows, columns, groups=None, sign=""):
+    """One Markdown row of means over clips [{score: value}], which says over how many where some lack a
     score. groups: a name for each clip, for an `interval`."""
     cells = []
-    for key, column in zip(columns, x.T):
-        has = np.isfinite(column)
-        shown = cell(column[has], ALL_SCORES[key].digits, None if groups is None else groups[has], sign)
-        cells.append(f"{shown} (n={has.sum()})" if 0 < has.sum() < len(x) else shown)
-    return f"| {name} | {len(x)} | {' | '.join(cells)} |"
+    for key in columns:
+        has = [i for i, row in enumerate(rows) if math.isfinite(row.get(key, math.nan))]
+        shown = cell([rows[i][key] for i in has], ALL_SCORES[key].digits,
+                     groups and [groups[i] for i in has], sign)
+        cells.append(f"{shown} (n={len(has)})" if 0 < len(has) < len(rows) else shown)
+    return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
 
 
-def rows_by(items, x, columns):
-    """A row of each task and each domain of the clips."""
-    lines = []
-    for key in ("task", "domain"):
-        for value in dict.fromkeys(item[key] for item in items if key in item):
-            lines.append(table_row(value, x[[item.get(key) == value for item in items]], columns))
-    return lines
+def rows_by(key, clips, columns):
+    """A row of each task, or each domain, of the clips [{score: value, key: ...}]."""
+    return [table_row(value, [clip for clip in clips if clip.get(key) == value], columns)
+            for value in dict.fromkeys(clip[key] for clip in clips if key in clip)]
 
 
 def table(items, done, title, paper=""):
     """A benchmark as Markdown lines: its first row by task and domain, the other rows, the gains on them, the
-    paper's.
-
-    done: {id: {row: scores}}; paper: lines of a name and the scores IN_PAPER.
-    """
+    paper's. done: {id: {row: scores}}; paper: lines of a name and the scores IN_PAPER."""
     found = {key for clip in done.values() for scores in clip.values() for key in scores}
     columns, items = [key for key in COLUMNS if key in found], [item for item in items if item["id"] in done]
-    videos = np.array([item["id"].rsplit("/", 1)[0] for item in items])
-    rows = {row: values([clip[row] for clip in done.values()], columns) for row in done[items[0]["id"]]}
-    main, *others = rows
-    lines = [table_head(title, columns), table_row(f"{main} [95 %]", rows[main], columns, videos)]
-    lines += rows_by(items, rows[main], columns)
-    lines += [table_row(row, rows[row], columns) for row in others]
-    for row in others:                                                  # paired: clip by clip
-        lines.append(table_row(f"{main} − {row} [95 %]", rows[main] - rows[row], columns, videos, "+"))
+    videos = [item["id"].rsplit("/", 1)[0] for item in items]           # edits of one are not independent
+    (main, ours), *others = [(row, [clip[row] for clip in done.values()]) for row in done[items[0]["id"]]]
+    clips = [item | scores for item, scores in zip(items, ours)]
+    lines = [table_head(title, columns), table_row(f"{main} [95 %]", ours, columns, videos),
+             *rows_by("task", clips, columns), *rows_by("domain", clips, columns)]
+    lines += [table_row(row, scores, columns) for row, scores in others]
+    for row, scores in others:                                          # paired: clip by clip
+        gains = [{key: a[key] - b[key] for key in a.keys() & b.keys()} for a, b in zip(ours, scores)]
+        lines.append(table_row(f"{main} − {row} [95 %]", gains, columns, videos, "+"))
     for line in paper.splitlines():
         name, *numbers = line.split()
-        row = table_row(name, values([dict(zip(IN_PAPER, map(float, numbers)))], columns), columns)
+        row = table_row(name, [dict(zip(IN_PAPER, map(float, numbers)))], columns)
         lines.append(row.replace(" | 1 |", ", copied from the paper | |", 1))
     return lines
 
@@ -1374,14 +1368,11 @@ def main_shapes(argv):
     n = args.n or (24 if grid or args.bare else 200)
     ed, rows, made_by = open_editor(args)
     options = rows["edit"]
-    if args.bare:
-        guidance = {key: options[key] for key in ("steps", "s_txt", "s_src")}
-        scores = [row for domain in domains for row in drawn_scores(ed, n, domain, args.frames, **guidance)]
-        columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
-        rows = rows_by(scores, values(scores, columns), columns)
-        return print(table_head("held out, the model's own frames", columns), *rows, sep="\n")
     if ed.size % ed.multiple:
         raise UserError(f"--size {ed.size}: drawn clips need a multiple of {ed.multiple}")
+    if args.bare:
+        guidance = {key: options[key] for key in ("steps", "s_txt", "s_src")}
+        return print_bare(ed, n, domains, args.frames, guidance)
     made_by |= {"world": fingerprint(world.__file__), "frames": args.frames}
     if grid:
         rows = guidance_grid(options, args.grid_text, args.grid_source, seeds=1 + args.agreement)
@@ -1392,14 +1383,21 @@ def main_shapes(argv):
     for how in rows.values():
         how["seed"] *= 1_000_003                                        # to which a clip's number is added
     done = edit_and_score(items, partial(draw, n_frames=args.frames, size=ed.size), ed, rows, scorers, out)
-    lines = [*table(items, done, out.name), "", SUCCESS, KNOWN]
+    lines = [*table(items, done, out.name), "", SUCCESS]
     if args.agreement:
         lines += ["", "Spearman's correlation with the gain in PSNR to the truth", "",
                   *agreement_table(done, list(rows))]
     report(lines, ed, scorers, out)
 
 
-KNOWN = "truth: of edits whose result follows from source and instruction alone"
+def print_bare(ed, n, domains, n_frames, guidance):
+    """`drawn_scores` as Markdown, by domain and task."""
+    columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
+    print(table_head("held out, the model's own frames", columns))
+    for domain in domains:
+        clips = drawn_scores(ed, n, domain, n_frames, **guidance)
+        print(table_row(f"{domain} [95 %]", clips, columns, range(len(clips))),
+              *rows_by("task", clips, columns), sep="\n")
 
 
 def guidance_grid(options, texts, sources, seeds):
@@ -1449,11 +1447,13 @@ RATINGS = {"text": "How well does it follow the caption? (1 not at all, 5 fully)
 def find_clips(where):
     """{name: video file or folder of frames} of everything below a folder: edited/cat.mp4 -> "cat"."""
     found = {}
-    for path in sorted(where.glob("**/[!.]*.*")):
+    for path in sorted(where.rglob("*.*")):
         place = path.relative_to(where)
+        if any(part.startswith(".") for part in place.parts):
+            continue
         if path.suffix.lower() in VIDEOS or path.name in ("source.png", "target.png"):      # of a data set
             found[str(place.with_suffix(""))] = path
-        elif path.suffix.lower() in IMAGES and path.parent != where and ".part" not in path.parent.name:
+        elif path.suffix.lower() in IMAGES and path.parent != where:
             found.setdefault(str(place.parent), path.parent)
     return found
 
@@ -1484,12 +1484,12 @@ def main_study(argv):
     if not n <= len(args.dirs) <= n + 1:
         raise UserError(f"study: {len(args.dirs)} folders; it takes {n} of edits, then one of sources")
     clips, captions = [find_clips(where) for where in args.dirs], {}
-    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list)
-            if row["kept"]]
-    if args.rate and rows:                                              # a data set of curate.py
-        captions = {f"{row['id']}/target": row["instruction"] for row in rows}
-        clips = [{name: clips[0][name.replace("target", key)] for name in captions}
-                 for key in ("target", "source")]
+    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list)]
+    if args.rate and rows:
+        with reading(args.dirs[0], "is it a data set of curate.py?"):
+            captions = {f"{row['id']}/target": row["instruction"] for row in rows if row["kept"]}
+            clips = [{name: clips[0][name.replace("target", key)] for name in captions}
+                     for key in ("target", "source")]
     file = args.captions or args.dirs[0] / "captions.json"
     if args.captions or file.is_file():
         captions = read_json(file)
