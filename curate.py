@@ -971,7 +971,7 @@ def read_insv2v(where):
 def find_videos(where):
     """[(name, file or folder of frames)] of YouTube-VOS, MOSE, LVOS, MeViS (JPEGImages/<video>/*.jpg, below
     any split), of a folder of videos, or of a folder of folders of frames."""
-    depths = "JPEGImages", "*/JPEGImages", "*/*/JPEGImages"
+    depths = ("JPEGImages", "*/JPEGImages", "*/*/JPEGImages")
     roots = sorted(p for depth in depths for p in where.glob(depth))
     roots = [where] if where.name == "JPEGImages" else roots
     folders = [p for root in roots or [where] for p in sorted(root.glob("*/"))]
