@@ -2,11 +2,11 @@
 
     python metrics.py edited.mp4 --source video.mp4 --instruction "make it snow" \\
                       --source-caption "a street" --target-caption "a street in the snow"
-    python metrics.py tgve DIR [--plus] [--outputs DIR]      the TGVE or TGVE+ benchmark as one table
-    python metrics.py shapes [--sweep | --agreement | --bare]    the same on drawn clips whose true edit is known
-    python metrics.py footage DIR                            the same on real clips, by effects that are exact
-    python metrics.py study DIR_A DIR_B [DIR_SOURCE]         a user study as one HTML page
-    python metrics.py votes *.json                           its answers as win rates
+    python metrics.py tgve DIR [--plus] [--outputs DIR]        the TGVE or TGVE+ benchmark as one table
+    python metrics.py shapes [--sweep] [--agreement] [--bare]  the same on drawn clips with a known truth
+    python metrics.py footage DIR                              the same on real clips, by exact effects
+    python metrics.py study DIR_A DIR_B [DIR_SOURCE]           a user study as one HTML page
+    python metrics.py votes *.json                             its answers as win rates
 
 Contents
     images in    resize_crop, Preprocess
@@ -20,8 +20,8 @@ Contents
     known truth  drawn_item, drawn_scores, agreement_table, main_shapes, main_footage
     user study   main_study, main_votes
 
-Networks return un-normalised projected features, so that a clip is encoded once for all its scores. Between files
-and networks a clip is "frames", (F, H, W, 3) uint8.
+Networks return un-normalised projected features, so that a clip is encoded once for all its scores.
+Between files and networks a clip is "frames", (F, H, W, 3) uint8.
 """
 import argparse
 import base64
@@ -50,11 +50,12 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from tqdm import tqdm
 
 import world
-from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention, begin, build,
-                   find_tensors, fingerprint, hub_dir, load_weights, need, placement, read_json, read_tensors, reading,
-                   run, stretch, to_u8, to_video, write_json, write_text)
-from sample import (IMAGES, REFERENCES, VIDEOS, WINDOW, Parser, between, choose_model, edit_pictures, editor_flags, known_device,
-                    model_size, open_video, plan, probe, read_frames, read_video, settings, video_writer)
+from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserError, VideoEditor, attention,
+                   begin, build, find_tensors, fingerprint, hub_dir, load_weights, need, placement, read_json,
+                   read_tensors, reading, run, stretch, to_u8, to_video, write_json, write_text)
+from sample import (IMAGES, REFERENCES, VIDEOS, WINDOW, Parser, between, choose_model, edit_pictures,
+                    editor_flags, known_device, model_size, plan, probe, read_frames, read_video, settings,
+                    video_writer)
 from teachers import LLAVA, LlavaOneVision, judge_edit
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,9 +95,9 @@ def normalise(images, mean, std):
     return ((x - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def open_network(network, source, device=None, dtype=torch.float32, patterns=("*.json", "model.safetensors")):
+def open_network(network, source, device=None, dtype=torch.float32):
     """(network with the weights of a hub id or a directory in transformers' layout, that directory)."""
-    folder = hub_dir(source, list(patterns))
+    folder = hub_dir(source, ["*.json", "merges.txt", "model.safetensors"])
     with torch.device("meta"):
         net = build(network, folder / "config.json")
     tensors, file = find_tensors(folder)
@@ -160,7 +161,8 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """OpenAI's initialisation: residual branches shrink with depth, so that their sum keeps its scale."""
-        for tower, proj in ((self.text_model, self.text_projection), (self.vision_model, self.visual_projection)):
+        for tower, proj in ((self.text_model, self.text_projection),
+                            (self.vision_model, self.visual_projection)):
             width = proj.in_features
             branch = (2 * width * len(tower.encoder.layers)) ** -0.5
             std = {"out_proj": branch, "fc2": branch, "fc1": (2 * width) ** -0.5}
@@ -181,7 +183,7 @@ class CLIP(nn.Module):
 
         Raises UserError for missing, partial or foreign files.
         """
-        net, folder = open_network(cls, source, device, dtype, ["*.json", "merges.txt", "model.safetensors"])
+        net, folder = open_network(cls, source, device, dtype)
         net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
         return net
 
@@ -203,9 +205,9 @@ class CLIP(nn.Module):
 def resize_positions(table, grid, antialias):
     """The square position table (1, 1 + n*n, D) for another grid (h, w), bicubic in float32.
 
-    antialias: in models with registers, as in both code bases; in others not, as in transformers' Dinov2Model. (There
-    facebookresearch/dinov2 resizes by the factors (h + 0.1)/n, (w + 0.1)/n.) All agree on the table's own grid and
-    differ by up to 0.3 in the features elsewhere.
+    antialias: in models with registers, as in both code bases; in others not, as in transformers'
+    Dinov2Model. (There facebookresearch/dinov2 resizes by the factors (h + 0.1)/n, (w + 0.1)/n.) All agree on
+    the table's own grid.
     """
     n = round((table.shape[1] - 1) ** 0.5)
     if tuple(grid) == (n, n):
@@ -297,21 +299,14 @@ class ViCLIPBlock(nn.Module):
         self.attn.out_proj = nn.Linear(width, width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
-    def forward(self, x, causal):                                       # (N, L, D)
+    def forward(self, x, causal=False):                                 # (N, L, D)
         q, k, v = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias).chunk(3, -1)
         x = x + self.attn.out_proj(attention(q, k, v, self.heads, causal=causal))
         return x + self.mlp["c_proj"](ACTIVATIONS["quick_gelu"](self.mlp["c_fc"](self.ln_2(x))))
 
 
-class ViCLIPBlocks(nn.Module):
-    def __init__(self, width, layers, heads):
-        super().__init__()
-        self.resblocks = nn.ModuleList(ViCLIPBlock(width, heads) for _ in range(layers))
-
-    def forward(self, x, causal=False):
-        for block in self.resblocks:
-            x = block(x, causal)
-        return x
+def viclip_blocks(width, layers, heads):
+    return nn.ModuleDict({"resblocks": nn.ModuleList(ViCLIPBlock(width, heads) for _ in range(layers))})
 
 
 class ViCLIPVision(nn.Module):
@@ -326,7 +321,7 @@ class ViCLIPVision(nn.Module):
         self.positional_embedding = nn.Parameter(init * torch.randn(1 + n_patches, width))
         self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, cfg["num_frames"], width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = ViCLIPBlocks(width, cfg["vision_layers"], cfg["vision_heads"])
+        self.transformer = viclip_blocks(width, cfg["vision_layers"], cfg["vision_heads"])
         self.proj = nn.Parameter(init * torch.randn(width, cfg["embed_dim"]))
 
     def forward(self, video):
@@ -335,7 +330,9 @@ class ViCLIPVision(nn.Module):
         when = when.mean(1, keepdim=True) if x.shape[1] == 1 else when  # a still has no place in time
         x = (x + self.positional_embedding[1:] + when[:, :, None]).flatten(1, 2)
         cls = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)
-        x = self.transformer(self.ln_pre(torch.cat([cls, x], 1)))       # (N, 1 + F*patches, D)
+        x = self.ln_pre(torch.cat([cls, x], 1))                         # (N, 1 + F*patches, D)
+        for block in self.transformer["resblocks"]:
+            x = block(x)
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -347,13 +344,15 @@ class ViCLIPText(nn.Module):
         width = cfg["text_width"]
         self.token_embedding = nn.Embedding(cfg["vocab_size"], width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg["context_length"], width))
-        self.transformer = ViCLIPBlocks(width, cfg["text_layers"], cfg["text_heads"])
+        self.transformer = viclip_blocks(width, cfg["text_layers"], cfg["text_heads"])
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, cfg["embed_dim"]))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, ids):
-        x = self.transformer(self.token_embedding(ids) + self.positional_embedding, causal=True)
+        x = self.token_embedding(ids) + self.positional_embedding
+        for block in self.transformer["resblocks"]:
+            x = block(x, causal=True)
         x = self.ln_final(x)[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]   # the end token's
         return x @ self.text_projection
 
@@ -361,9 +360,11 @@ class ViCLIPText(nn.Module):
 class ViCLIP(nn.Module):
     """encode_video: (N, 8 or 1, 3, S, S) -> (N, P); encode_text: ids (N, 32) -> (N, P); not normalised.
 
-    cfg: image_size, patch_size, num_frames, {vision,text}_{width,layers,heads}, context_length, vocab_size,
-    embed_dim. All tokens are used; the published code drops 90 % by default, which is for training.
+    cfg: as SIZES. All tokens are used; the published code drops 90 % by default, which is for training.
     """
+    SIZES = dict(image_size=224, patch_size=14, num_frames=8, context_length=32, vocab_size=49408,
+                 vision_width=1024, vision_layers=24, vision_heads=16,
+                 text_width=768, text_layers=12, text_heads=12, embed_dim=768)
     MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])        # ImageNet's
     FILES = ["ViClip-InternVid-10M-FLT.pth", "model.safetensors", "bpe_simple_vocab_16e6.txt.gz", "*.json"]
 
@@ -377,29 +378,25 @@ class ViCLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, source, device=None, dtype=torch.float32):
         """source: OpenGVLab/ViCLIP (gated: accept its terms and log in) or a directory with its .pth, or with
-        a model.safetensors of the same names, and the vocabulary beside it.
-
-        Sizes come from the tensors; heads are 64 wide unless a config beside the file gives their number.
-        """
+        a model.safetensors of the same names, and the vocabulary beside it; other sizes are in its
+        config.json."""
         folder = hub_dir(source, cls.FILES)
         path = folder / cls.FILES[0]
         path = path if path.is_file() else folder / "model.safetensors"
-        tensors = read_tensors(path)
-        with reading(path, "is it ViCLIP's file?"):
-            cfg = viclip_sizes(tensors)
-        for name in ("config.json", "mini_sizes.json"):
-            if (folder / name).is_file():
-                cfg |= {k: v for k, v in read_json(folder / name).items() if k in cfg}
+        cfg = cls.SIZES
+        for file in (folder / "config.json", folder / "mini_sizes.json"):
+            if file.is_file():
+                cfg = cfg | {key: x for key, x in read_json(file).items() if key in cfg}
         with torch.device("meta"):
-            net = cls(cfg)
-        load_weights(net, tensors, f"{folder.name}/{path.name}", device=device, dtype=dtype)
+            net = build(cls, folder / "config.json", cfg)
+        load_weights(net, read_tensors(path), f"{folder.name}/{path.name}", device=device, dtype=dtype)
         bpe = folder / "bpe_simple_vocab_16e6.txt.gz"                   # or, for `tiny`, CLIP's two files
         net.tokenizer = (Tokenizer.from_bpe_gz(bpe, pad=0) if bpe.is_file() else
                          Tokenizer(folder / "vocab.json", folder / "merges.txt", pad=0))
         return net.eval()
 
     def encode_video(self, video):
-        assert video.shape[1] in (1, self.n_frames), f"{video.shape[1]} frames; positions fit {self.n_frames} or 1"
+        assert video.shape[1] in (1, self.n_frames), f"{video.shape[1]} frames; fit {self.n_frames} or 1"
         return self.vision_encoder(video.to(self.text_encoder.text_projection)).float()
 
     def encode_text(self, ids):
@@ -423,22 +420,6 @@ class ViCLIP(nn.Module):
         x = torch.from_numpy(np.stack(self.choose(to_u8(images)))).permute(0, 3, 1, 2).float()
         x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear").round()
         return normalise(x.permute(0, 2, 3, 1), self.MEAN, self.STD)[None]
-
-
-def viclip_sizes(t):
-    """The config that fits ViCLIP's tensors."""
-    vision, text = t["vision_encoder.conv1.weight"], t["text_encoder.token_embedding.weight"]
-    grid = round((len(t["vision_encoder.positional_embedding"]) - 1) ** 0.5)
-
-    def layers(tower):
-        return 1 + max(int(k.split(".")[3]) for k in t if k.startswith(f"{tower}_encoder.transformer."))
-    return dict(image_size=grid * vision.shape[-1], patch_size=vision.shape[-1],
-                num_frames=t["vision_encoder.temporal_positional_embedding"].shape[1],
-                vision_width=len(vision), vision_layers=layers("vision"),
-                vision_heads=max(1, len(vision) // 64), text_heads=max(1, text.shape[1] // 64),
-                text_width=text.shape[1], text_layers=layers("text"), vocab_size=len(text),
-                context_length=len(t["text_encoder.positional_embedding"]),
-                embed_dim=t["vision_encoder.proj"].shape[1])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -521,8 +502,8 @@ def unit(x):
 
 
 def ssim(first, second, mask=None):
-    """Structural similarity of (..., H, W, 3) twice, the mean over R, G, B and all full 7x7 windows, or those whose centre is
-    in mask (..., H, W): -1 to 1, up, 1 for equal images; NaN for no windows.
+    """Structural similarity of (..., H, W, 3) twice, the mean over R, G, B and all full 7x7 windows, or those
+    whose centre is in mask (..., H, W): -1 to 1, up, 1 for equal images; NaN for no windows.
 
     Wang et al. 2004, as scikit-image has it by default: flat window, sample covariance (48ths, not 49ths),
     constants 0.01^2 and 0.03^2.
@@ -537,7 +518,8 @@ def ssim(first, second, mask=None):
     ma, mb = mean(a), mean(b)
     va, vb, cov = (49 / 48 * (mean(xy) - mx * my)
                    for xy, mx, my in ((a * a, ma, ma), (b * b, mb, mb), (a * b, ma, mb)))
-    windows = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))  # (..., H-6, W-6, 3)
+    alike = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+    windows = alike / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))   # (..., H - 6, W - 6, 3)
     windows = windows if mask is None else windows[mask[..., 3:-3, 3:-3]]
     return float(windows.mean()) if windows.size else math.nan
 
@@ -550,10 +532,11 @@ def psnr(first, second, mask=None):
 
 
 def flicker(edited, source):
-    """Flicker over the source's own: 1 is as steady, above flickers, below smears; NaN for fewer than three frames.
+    """Flicker over the source's own: 1 is as steady, above flickers, below smears; NaN for fewer than three
+    frames.
 
-    A clip's flicker is the mean distance of a frame from the mean of its two neighbours, in grey levels: steady motion
-    mostly cancels. A quarter of a level is added to both, since stills have none.
+    A clip's flicker is the mean distance of a frame from the mean of its two neighbours, in grey levels:
+    steady motion mostly cancels. A quarter of a level is added to both, since stills have none.
     """
     def bend(frames):
         x = [frame.astype(np.int16) for frame in frames]
@@ -562,24 +545,17 @@ def flicker(edited, source):
     return (bend(edited) + 0.25) / (bend(source) + 0.25)
 
 
-def window_starts(n_frames):
-    """First new frame of each window in which `edit_stream` edits a clip: 0, 16, 28, 40, ..."""
-    return [0, *range(WINDOW, n_frames, WINDOW - REFERENCES)]
-
-
-def seam_score(edited, source, joins):
-    """How much more the edit changes where two windows meet than elsewhere: 1 is no seam; NaN without joins.
-
-    joins: first frames of the later windows. Changes from frame to frame count relative to the source's own, so that
-    motion cancels.
-    """
+def seam_score(edited, source):
+    """How much more the edit changes where two windows of `edit_stream` meet (16, 28, 40, ...) than
+    elsewhere: 1 is no seam; NaN for one window. Changes count relative to the source's own, so that motion
+    cancels."""
     def changes(frames):                                                # (F - 1,), in [0, 1]
         return np.array([np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(frames, frames[1:])])
-    ratio = changes(edited) / np.maximum(changes(source), 1 / 255)
-    at_join = np.isin(np.arange(1, len(edited)), joins)
-    if not at_join.any() or at_join.all():
+    if len(edited) <= WINDOW:
         return math.nan
-    return float(ratio[at_join].mean() / max(ratio[~at_join].mean(), 1e-6))
+    ratio = changes(edited) / np.maximum(changes(source), 1 / 255)
+    joins = np.arange(WINDOW, len(edited), WINDOW - REFERENCES) - 1
+    return float(ratio[joins].mean() / max(np.delete(ratio, joins).mean(), 1e-6))
 
 
 def changed_region(source, edited):
@@ -632,9 +608,9 @@ def truth_scores(source, edited, truth, mask):
 
 
 def succeeds(gain, outside, coded):
-    """Success as SUCCESS says it: 1.0 or 0.0. gain: dB nearer to the truth inside the true region than the source
-    is; outside: PSNR to the source, NaN where there is no outside; coded: [(gain, outside)] of what a perfect
-    editor loses, source and truth through the autoencoder, the source first.
+    """Success as SUCCESS says it: 1.0 or 0.0. gain: dB nearer to the truth inside the true region than the
+    source is; outside: PSNR to the source, NaN where there is no outside; coded: [(gain, outside)] of what a
+    perfect editor loses, source and truth through the autoencoder, the source first.
 
     Without the margin, doing nothing would often succeed: the autoencoder's blur alone brings clips closer.
     """
@@ -671,49 +647,37 @@ def against_truth(ed, z_src, source, edits, truth, mask):
 @dataclass
 class Score:
     name: str           # as tables print it
-    better: str         # up, 0 or 1 (the nearer), - (neither)
     digits: int
     says: str
-    needs: str = ""     # flags of the command, and what the clip must have
+    better: str = "up"  # or 0 or 1 (the nearer), or - (neither)
 
 
 SCORES = {
-    "viclip_out": Score("ViCLIP_out", "up", 3, "edited clip against the target caption",
-                        "--target-caption, --viclip"),
-    "pick_score": Score("PickScore", "up", 2, "human preference for each frame under the target caption",
-                        "--target-caption, --pick"),
-    "clip_frame": Score("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1", "--clip, two frames"),
-    "clip_text": Score("CLIPText", "up", 2, "frames against the target caption, x 100",
-                       "--target-caption, --clip"),
-    "clip_frame_gain": Score("CLIPFrame gain", "0", 3, "CLIPFrame minus the source's own",
-                             "--source, --clip, two frames"),
-    "flicker": Score("flicker", "1", 2, "flicker over the source's own; above 1 flickers, below smears",
-                     "--source, three frames"),
-    "seam": Score("seam", "1", 2, "change where windows of 16 meet, over change elsewhere",
-                  "--source, more than one window"),
-    "changed": Score("area changed", "-", 2, "share of the clip that the edit changed", "--source"),
-    "psnr_outside": Score("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal",
-                          "--source, an edit that leaves some of the frame"),
-    "ssim_outside": Score("SSIM outside", "up", 3, "structure kept outside that area",
-                          "--source, an edit that leaves some of the frame"),
-    "viclip_dir": Score("ViCLIP_dir", "up", 3, "held out; change of clip against captions'; untouched has 0",
-                        "--source, --source-caption, --target-caption, --viclip"),
+    "viclip_out": Score("ViCLIP_out", 3, "edited clip against the target caption"),
+    "pick_score": Score("PickScore", 2, "human preference for each frame under the target caption"),
+    "clip_frame": Score("CLIPFrame", 3, "frames alike; a frozen frame has 1"),
+    "clip_text": Score("CLIPText", 2, "frames against the target caption, x 100"),
+    "clip_frame_gain": Score("CLIPFrame gain", 3, "CLIPFrame minus the source's own", "0"),
+    "flicker": Score("flicker", 2, "flicker over the source's own; above 1 flickers, below smears", "1"),
+    "seam": Score("seam", 2, "change where windows of 16 meet, over change elsewhere", "1"),
+    "changed": Score("area changed", 2, "share of the clip that the edit changed", "-"),
+    "psnr_outside": Score("PSNR outside", 1, "dB, source kept outside that area; 100 is equal"),
+    "ssim_outside": Score("SSIM outside", 3, "structure kept outside that area"),
+    "viclip_dir": Score("ViCLIP_dir", 3, "held out; change of clip against captions'; untouched has 0"),
 }
 JUDGED = {                                              # only with --judge, see judge_edit
-    "judge_follows": Score("judge: follows", "up", 2, "chance of yes: it follows the instruction",
-                           "--source, --instruction"),
-    "judge_preserves": Score("judge: keeps", "up", 2, "chance of yes: all else is unchanged",
-                             "--source, --instruction"),
-    "judge_clean": Score("judge: clean", "up", 2, "chance of yes: no artefacts, no flicker",
-                         "--source, --instruction"),
+    "judge_follows": Score("judge: follows", 2, "chance of yes: it follows the instruction"),
+    "judge_preserves": Score("judge: keeps", 2, "chance of yes: all else is unchanged"),
+    "judge_clean": Score("judge: clean", 2, "chance of yes: no artefacts, no flicker"),
 }
 TRUTH = {                                               # only where the true edit is known
-    "psnr_truth": Score("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
-    "ssim_truth": Score("SSIM to truth", "up", 3, "structure of the true edit inside its region"),
-    "truth_gain": Score("gain, dB", "up", 1, "PSNR to truth minus the untouched source's"),
-    "whole_gain": Score("gain, whole clip", "up", 1, "the same over the whole clip"),
-    "success": Score("success", "up", 2, "share of clips, see SUCCESS"),
+    "psnr_truth": Score("PSNR to truth", 1, "dB to the true edit inside its region"),
+    "ssim_truth": Score("SSIM to truth", 3, "structure of the true edit inside its region"),
+    "truth_gain": Score("gain, dB", 1, "PSNR to truth minus the untouched source's"),
+    "whole_gain": Score("gain, whole clip", 1, "the same over the whole clip"),
+    "success": Score("success", 2, "share of clips, see SUCCESS"),
 }
+ALL_SCORES = SCORES | JUDGED | TRUTH
 # The judge that curation never filters by. Both models have it, and doing nothing does not win it; but its
 # network also gives ViCLIP_out, so it is not fully independent of the filter.
 HELD_OUT = "viclip_dir"
@@ -732,7 +696,7 @@ class Scorers:
     """The networks behind the scores; each is opened when first asked for, and kept."""
     paths: dict                 # {a key of NETWORKS: hub id or directory}
     family: str = "published"   # or tiny
-    square: int = 0             # TGVE's script stretches frames to 480x480 before the networks' own preprocessing
+    square: int = 0             # TGVE's script stretches frames to 480x480 before the networks see them
     device: str = None
     networks: dict = field(default_factory=dict)
 
@@ -745,16 +709,15 @@ class Scorers:
             try:
                 net = NETWORKS[role].from_pretrained(self.paths[role], device=device, dtype=dtype)
             except UserError as error:
-                raise UserError(f"--{role} {self.paths[role]}: {error}; or leave its scores out, "
-                                f"--{role} none") from None
+                raise UserError(f"--{role}: {error}; or leave its scores out, --{role} none") from None
             self.networks[role] = net
         return self.networks[role]
 
 
 def scorer_flags(parser):
     parser.add_argument("--scorers", choices=["auto", "tiny", "published"], default="auto",
-                        help="embedded networks or the hub's; auto: for curation those that lie with the editor, "
-                        "else the hub's if there is a GPU")
+                        help="embedded networks or the hub's; auto: for curation those that lie with the "
+                        "editor, else the hub's if there is a GPU")
     for role in ("clip", "pick", "viclip"):
         parser.add_argument(f"--{role}", metavar="DIR",
                             help=f"hub id or directory of another {role} network, or none")
@@ -768,26 +731,26 @@ def choose_scorers(kind="auto", own=None, device=None, **paths):
     own: {role: directory} of those that lie with an editor, which auto then takes. paths: {role: hub id or
     directory} instead of the family's; None keeps the family's, "none" leaves that role out.
     """
-    why, roles = "as --scorers says", SCORERS.get(kind, own)
-    if kind == "auto" and own:
-        kind, why = "tiny", "the editor's own"
-    elif kind == "auto":
-        kind = "published" if torch.cuda.is_available() else "tiny"
-        why, roles = "as there is a GPU or not; choose with --scorers", SCORERS[kind]
+    why = "as --scorers says"
+    if kind == "auto":
+        why = "the editor's own" if own else "by whether there is a GPU; choose with --scorers"
+        kind = "tiny" if own or not torch.cuda.is_available() else "published"
+    else:
+        own = None
     print(f"scorers: {kind} ({why})")
-    roles = roles | {role: path for role, path in paths.items() if path}
-    roles = {role: path for role, path in roles.items() if path != "none"}
-    return Scorers(roles, kind, 480 if kind == "published" else 0, device)
+    paths = (own or SCORERS[kind]) | {role: path for role, path in paths.items() if path}
+    paths = {role: path for role, path in paths.items() if path != "none"}
+    return Scorers(paths, kind, 480 if kind == "published" else 0, device)
 
 
 @torch.no_grad()
 def score_clips(clips, scorers):
-    """Scores of clips, several edits of each: a list of {edit's name: {key of SCORES: float}}, with the keys that
-    the inputs allow.
+    """Scores of clips, several edits of each: a list of {edit's name: {key of SCORES: float}}, with the keys
+    that the inputs allow.
 
     clips: dicts with `edits` {name: frames} and, where known, `source` (frames, aligned with them),
-    `source_caption`, `target_caption`, `instruction`, `mask` (F, H, W) of the true edit and `truth`, that edit, which
-    counts if it is `known` to be the only one.
+    `source_caption`, `target_caption`, `instruction`, `mask` (F, H, W) of the true edit and `truth`, that
+    edit, which counts if it is `known` to be the only one.
     """
     results = []
     for clip in clips:
@@ -809,7 +772,7 @@ def pixel_scores(source, edited, mask=None, n_kept=8):
     at = np.unique(np.linspace(0, len(edited) - 1, n_kept).astype(int))
     changed, kept_psnr, kept_ssim = preservation(source[at], edited[at], None if mask is None else mask[at])
     return {"flicker": flicker(edited, source),
-            "seam": seam_score(edited, source, window_starts(len(edited))[1:]),
+            "seam": seam_score(edited, source),
             "changed": changed, "psnr_outside": kept_psnr, "ssim_outside": kept_ssim}
 
 
@@ -823,32 +786,33 @@ def network_scores(net, role, clip, square=0):
                 chances = judge_edit(net, source, x, clip["instruction"], min(8, len(x)))
                 rows[name] = {key: chances[key.removeprefix("judge_")] for key in JUDGED}
         return rows
-    if role != "clip" and not target:
+    if not target and role != "clip":
         return rows
     if role == "viclip":
-        text, before_text = net.encode_text(net.tokenize([target, before or ""]))
+        texts = net.encode_text(net.tokenize([target, before or ""]))
     else:
-        text = net.encode_text(net.tokenizer([target or ""]))[0]
+        texts = net.encode_text(net.tokenizer([target or ""]))
     untouched = None if source is None else encode_clip(net, source, square)
     for name, frames in clip["edits"].items():
-        x = untouched if frames is source else encode_clip(net, frames, square)
-        if role == "clip":
-            rows[name]["clip_frame"] = clip_frame(x)
-            if source is not None:
-                rows[name]["clip_frame_gain"] = clip_frame(x) - clip_frame(untouched)
-            if target:
-                rows[name]["clip_text"] = clip_text(x, text)
-        elif role == "pick":
-            rows[name]["pick_score"] = pick_score(x, text, net.logit_scale.item())
-        else:
-            rows[name]["viclip_out"] = viclip_out(x, text)
+        x, row = untouched if frames is source else encode_clip(net, frames, square), rows[name]
+        if role == "pick":
+            row["pick_score"] = pick_score(x, texts[0], net.logit_scale.item())
+        elif role == "viclip":
+            row["viclip_out"] = viclip_out(x, texts[0])
             if source is not None and before:
-                rows[name]["viclip_dir"] = viclip_dir(x, untouched, text, before_text)
+                row["viclip_dir"] = viclip_dir(x, untouched, *texts)
+        else:
+            row["clip_frame"] = clip_frame(x)
+            if source is not None:
+                row["clip_frame_gain"] = row["clip_frame"] - clip_frame(untouched)
+            if target:
+                row["clip_text"] = clip_text(x, texts[0])
     return rows
 
 
 def encode_clip(net, frames, square=0):
-    """Features of frames, by ViCLIP (P,), by CLIP (F, P). square: stretch frames to this side before, 0: do not."""
+    """Features of frames, by ViCLIP (P,), by CLIP (F, P). square: stretch frames to this side before, 0: do
+    not."""
     video = isinstance(net, ViCLIP)
     frames = net.choose(frames) if video else frames
     if square:
@@ -859,9 +823,9 @@ def encode_clip(net, frames, square=0):
 
 
 def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
-    """The filter's total of N candidates: (N,) weighted mean of the scores that all of them have, less `centre`
-    and divided by `spread` ({score: value}, from `curate.py calibrate`); without those, by their own mean and
-    deviation."""
+    """The filter's total of N candidates: (N,) weighted mean of the scores that all of them have, less
+    `centre` and divided by `spread` ({score: value}, from `curate.py calibrate`); without those, by their own
+    mean and deviation."""
     keys = [key for key in weights if all(row.get(key) is not None for row in rows)]
 
     def values(*rows):                                                  # (N, K)
@@ -876,8 +840,8 @@ def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
 # ------------------------------------------------------------------------------------------------------------
 
 def load_frames(path, start=0):
-    """A video file, from `start` seconds on, or a folder of numbered frames -> (frames (F, H, W, 3) uint8, times
-    (F,) in seconds from the first of them; None of a folder)."""
+    """A video file, from `start` seconds on, or a folder of numbered frames -> (frames (F, H, W, 3) uint8,
+    times (F,) in seconds from the first of them; None of a folder)."""
     clip = probe(path)
     if clip.path.is_dir() and start:
         raise UserError(f"--start {start:g}: {path} is a folder of frames, which have no times")
@@ -890,26 +854,27 @@ def load_frames(path, start=0):
 def align(source, edited, source_times=None, edited_times=None):
     """Source and edit as clips of one length and size: (source, edited, notes on what was done).
 
-    Clips of as many frames, and folders, whose frames have no times (None), are paired one to one. Else times in
-    seconds tell: up to where the shorter clip ends, each frame of the clip that has fewer there meets the one
-    shown at its time.
+    Clips of as many frames, and folders, whose frames have no times (None), are paired one to one. Else times
+    in seconds tell: up to where the shorter clip ends, each frame of the clip that has fewer there meets the
+    one shown at its time.
     """
-    notes, n = [], min(len(source), len(edited))
+    notes, (height, width) = [], source.shape[1:3]
     if len(source) != len(edited):
-        what = f"the first {n} of both are scored"
-        clips, times = (source, edited), (source_times, edited_times)
-        if source_times is not None and edited_times is not None:
+        found = f"source has {len(source)} frames, edit {len(edited)}"
+        if source_times is None or edited_times is None:
+            n, how = min(len(source), len(edited)), "the first"
+            source, edited = source[:n], edited[:n]
+        else:
+            times = source_times, edited_times
             ends = [t[-1] + np.median(np.diff(t)) if len(t) > 1 else 0 for t in times]
             times = [t[t <= max(0, min(ends) - 0.002)] for t in times]  # 2 ms: as webm rounds
-            when = min(times, key=len) + 0.002
-            n, what = len(when), f"{len(when)} of each are scored, paired by their times"
-            clips = [x[np.searchsorted(t, when, "right") - 1] for x, t in zip(clips, times)]
-        notes.append(f"source has {len(source)} frames, edit {len(edited)}: {what}")
-        source, edited = (x[:n] for x in clips)
-    height, width = source.shape[1:3]
-    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # an odd last row or column, twice in mp4
+            when, how = min(times, key=len) + 0.002, "those shown at the same times,"
+            source, edited = (x[np.searchsorted(t, when, "right") - 1]
+                              for x, t in zip((source, edited), times))
+        notes.append(f"{found}: {how} {len(source)} of both are scored")
+    if edited.shape[1:3] == (height + height % 2, width + width % 2):   # mp4 shows an odd last row twice
         edited = edited[:, :height, :width]
-    if source.shape[1:3] != edited.shape[1:3]:
+    if edited.shape[1:3] != (height, width):
         old = f"{edited.shape[2]}x{edited.shape[1]}"
         notes.append(f"edit stretched from {old} to the source's {width}x{height}")
         edited = np.stack([stretch(frame, width, height) for frame in edited])
@@ -917,8 +882,8 @@ def align(source, edited, source_times=None, edited_times=None):
 
 
 def main_clip(argv):
-    parser = Parser(prog="metrics.py", description="Scores of one edited clip; `tgve|shapes|footage|study|votes "
-                    "--help` for the rest.")
+    parser = Parser(prog="metrics.py", description="Scores of one edited clip; for the rest see "
+                    "`metrics.py tgve|shapes|footage|study|votes --help`.")
     add = parser.add_argument
     add("edited", help="video file or folder of frames")
     add("--source", help="the clip it was made from")
@@ -937,15 +902,14 @@ def main_clip(argv):
     if args.source:
         source, source_times = load_frames(args.source, args.start)
         clip["source"], edited, notes = align(source, edited, source_times, times)
-    scorers = scorers_of(args)
-    [rows] = score_clips([clip | {"edits": {"edit": edited}}], scorers)
+    [rows] = score_clips([clip | {"edits": {"edit": edited}}], scorers_of(args))
+    found = {key: x for key, x in rows["edit"].items() if math.isfinite(x)}
     print(*notes, f"{args.edited}: {len(edited)} frames", sep="\n")
-    for key, score in (SCORES | (JUDGED if "judge" in scorers else {})).items():
-        value = rows["edit"].get(key, math.nan)
-        found = math.isfinite(value)
-        shown = f"{value:.{score.digits}f}" if found else "-"
-        says = score.says if found else f"left out: needs {score.needs}"
-        print(f"{score.name:<15}{shown:>8}   better: {score.better:<5}{says}")
+    for key, score in ALL_SCORES.items():
+        if key in found:
+            print(f"{score.name:<15}{found[key]:>8.{score.digits}f}   better: {score.better:<5}{score.says}")
+    lacks = [score.name for key, score in SCORES.items() if key not in found]
+    print(f"no score, for lack of inputs, networks or frames: {', '.join(lacks)}" if lacks else "")
 
 
 def scorers_of(args):
@@ -972,13 +936,13 @@ def benchmark_item(folder, subset, video, task, source_caption, target_caption, 
 def read_tgve(folder, prompts=None):
     """LOVEU-TGVE-2023 as published: a CSV with section rows ("DAVIS Videos:") and blank ones, three folders.
 
-    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without it
-    items have no instruction and can only be scored. Returns items of `benchmark_item`, four per video.
+    prompts: InsV2V's JSON {video: {"edit_style": instruction, …}}, by default the one in the folder; without
+    it items have no instruction and can only be scored. Returns items of `benchmark_item`, four per video.
     """
     file = min(folder.glob("*.csv"), default=folder / "LOVEU-TGVE-2023_Dataset.csv")
     prompts = prompts or min(folder.glob("*prompt*.json"), default=None)
     asked, items, subset = read_json(prompts) if prompts else {}, [], None
-    with reading(file, "is it TGVE's CSV, saved as UTF-8?"), open(file, encoding="utf-8-sig", newline="") as f:
+    with reading(file, "is it TGVE's CSV, as UTF-8?"), open(file, encoding="utf-8-sig", newline="") as f:
         for row in csv.DictReader(f, restval=""):
             name = row["Video name"].strip()
             if name.endswith("Videos:"):
@@ -990,14 +954,12 @@ def read_tgve(folder, prompts=None):
                         instruction = asked.get(name, {}).get(f"edit_{task}", "").strip()
                     items.append(benchmark_item(folder, subset, name, task, row["Our GT caption"].strip(),
                                                 row[column].strip(), instruction))
-    unknown = sorted(asked.keys() - {item["path"].stem for item in items})
-    if unknown:
-        print(f"prompts for videos that {file.name} does not have: {', '.join(unknown)}")
     return items
 
 
 PLUS_COLUMNS = {            # what a column of TGVE+'s parquet may be called
-    "instruction": ("instruction", "edit_prompt"), "task": ("task", "type"), "video": ("video", "path", "file"),
+    "instruction": ("instruction", "edit_prompt"), "task": ("task", "type"),
+    "video": ("video", "path", "file"),
     "source": ("input_caption", "source_caption", "original_caption", "original_prompt", "input"),
     "target": ("output_caption", "target_caption", "edited_caption", "edited_prompt", "output")}
 
@@ -1016,7 +978,7 @@ def read_tgve_plus(folder):
         for row in rows:
             row = {key: row[name] or "" for key, name in names.items()}
             path, task = Path(row["video"]), re.sub(r"\W+", "_", row["task"].lower())
-            count[path, task] += 1                                      # a task may come several times a video
+            count[path, task] += 1                                      # may come several times a video
             n = count[path, task]
             item = benchmark_item(folder, path.parts[0], path.stem, task if n == 1 else f"{task}-{n}",
                                   row["source"], row["target"], row["instruction"])
@@ -1030,48 +992,49 @@ def thin(frames, n=32):
 
 
 def read_source(item):
-    if not item["target_caption"]:
-        raise UserError("its target caption is empty")
     frames = load_frames(item["path"])[0]
     return {"source": thin(frames), "length": len(frames)}
 
 
-def edit_and_score(items, read, rows, scorers, out, ending=".jpg", edits_at=None):
-    """Every item's edit in every row as <out>/<row>/<id>/00000.jpg, …, the submission layout, and its scores in
-    <out>/scores/<id>.json: of the rows, of the untouched source and of the first row's first frame, frozen.
+def edit_and_score(items, read, ed, rows, scorers, out, edits_at=None):
+    """Every item's edit in every row as <out>/<row>/<id>/00000.jpg, …, the submission layout, and its scores
+    in <out>/scores/<id>.json. Folders appear whole, and edits that are there are kept; scores are taken anew
+    where scorers or edits are others.
 
-    read(item) -> {"source": frames, perhaps "mask", "truth", "known"}; rows: {name: function of the item and what
-    was read -> rgb frames}, the first the one that matters. edits_at: a folder of edits instead of the first row's.
-    Folders appear whole, and edits that are there are kept; scores are taken anew where scorers or edits are
-    others. Returns ({id: {row: scores}}, notes on what was left out or aligned).
+    read(item) -> {"source": frames, where it is known "truth" and "mask"}; rows: {name: options of
+    `edit_pictures`}, the first the one that matters. edits_at: a folder of edits, so that none is made.
+    Returns {id: {row: scores}} and says what it leaves out.
     """
-    done, notes = {}, []
-    networks = fingerprint(*(path for path in scorers.paths.values() if Path(path).is_dir()))
+    done, networks = {}, [path for path in scorers.paths.values() if Path(path).is_dir()]
     for item in tqdm(items, desc=out.name, unit="clip"):
-        file = out / "scores" / f"{item['id']}.json"
+        file = out / f"scores/{item['id']}.json"
         places = {row: (edits_at or out / row) / item["id"] for row in rows}
         try:
             clip = item | read(item)
             for row, place in places.items():
-                if not place.is_dir():
-                    write_frames(place, rows[row](item, clip), ending)
-            made_of = f"{scorers.paths} {networks} {fingerprint(*places.values())}"
+                if ed and not place.is_dir():
+                    write_frames(place, edit_clip(ed, rows[row], clip), ".png" if "truth" in clip else ".jpg")
+            edits = {row: load_frames(place)[0] for row, place in places.items()}
+            made_of = f"{scorers.paths} {fingerprint(*networks, *places.values())}"
             known = read_json(file) if file.is_file() else {}
             if known.get("made_of") != made_of:
-                clip, said = read_edits(clip, places)
-                [scores] = score_clips([clip], scorers)
-                scores = {row: {key: x for key, x in found.items() if math.isfinite(x)}
-                          for row, found in scores.items()}
-                known = {"made_of": made_of, "notes": said, "scores": scores}
+                known = {"made_of": made_of, "scores": score_edits(ed, clip, edits, scorers)}
                 write_json(file, known)
+            done[item["id"]] = known["scores"]
         except UserError as error:
-            notes.append(f"left out: {item['id']}: {error}")
-            continue
-        done[item["id"]] = known["scores"]
-        notes += [f"note: {item['id']}: {note}" for note in known["notes"]]
+            tqdm.write(f"left out: {item['id']}: {error}", sys.stdout)
+    print(f"{len(done)} of {len(items)} clips scored")
     if not done:
-        raise UserError(f"none of {len(items)} clips could be scored; {''.join(notes[:1])}")
-    return done, [f"{len(done)} of {len(items)} clips scored", *notes]
+        raise UserError(f"{out}: no clip could be scored")
+    return done
+
+
+def edit_clip(ed, options, clip):
+    """Generator of the edited frames of a clip, as `sample.py` delivers them."""
+    small = model_size(*clip["source"].shape[1:3], ed.size, ed.multiple)
+    options = options | {"seed": options["seed"] + clip.get("number", 0)}
+    for rgb, *_ in edit_pictures(ed, clip["source"], small, clip["instruction"], **options):
+        yield rgb
 
 
 def write_frames(folder, frames, ending):
@@ -1079,42 +1042,36 @@ def write_frames(folder, frames, ending):
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    try:
-        for i, rgb in enumerate(frames):
-            Image.fromarray(rgb).save(part / f"{i:05d}{ending}", quality=95)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    for i, rgb in enumerate(frames):
+        Image.fromarray(rgb).save(part / f"{i:05d}{ending}", quality=95)
+    part.rename(folder)
 
 
-def read_edits(clip, places):
-    """(clip with its edits from places {row: folder} and the two controls, all of one length; notes on that)."""
-    edits, notes = {}, []
-    for row, place in places.items():
-        edited = load_frames(place)[0]
+def score_edits(ed, clip, edits, scorers):
+    """{row: scores} of edits {row: frames}, of CODED where the truth is there, and of two controls, all of
+    one length."""
+    for row, edited in edits.items():
         if len(edited) == clip.get("length"):                           # of all of the source's frames
             edited = thin(edited)
-        _, edits[row], found = align(clip["source"], edited)
-        notes += found
-    n = min(map(len, edits.values()))
+        _, edits[row], notes = align(clip["source"], edited)
+        for note in notes:
+            tqdm.write(f"{clip['id']}: {row}: {note}", sys.stdout)
+    n, first = min(map(len, edits.values())), next(iter(edits.values()))[:1]
+    clip |= {key: clip[key][:n] for key in ("source", "truth", "mask") if key in clip}
+    if "truth" in clip:
+        for row, frames in zip(CODED, (clip["source"], clip["truth"])):
+            coded = ed.decode(ed.encode(to_video(frames)) * ed.vae.scaling_factor)
+            edits[row] = np.stack(to_u8(coded))
     edits = {row: x[:n] for row, x in edits.items()}
-    clip = clip | {key: clip[key][:n] for key in ("source", "truth", "mask") if key in clip}
-    first = next(iter(edits.values()))[:1]
-    controls = {"untouched source": clip["source"], "frozen first edit": np.repeat(first, n, axis=0)}
-    return clip | {"edits": edits | controls}, list(dict.fromkeys(notes))
-
-
-def edit_clip(ed, size, options, item, clip):
-    """Generator of an item's edited frames, as `sample.py` delivers them; short side `size` inside the model."""
-    small = model_size(*clip["source"].shape[1:3], size, ed.multiple)
-    options = options | {"seed": options["seed"] + item.get("number", 0)}
-    for rgb, *_ in edit_pictures(ed, clip["source"], small, item["instruction"], **options):
-        yield rgb
+    edits |= {"untouched source": clip["source"], "frozen first edit": np.repeat(first, n, axis=0)}
+    [rows] = score_clips([clip | {"edits": edits}], scorers)
+    return {row: {key: x for key, x in scores.items() if math.isfinite(x)} for row, scores in rows.items()}
 
 
 # the columns of all benchmarks; those in which no clip has a score are left out
-COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker", "psnr_outside",
-           "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success", *JUDGED, HELD_OUT)
+COLUMNS = ("viclip_out", "pick_score", "clip_frame", "clip_text", "clip_frame_gain", "flicker",
+           "psnr_outside", "ssim_outside", "psnr_truth", "ssim_truth", "truth_gain", "success",
+           *JUDGED, HELD_OUT)
 IN_PAPER = ("viclip_out", "viclip_dir", "pick_score", "clip_frame", "clip_text")
 PAPER = {                   # arXiv 2503.17641, Table 1; some rows lack the last score
     "tgve": """Tune-A-Video  .243 .162 20.36 .924 27.12
@@ -1136,8 +1093,8 @@ PAPER = {                   # arXiv 2503.17641, Table 1; some rows lack the last
 
 
 def interval(values, groups):
-    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples, fixed seed). groups: a name for each
-    value; those of one name, such as edits of one video, are not independent and are drawn together."""
+    """95 % bootstrap interval of a mean (scipy, percentile, 2,000 resamples, fixed seed). groups: a name for
+    each value; those of one name, such as edits of one video, are not independent and are drawn together."""
     _, place = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(place, values), np.bincount(place)
 
@@ -1160,54 +1117,62 @@ def cell(values, digits, groups=None, sign=""):
 
 
 def table_head(name, columns):
-    names = [(SCORES | TRUTH | JUDGED)[key].name + " (held out)" * (key == HELD_OUT) for key in columns]
+    names = [ALL_SCORES[key].name + " (held out)" * (key == HELD_OUT) for key in columns]
     return f"| {name} | n | {' | '.join(names)} |\n{'|---' * (len(columns) + 2)}|"
 
 
-def table_row(name, rows, columns, groups=None, sign=""):
-    """One Markdown row of means over clips; where some clips lack a score, it says over how many. groups: a name
-    for each clip, for an `interval`."""
+def values(rows, columns):
+    """Scores of clips as an array (clips, columns); NaN where a clip lacks one."""
+    return np.array([[row.get(key, math.nan) for key in columns] for row in rows], float)
+
+
+def table_row(name, x, columns, groups=None, sign=""):
+    """One Markdown row of the means of x (clips, columns), which says over how many clips where some lack a
+    score. groups: a name for each clip, for an `interval`."""
     cells = []
-    for key in columns:
-        has = [i for i, row in enumerate(rows) if math.isfinite(row.get(key, math.nan))]
-        shown = cell([rows[i][key] for i in has], (SCORES | TRUTH | JUDGED)[key].digits,
-                     groups and [groups[i] for i in has], sign)
-        cells.append(shown + (f" (n={len(has)})" if 0 < len(has) < len(rows) else ""))
-    return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
+    for key, column in zip(columns, x.T):
+        has = np.isfinite(column)
+        shown = cell(column[has], ALL_SCORES[key].digits, None if groups is None else groups[has], sign)
+        cells.append(f"{shown} (n={has.sum()})" if 0 < has.sum() < len(x) else shown)
+    return f"| {name} | {len(x)} | {' | '.join(cells)} |"
 
 
-def table(items, done, title, paper=""):
-    """A benchmark as Markdown lines: this run, its tasks and domains, the controls, the gains on them, the
-    paper's. done: {id: {row: scores}}, the first row this run, the others its controls."""
-    columns, items = columns_of(done), [item for item in items if item["id"] in done]
-    videos = [item["id"].rsplit("/", 1)[0] for item in items]           # several edits of one are not independent
-    (_, ours), *controls = [(row, [clip[row] for clip in done.values()]) for row in done[items[0]["id"]]]
-    lines = [table_head(title, columns), table_row("this run [95 %]", ours, columns, videos)]
+def rows_by(items, x, columns):
+    """A row of each task and each domain of the clips."""
+    lines = []
     for key in ("task", "domain"):
         for value in dict.fromkeys(item[key] for item in items if key in item):
-            part = [scores for item, scores in zip(items, ours) if item[key] == value]
-            lines.append(table_row(value, part, columns))
-    lines += [table_row(f"control: {row}", scores, columns) for row, scores in controls]
-    for row, scores in controls:                                        # paired: clip by clip
-        gains = [{key: a[key] - b[key] for key in a.keys() & b.keys()} for a, b in zip(ours, scores)]
-        lines.append(table_row(f"this run − {row} [95 %]", gains, columns, videos, "+"))
-    for line in paper.splitlines():
-        name, *values = line.split()
-        row = table_row(f"copied from the paper: {name}", [dict(zip(IN_PAPER, map(float, values)))], columns)
-        lines.append(row.replace("| 1 |", "| |", 1))
+            lines.append(table_row(value, x[[item.get(key) == value for item in items]], columns))
     return lines
 
 
-def columns_of(done):
+def table(items, done, title, paper=""):
+    """A benchmark as Markdown lines: its first row by task and domain, the other rows, the gains on them, the
+    paper's.
+
+    done: {id: {row: scores}}; paper: lines of a name and the scores IN_PAPER.
+    """
     found = {key for clip in done.values() for scores in clip.values() for key in scores}
-    return [key for key in COLUMNS if key in found]
+    columns, items = [key for key in COLUMNS if key in found], [item for item in items if item["id"] in done]
+    videos = np.array([item["id"].rsplit("/", 1)[0] for item in items])
+    rows = {row: values([clip[row] for clip in done.values()], columns) for row in done[items[0]["id"]]}
+    main, *others = rows
+    lines = [table_head(title, columns), table_row(f"{main} [95 %]", rows[main], columns, videos)]
+    lines += rows_by(items, rows[main], columns)
+    lines += [table_row(row, rows[row], columns) for row in others]
+    for row in others:                                                  # paired: clip by clip
+        lines.append(table_row(f"{main} − {row} [95 %]", rows[main] - rows[row], columns, videos, "+"))
+    for line in paper.splitlines():
+        name, *numbers = line.split()
+        row = table_row(name, values([dict(zip(IN_PAPER, map(float, numbers)))], columns), columns)
+        lines.append(row.replace(" | 1 |", ", copied from the paper | |", 1))
+    return lines
 
 
-def report(lines, notes, scorers, out):
+def report(lines, ed, scorers, out):
     """Print a benchmark's lines, and write them beside its scores."""
-    networks = ", ".join(f"{role} {path}" for role, path in scorers.paths.items())
-    made_by = ", ".join(f"{key} {value}" for key, value in read_json(out / "settings.json").items())
-    lines = [*lines, "", *notes, f"scorers: {networks}", f"settings: {made_by}"]
+    about = scorers.paths | read_json(out / "settings.json")
+    lines += [*(filtered_by(ed) if ed else ()), *(f"{key}: {value}" for key, value in about.items())]
     write_text(out / "table.md", "\n".join(lines) + "\n")
     print(*lines, f"table and every clip's scores: {out}", sep="\n")
 
@@ -1223,44 +1188,48 @@ def benchmark_flags(parser):
     editor_flags(parser)
     scorer_flags(parser)
     add = parser.add_argument
-    add("--no-image-control", action="store_true", help="leave out the controls: the image editor frame by frame "
-        "and, of drawn clips, the edit without detail")
+    add("--no-image-control", action="store_true", help="leave out the controls: the image editor frame by "
+        "frame and, of drawn clips, the edit without detail")
     add("--out", type=Path, help="folder of edits, scores and table (default: results/…)")
     add("--device", type=known_device, help="cuda, mps or cpu (default: the best there is)")
 
 
 def open_editor(args):
-    """(editor, its frame's short side, {name: options of `edit_pictures`} of a table's rows) as the flags say."""
+    """(editor, {name: options of `edit_pictures`} of a table's rows, settings that edits depend on) as the
+    flags say."""
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
     ed = VideoEditor.from_pretrained(source, device=args.device)
-    size, options = settings(args, ed)
-    rows = {"edit": options | {"mode": "auto", "detail": not args.no_detail}}
+    ed.size, options = settings(args, ed)
+    options |= {"mode": "auto", "detail": not args.no_detail}
+    rows = {"edit": options}
     if not args.no_image_control:
-        rows["image editor, frame by frame"] = rows["edit"] | {"mode": "image"}
-    return ed, size, rows
+        rows["image editor, frame by frame"] = options | {"mode": "image"}
+    return ed, rows, {"editor": ed.fingerprint, "size": ed.size} | options
 
 
 def results(what, name, made_by, out=None):
     """The folder of a benchmark's results, of which settings.json tells what they depend on."""
     digits = zlib.crc32(json.dumps(made_by, sort_keys=True).encode())
-    out = out or ROOT / "results" / what / f"{Path(name).name}-{digits:08x}"
+    out = out or ROOT / f"results/{what}/{Path(name).name}-{digits:08x}"
     begin(out, made_by)
     return out
 
 
 def filtered_by(ed):
-    """Lines on the judges that chose what an editor was trained on, as the settings.json of its data sets say."""
-    lines, file = [], Path(ed.folders[0]) / "settings.json"
-    for data in read_json(file).get("train_on", ()) if file.is_file() else ():
-        file = ROOT / data / "settings.json"
-        judge = read_json(file).get("judge") if file.is_file() else None
-        lines += [f"judge: {judge} chose the clips of {data}; it flatters what was trained on them"] if judge else []
+    """A line for every judge that chose what an editor was trained on, as the settings.json of its data sets
+    say."""
+    lines, path = [], ed.folders[0] / "settings.json"
+    folders = read_json(path).get("train_on", ()) if path.is_file() else ()
+    for path in (ROOT / folder / "settings.json" for folder in folders):
+        judge = read_json(path).get("judge") if path.is_file() else None
+        if judge:
+            lines.append(f"judge: {judge} chose the clips of {path.parent}, so it flatters this model")
     return lines
 
 
 def main_tgve(argv):
-    parser = Parser(prog="metrics.py tgve", description="Run and score TGVE or TGVE+; prints one Markdown table.")
+    parser = Parser(prog="metrics.py tgve", description="Run and score TGVE or TGVE+; prints one table.")
     add = parser.add_argument
     add("dir", type=folder, help="LOVEU-TGVE-2023 as published: CSV, video folders, InsV2V's prompt JSON")
     add("--plus", action="store_true", help="TGVE+: DIR also holds facebook/tgve_plus")
@@ -1272,21 +1241,18 @@ def main_tgve(argv):
     what = "tgve_plus" if args.plus else "tgve"
     items = read_tgve_plus(args.dir) if args.plus else read_tgve(args.dir, args.prompts)
     made_by = {"texts": zlib.crc32(json.dumps([item | {"path": ""} for item in items]).encode())}
-    items = items[:args.limit] if args.limit > 0 else items
-    scorers, notes = scorers_of(args), []
+    items, scorers = items[:args.limit if args.limit > 0 else None], scorers_of(args)
     if args.outputs:
-        name, made_by["outputs"] = args.outputs.name, str(args.outputs.resolve())
-        edits = {"edit": None}
+        name, ed, rows = args.outputs.name, None, {"edit": {}}
+        made_by["outputs"] = str(args.outputs.resolve())
     else:
-        ed, size, rows = open_editor(args)
-        name, made_by = ed.name, made_by | {"editor": ed.fingerprint, "size": size} | rows["edit"]
-        edits = {row: partial(edit_clip, ed, size, options) for row, options in rows.items()}
-        asked = [item for item in items if item["instruction"]]
-        notes = [f"{len(items) - len(asked)} clips have no instruction in the prompts", *filtered_by(ed)]
-        items = asked
+        ed, rows, editor = open_editor(args)
+        name, made_by = ed.name, made_by | editor
+        items = [item for item in items if item["instruction"]]
+        print(f"{len(items)} clips have an instruction in the prompts")
     out = results(what, name, made_by, args.out)
-    done, said = edit_and_score(items, read_source, edits, scorers, out, edits_at=args.outputs)
-    report(table(items, done, out.name, PAPER[what]), said + notes, scorers, out)
+    done = edit_and_score(items, read_source, ed, rows, scorers, out, args.outputs)
+    report([*table(items, done, out.name, PAPER[what]), ""], ed, scorers, out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1296,40 +1262,38 @@ def main_tgve(argv):
 def drawn_item(number, task, domain, t0=0):
     """A held-out scene of the drawn world and an edit of it; None where the task does not fit the scene.
 
-    Scenes, wordings and combinations are of the world's "held" split. t0: seconds into the scene at which the clip
-    begins. `known`: the result follows from source and instruction alone, so there is one true edit.
+    Scenes, wordings and combinations are of the world's "held" split. t0: seconds into the scene at which the
+    clip begins. `known`: the result follows from source and instruction alone, so there is one true edit.
     """
     scene = world.draw_scene(number, domain, "held")
     if task not in world.possible_tasks(scene):
         return None
     edit = world.propose_edit(scene, number, task, "held")
-    return dict(id=f"{domain}/{number}/{task}", task=task, domain=domain, number=number, t0=t0, scene=scene,
-                edit=edit, known=edit.deterministic, source_caption=edit.source_caption,
-                target_caption=edit.target_caption, instruction=edit.instruction)
+    return vars(edit) | dict(id=f"{domain}/{number}/{task}", domain=domain, number=number, t0=t0, scene=scene,
+                             known=edit.deterministic)
 
 
 def drawn_items(n, which, domains):
-    """n held-out clips, tasks and domains in turn; more of them begin with the same ones. Their seeds no other
-    script uses."""
-    items, tasks = [], list(world.TASKS)
-    for number in itertools.count(7_000_001 + 100_000 * which):
-        if len(items) == n:
-            return items
-        turn, at = divmod(len(items), len(tasks))
-        item = drawn_item(number, tasks[at], domains[(at + turn) % len(domains)])
-        items += [item] if item else []
+    """n held-out clips, tasks and domains in turn; more of them begin with the same ones. Their seeds no
+    other script uses."""
+    items, tasks, numbers = [], list(world.TASKS), itertools.count(7_000_001 + 100_000 * which)
+    for turn, at in (divmod(k, len(tasks)) for k in range(n)):
+        domain = domains[(at + turn) % len(domains)]
+        items.append(next(filter(None, (drawn_item(number, tasks[at], domain) for number in numbers))))
+    return items
 
 
 def draw(item, n_frames, size):
     """An item's source and true edit, (F, S, S, 3) uint8, and the true region (F, S, S) bool."""
     source, truth = (world.quantise(world.render(scene, n_frames, size, size, t0=item["t0"]))
-                     for scene in (item["scene"], item["edit"].target))
-    return {"source": source, "truth": truth, "mask": world.true_region(source, truth, item["edit"].is_global)}
+                     for scene in (item["scene"], item["target"]))
+    return {"source": source, "truth": truth, "mask": world.true_region(source, truth, item["is_global"])}
 
 
 @torch.no_grad()
 def drawn_scores(ed, n, domain, n_frames, mode="auto", **guidance):
-    """[{"id", "task", scores against the truth, "flicker"}] of the editor's own frames, nothing else done to them.
+    """[{"id", "task", "domain", scores against the truth, "flicker"}] of the editor's own frames, nothing
+    else done to them.
 
     Of n held-out drawn clips a task, those whose truth is known. guidance: as `VideoEditor.edit` takes it.
     """
@@ -1343,7 +1307,8 @@ def drawn_scores(ed, n, domain, n_frames, mode="auto", **guidance):
                 edited = ed.edit(video, item["instruction"], seed=item["number"], mode=mode, **guidance)
                 edited = np.stack(to_u8(edited))
                 scores = against_truth(ed, ed.encode(video), source, {"edit": edited}, truth, mask)["edit"]
-                rows.append({"id": item["id"], "task": task} | scores | {"flicker": flicker(edited, source)})
+                rows.append({key: item[key] for key in ("id", "task", "domain")} | scores |
+                            {"flicker": flicker(edited, source)})
     return rows
 
 
@@ -1357,14 +1322,14 @@ def agreement_table(done, candidates):
     if not known or len(candidates) < 3:
         return ["agreement: needs clips with a known truth and at least 3 candidates of each"]
 
-    def values(key):                                                    # (clips, candidates)
+    def scores_of(key):                                                 # (clips, candidates)
         return np.array([[rows[c].get(key, math.nan) for c in candidates] for rows in known])
     columns = {}
     for key, score in SCORES.items():
         if score.better in ("0", "1"):
-            columns[f"{score.name} (distance from {score.better})"] = -abs(values(key) - int(score.better))
+            columns[f"{score.name} (distance from {score.better})"] = -abs(scores_of(key) - int(score.better))
         elif score.better == "up":
-            columns[score.name] = values(key)
+            columns[score.name] = scores_of(key)
     total = total_score([rows[c] for rows in known for c in candidates])
     columns["weighted total"] = total.reshape(len(known), -1)
     lines = ["| score | clips | inside, within a clip [95 %] | inside, pooled | whole, within a clip [95 %] "
@@ -1373,7 +1338,7 @@ def agreement_table(done, candidates):
         full = np.isfinite(x).all(1) & (np.ptp(x, axis=1) > 1e-9)       # clips that this score tells apart
         cells = [str(full.sum())]
         for gain in ("truth_gain", "whole_gain"):                       # inside the true region, overall
-            y = values(gain)
+            y = scores_of(gain)
             each = [spearman(a, b) for a, b in zip(x[full], y[full])]
             each = [r for r in each if math.isfinite(r)]
             cells += [cell(each, 2, range(len(each))), f"{spearman(x[full].ravel(), y[full].ravel()):.2f}"]
@@ -1398,98 +1363,77 @@ def main_shapes(argv):
     add("--domain", default="both", choices=["both", "synthetic", "real"], help="of scenes")
     add("--clips", type=between(0, 10 ** 6, int), default=0, help="which clips: another number draws others")
     add("--sweep", action="store_true", help="guidance grid: fidelity against preservation")
-    add("--agreement", action="store_true", help="the grid with two seeds: which scores agree with the truth?")
+    add("--agreement", action="store_true", help="grid with two seeds: which scores agree with the truth?")
     add("--grid-text", type=between(0, 30), nargs="+", help="text guidance of the grid")
     add("--grid-source", type=between(0, 10), nargs="+", help="source guidance of the grid")
-    add("--bare", action="store_true", help="the model's own frames against the truth, as train.py's tables have it")
+    add("--bare", action="store_true", help="the model's own frames against the truth, as train.py has it")
     benchmark_flags(parser)
     args = parser.parse_args(argv)
     grid = args.sweep or args.agreement
-    n = args.n or (24 if grid or args.bare else 200)
     domains = ["synthetic", "real"] if args.domain == "both" else [args.domain]
-    ed, size, rows = open_editor(args)
+    n = args.n or (24 if grid or args.bare else 200)
+    ed, rows, made_by = open_editor(args)
     options = rows["edit"]
     if args.bare:
-        return print_bare(ed, n, domains, args.frames, {key: options[key] for key in ("steps", "s_txt", "s_src")})
-    if size % ed.multiple:
-        raise UserError(f"--size {size}: drawn clips need a multiple of {ed.multiple}")
-    made_by = {"editor": ed.fingerprint, "world": fingerprint(world.__file__), "frames": args.frames, "size": size}
+        guidance = {key: options[key] for key in ("steps", "s_txt", "s_src")}
+        scores = [row for domain in domains for row in drawn_scores(ed, n, domain, args.frames, **guidance)]
+        columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
+        rows = rows_by(scores, values(scores, columns), columns)
+        return print(table_head("held out, the model's own frames", columns), *rows, sep="\n")
+    if ed.size % ed.multiple:
+        raise UserError(f"--size {ed.size}: drawn clips need a multiple of {ed.multiple}")
+    made_by |= {"world": fingerprint(world.__file__), "frames": args.frames}
     if grid:
         rows = guidance_grid(options, args.grid_text, args.grid_source, seeds=1 + args.agreement)
     elif options["detail"] and not args.no_image_control:
         rows["without detail"] = options | {"detail": False}
     items, scorers = drawn_items(n, args.clips, domains), scorers_of(args)
-    out = results("sweep" if grid else "shapes", ed.name, made_by | options, args.out)
-    edits = known_edits(ed, size, {row: how | {"seed": 1_000_003 * how["seed"]} for row, how in rows.items()})
-    done, notes = edit_and_score(items, partial(draw, n_frames=args.frames, size=size), edits, scorers, out, ".png")
-    lines = [] if grid else table(items, done, out.name)
-    if args.sweep:
-        columns = columns_of(done)
-        lines.append(table_head("text, source", columns))
-        for guidance in dict.fromkeys(row.split(" seed")[0] for row in rows):
-            scores = [clip[row] for clip in done.values() for row in rows if row.startswith(f"{guidance} seed")]
-            lines.append(table_row(guidance, scores, columns))
+    out = results("sweep" if grid else "shapes", ed.name, made_by, args.out)
+    for how in rows.values():
+        how["seed"] *= 1_000_003                                        # to which a clip's number is added
+    done = edit_and_score(items, partial(draw, n_frames=args.frames, size=ed.size), ed, rows, scorers, out)
+    lines = [*table(items, done, out.name), "", SUCCESS, KNOWN]
     if args.agreement:
         lines += ["", "Spearman's correlation with the gain in PSNR to the truth", "",
                   *agreement_table(done, list(rows))]
-    report(lines, [*notes, SUCCESS, KNOWN, *filtered_by(ed)], scorers, out)
+    report(lines, ed, scorers, out)
 
 
 KNOWN = "truth: of edits whose result follows from source and instruction alone"
 
 
 def guidance_grid(options, texts, sources, seeds):
-    """{"text, source seed": options} of every guidance, by default around the editor's own."""
+    """{"text, source, seed": options} of every guidance, by default around the editor's own."""
     texts = texts or [round(options["s_txt"] * f, 2) for f in (2 / 3, 1, 1.5, 2.5)]
     sources = sources or [round(options["s_src"] * f, 2) for f in (0.8, 1, 1.3)]
     seeds = range(options["seed"], options["seed"] + seeds)
-    return {f"{s_txt:g}, {s_src:g} seed {seed}": options | {"s_txt": s_txt, "s_src": s_src, "seed": seed}
+    return {f"{s_txt:g}, {s_src:g}, {seed}": options | {"s_txt": s_txt, "s_src": s_src, "seed": seed}
             for s_src, s_txt, seed in itertools.product(sources, texts, seeds)}
 
 
-def known_edits(ed, size, rows):
-    """As `edit_and_score` takes them: rows {name: options of `edit_pictures`}, and what a perfect editor loses."""
-    def autoencode(which, item, clip):
-        return to_u8(ed.decode(ed.encode(to_video(clip[which])) * ed.vae.scaling_factor))
-    edits = {row: partial(edit_clip, ed, size, options) for row, options in rows.items()}
-    return edits | {row: partial(autoencode, which) for row, which in zip(CODED, ("source", "truth"))}
-
-
-def print_bare(ed, n, domains, n_frames, guidance):
-    """`drawn_scores` as Markdown, by domain and task."""
-    columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
-    print(table_head("held out, the model's own frames", columns))
-    for domain in domains:
-        scores = drawn_scores(ed, n, domain, n_frames, **guidance)
-        print(table_row(f"{domain} [95 %]", scores, columns, range(len(scores))))
-        for task in world.TASKS:
-            print(table_row(task, [row for row in scores if row["task"] == task], columns))
-
-
 def main_footage(argv):
-    parser = Parser(prog="metrics.py footage", description="Real clips: grayscale, sepia and night against the exact "
-                    "operation, and no instruction at all against the source.")
-    add = parser.add_argument
-    add("dir", type=folder, help="videos, or folders of frames")
-    add("--frames", type=between(1, 10 ** 4, int), default=8, help="frames of a clip")
+    parser = Parser(prog="metrics.py footage", description="Real clips: grayscale, sepia and night against "
+                    "the exact operation, and no instruction at all against the source.")
+    parser.add_argument("dir", type=folder, help="videos, or folders of frames")
+    parser.add_argument("--frames", type=between(1, 10 ** 4, int), default=8, help="frames of a clip")
     benchmark_flags(parser)
     args = parser.parse_args(argv)
-    ed, size, rows = open_editor(args)
+    ed, rows, made_by = open_editor(args)
     scorers, clips = scorers_of(args), find_clips(args.dir)
-    texts = {"nothing": "", "grayscale": "make it grayscale", "sepia": "make it sepia", "night": "make it night"}
-    items = [dict(id=f"{name}/{task}", task=task, path=path, instruction=text, known=task != "nothing")
-             for name, path in clips.items() for task, text in texts.items()]
-    made_by = {"editor": ed.fingerprint, "clips": fingerprint(*clips.values()), "frames": args.frames, "size": size}
-    out = results("footage", ed.name, made_by | rows["edit"], args.out)
+    items = [dict(id=f"{name}/{task or 'nothing'}", task=task or "nothing", path=path, known=bool(task),
+                  instruction=f"make it {task}" if task else "")
+             for name, path in clips.items() for task in ("", "grayscale", "sepia", "night")]
 
     def read(item):                                                     # as `draw`
-        source = read_video(item["path"], size, frames=args.frames, multiple=ed.multiple)[0]
+        source = read_video(item["path"], ed.size, frames=args.frames, multiple=ed.multiple)[0]
         source = truth = np.stack(to_u8(source))
-        if item["known"]:                                               # else all of the clip is outside the edit
+        if item["known"]:                                               # else all is outside the edit
             truth = world.quantise(world.EFFECTS[item["task"]](source / 255, np.arange(len(source)) / 10, 0))
         return {"source": source, "truth": truth, "mask": np.full(source.shape[:3], item["known"])}
-    done, notes = edit_and_score(items, read, known_edits(ed, size, rows), scorers, out, ".png")
-    report(table(items, done, out.name), [*notes, SUCCESS, *filtered_by(ed)], scorers, out)
+    made_by |= {"clips": fingerprint(*clips.values()), "frames": args.frames}
+    out = results("footage", ed.name, made_by, args.out)
+    done = edit_and_score(items, read, ed, rows, scorers, out)
+    report([*table(items, done, out.name), "", SUCCESS], ed, scorers, out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1505,35 +1449,24 @@ RATINGS = {"text": "How well does it follow the caption? (1 not at all, 5 fully)
 def find_clips(where):
     """{name: video file or folder of frames} of everything below a folder: edited/cat.mp4 -> "cat"."""
     found = {}
-    for path in sorted(where.rglob("*")):
+    for path in sorted(where.glob("**/[!.]*.*")):
         place = path.relative_to(where)
-        if place.parts[0][0] == "." or path.name[0] == ".":
-            continue
-        if path.suffix.lower() in VIDEOS or path.name in ("source.png", "target.png"):      # a data set of images
+        if path.suffix.lower() in VIDEOS or path.name in ("source.png", "target.png"):      # of a data set
             found[str(place.with_suffix(""))] = path
-        elif path.suffix.lower() in IMAGES and path.parent != where:
+        elif path.suffix.lower() in IMAGES and path.parent != where and ".part" not in path.parent.name:
             found.setdefault(str(place.parent), path.parent)
     return found
 
 
-def data_url(path, fps=8):
-    """A clip as a data: URL that browsers play; frames, other containers and other codecs are written as mp4."""
-    if path.suffix.lower() in (".mp4", ".webm") and plays_in_browsers(path):
-        blob, kind = path.read_bytes(), path.suffix[1:].lower()
-    else:
-        with tempfile.TemporaryDirectory() as place:
-            clip, film = probe(path, fps), Path(place) / "clip.mp4"
-            _, tick, lengths = plan(clip)
-            with video_writer(film, clip.width, clip.height, clip.rate, tick, clip.pixel) as write:
-                for (ticks, rgb), length in zip(read_frames(clip), lengths):
-                    write(rgb, ticks, length)
-            blob, kind = film.read_bytes(), "mp4"
-    return f"data:video/{kind};base64,{base64.b64encode(blob).decode()}"
-
-
-def plays_in_browsers(path):
-    with open_video(path) as (_, stream):
-        return stream.codec_context.name in ("h264", "vp8", "vp9", "av1", "libdav1d", "libvpx-vp9")
+def data_url(path, fps):
+    """A clip as a data: URL of a film that all browsers play, H.264 in mp4."""
+    with tempfile.TemporaryDirectory() as place:
+        clip, film = probe(path, fps), Path(place) / "clip.mp4"
+        _, tick, lengths = plan(clip)
+        with video_writer(film, clip.width, clip.height, clip.rate, tick, clip.pixel) as write:
+            for (ticks, rgb), length in zip(read_frames(clip), lengths):
+                write(rgb, ticks, length)
+        return f"data:video/mp4;base64,{base64.b64encode(film.read_bytes()).decode()}"
 
 
 def main_study(argv):
@@ -1547,33 +1480,35 @@ def main_study(argv):
     add("--out", type=Path, default=Path("study.html"), help="page to write")
     args = parser.parse_args(argv)
     keys = ["a", "source"] if args.rate else ["a", "b", "source"]
-    edits = args.dirs[:len(keys) - 1]
-    if not len(keys) - 1 <= len(args.dirs) <= len(keys):
-        raise UserError(f"study: {len(args.dirs)} folders; it takes {len(keys) - 1} of edits, then one of sources")
+    n = len(keys) - 1
+    if not n <= len(args.dirs) <= n + 1:
+        raise UserError(f"study: {len(args.dirs)} folders; it takes {n} of edits, then one of sources")
     clips, captions = [find_clips(where) for where in args.dirs], {}
-    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list) if row["kept"]]
+    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list)
+            if row["kept"]]
     if args.rate and rows:                                              # a data set of curate.py
         captions = {f"{row['id']}/target": row["instruction"] for row in rows}
-        clips = [{name: clips[0][name.replace("target", key)] for name in captions} for key in ("target", "source")]
-    file = args.captions or edits[0] / "captions.json"
+        clips = [{name: clips[0][name.replace("target", key)] for name in captions}
+                 for key in ("target", "source")]
+    file = args.captions or args.dirs[0] / "captions.json"
     if args.captions or file.is_file():
         captions = read_json(file)
-    names = set.intersection(*map(set, clips[:len(edits)]))
-    alone = set.union(*map(set, clips[:len(edits)])) - names
+    names, alone = set(clips[0]) & set(clips[n - 1]), set(clips[0]) ^ set(clips[n - 1])
     if alone:
         print(f"left out, in one folder only: {', '.join(sorted(alone))}")
     if not names:
-        raise UserError(f"study: no clips of the same name in {' and '.join(map(str, edits))}")
+        raise UserError(f"study: no clips of the same name in {args.dirs[0]} and {args.dirs[n - 1]}")
     items = []
     for name in sorted(names):                                          # one source may serve several tasks
         paths = {key: found.get(name, found.get(str(Path(name).parent))) for key, found in zip(keys, clips)}
         paths = {key: path for key, path in paths.items() if path}
-        rate = next((float(probe(path).rate) for path in paths.values() if not path.is_dir()), 8)
+        rate = next((probe(path).rate for path in paths.values() if path.is_file()), 8)     # of frames, too
         films = {key: data_url(path, rate) for key, path in paths.items()}
         items.append({"name": name, "caption": str(captions.get(name, ""))} | films)
     digest = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
-    data = {"id": "-".join([*(where.resolve().name for where in edits), digest]), "rating": args.rate,
-            "names": list(map(str, edits)), "questions": RATINGS if args.rate else QUESTIONS, "items": items}
+    data = {"id": "-".join([*(where.resolve().name for where in args.dirs[:n]), digest]), "rating": args.rate,
+            "names": list(map(str, args.dirs[:n])), "questions": RATINGS if args.rate else QUESTIONS,
+            "items": items}
     text = json.dumps(data).replace("<", "\\u003c")                    # no name or caption can end the script
     page = (ROOT / "assets/study.html").read_text(encoding="utf-8")
     write_text(args.out, page.replace("@DATA@", text))
@@ -1581,7 +1516,7 @@ def main_study(argv):
 
 
 def main_votes(argv):
-    parser = Parser(prog="metrics.py votes", description="Win rates from the JSON files that the study's page saves.")
+    parser = Parser(prog="metrics.py votes", description="Win rates from the files of the study's page.")
     parser.add_argument("files", nargs="+", type=Path)
     people, studies = {}, set()
     for path in parser.parse_args(argv).files:

@@ -51,8 +51,7 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call a script's `main()`; what a user, a file, the memory or the disk gets wrong is one line, exit
-    status 2."""
+    """Call a script's `main()`; what a user, a file, memory or disk gets wrong is one line, exit status 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")          # a console that lacks a letter gets its number
     try:
@@ -94,8 +93,7 @@ def disk_full(error):
 
 @contextmanager
 def reading(path, hint=""):
-    """What goes wrong while a user's file is read becomes one line that names it; a missing key reads "lacks
-    'key'"."""
+    """What goes wrong while a user's file is read becomes one line naming it: lacks 'key', for example."""
     try:
         yield
     except UserError:
@@ -121,8 +119,7 @@ def need(ok, message):
 
 @contextmanager
 def aside(path):
-    """A file that is there whole or not at all: yields a hidden path beside it, which takes its place if all
-    goes well."""
+    """A file that is there whole or not at all: yields a hidden path, which takes its place at the end."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")      # two processes may write the same
     try:
@@ -153,8 +150,7 @@ def save_tensors(path, tensors, dtype=None):
 
 
 def begin(folder, settings, force=False):
-    """settings.json says what made a folder. Other settings than its own are refused, by name, unless
-    `force`."""
+    """settings.json says what made a folder; others are refused, by name, unless `force`."""
     path = Path(folder) / "settings.json"
     new = json.loads(json.dumps(settings, default=str))
     old = read_json(path) if path.is_file() else new
@@ -166,8 +162,7 @@ def begin(folder, settings, force=False):
 
 
 def fingerprint(*paths):
-    """Eight digits that tell files, or all files in folders, from others: their names, first and last
-    megabytes."""
+    """Eight digits that tell files, or all files in folders, from others: names, first and last megabytes."""
     crc = 0
     for path in map(Path, paths):
         for file in [path, *sorted(path.rglob("*"))]:
@@ -180,8 +175,7 @@ def fingerprint(*paths):
 
 
 def placement(device=None, dtype=None):
-    """Where and in what a network runs, as torch's own: the best device there is; bfloat16 on CUDA, else
-    float32."""
+    """Where and in what a network runs: the best device there is; bfloat16 on CUDA, else float32."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(device or best)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -189,8 +183,7 @@ def placement(device=None, dtype=None):
 
 
 def hub_dir(source, patterns=None):
-    """Local directory of `source`: a directory as it is, or a hub id, fetched on first use (files in
-    `patterns`)."""
+    """Local directory of `source`: a directory, or a hub id, fetched on first use (files in `patterns`)."""
     source = str(source)
     if Path(source).is_dir():
         return Path(source)
@@ -211,7 +204,8 @@ def repository(source, patterns=None):
 
     source: what VideoEditor.from_pretrained takes. A trained run holds what was trained; its model_index.json
     names the base that gives the rest: {"instructvedit": {"base": ...}}, a path from ROOT or a hub id.
-    patterns: the hub's files, by default those of an editor. """
+    patterns: the hub's files, by default those of an editor.
+    """
     folders = []
     while source:
         source = {"tiny": ROOT / "assets/tiny", "sd15": SD15}.get(str(source), source)
@@ -226,8 +220,7 @@ def repository(source, patterns=None):
 
 
 def read_index(folder):
-    """What model_index.json says to this project: a run's base, an editor's numbers. Published ones say
-    nothing."""
+    """What model_index.json says to this project: a run's base, an editor's numbers, or nothing."""
     path = Path(folder) / "model_index.json"
     with reading(path):
         about = read_json(path).get("instructvedit", {}) if path.is_file() else {}
@@ -236,8 +229,7 @@ def read_index(folder):
 
 
 def portable(source):
-    """How a run names its base: a directory inside ROOT by the path from there, others whole; hub ids as they
-    are."""
+    """How a run names its base: folders inside ROOT by their path from there, others whole; hub ids."""
     path = Path(source).resolve()
     if not path.is_dir():
         return str(source)
@@ -259,8 +251,7 @@ def finished(run):
 
 
 def read_json(path, kind=dict):
-    """A JSON file that holds a `kind`, dict or list; UserError where it is missing, or holds something
-    else."""
+    """A JSON file that holds a `kind`, dict or list; UserError where it is missing or holds another."""
     with reading(path):
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         need(isinstance(data, kind), f"holds a {type(data).__name__}, where a {kind.__name__} is needed")
@@ -276,8 +267,7 @@ PLAIN_SETTINGS = dict(
 
 
 def build(network, path, cfg=None):
-    """network(cfg), by default of the config at `path`; UserError where that lacks something, or is not known
-    here."""
+    """network(cfg), else of the config at `path`; UserError where that lacks something or is unknown."""
     with reading(path):
         cfg = cfg or read_json(path)
         for key, known in PLAIN_SETTINGS.items():
@@ -286,8 +276,7 @@ def build(network, path, cfg=None):
 
 
 def read_tensors(path):
-    """All tensors of a .safetensors file (memory-mapped, so nothing is copied yet) or of a weights-only
-    pickle."""
+    """All tensors of a .safetensors file (memory-mapped, nothing is copied) or of a weights-only pickle."""
     path = Path(path)
     with reading(path, "a weight file is needed, safetensors or a pickle of plain tensors"):
         if path.suffix == ".safetensors":
@@ -318,13 +307,13 @@ def find_tensors(folder):
 
 
 def load_weights(module, tensors, what, rename=(), drop=(), absent=(), only="", device=None, dtype=None):
-    """Put `tensors` into `module` (usually built on the meta device) by assignment: nothing is allocated
-    twice.
+    """Put `tensors` into `module` (usually on the meta device) by assignment: nothing is allocated twice.
 
     rename: (old, new) substring pairs applied to the file's keys. drop: substrings of keys the file may hold
     and we do not use. absent: substrings of our keys that the file need not hold. Anything else missing,
     unexpected or of another shape is a UserError naming the keys. Floating tensors go to `device` and
-    `dtype`. """
+    `dtype`.
+    """
     ours = {k: v for k, v in module.state_dict().items() if only in k}
     theirs = {}
     for k, v in tensors.items():
@@ -352,8 +341,7 @@ def load_weights(module, tensors, what, rename=(), drop=(), absent=(), only="", 
 
 
 def open_network(network, folder, device, dtype, cfg=None, rename=(), drop=()):
-    """network(cfg), by default of the folder's config.json, with the weights beside it, ready for
-    inference."""
+    """network(cfg), else of the folder's config.json, with the weights beside it, ready for inference."""
     with torch.device("meta"):
         net = build(network, folder / "config.json", cfg)
     tensors, file = find_tensors(folder)
@@ -374,8 +362,7 @@ ACTIVATIONS = {
 
 
 def attention(q, k, v, heads, mask=None, causal=False, scale=None):
-    """softmax(q k^T * scale) v per head. q (N, Lq, C), k and v (N, Lk, C) -> (N, Lq, C); scale
-    1/sqrt(C/heads)."""
+    """softmax(q k^T * scale) v per head. q (N, Lq, C), k and v (N, Lk, C) -> (N, Lq, C); scale 1/sqrt(d)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))       # (N, heads, L, C/heads)
     x = fused_attention(q, k, v, mask, causal, scale)
     return x.transpose(1, 2).flatten(2)
@@ -405,8 +392,7 @@ def timestep_embedding(t, dim):
 
 
 def frame_positions(n_frames, dim, device, dtype):
-    """AnimateDiff's sinusoidal frame positions (1, F, dim): sine on even channels, cosine on odd, base
-    10000."""
+    """AnimateDiff's frame positions (1, F, dim): sine on even channels, cosine on odd, base 10000."""
     cos, sin = timestep_embedding(torch.arange(n_frames, device=device), dim).chunk(2, dim=-1)
     return torch.stack([sin, cos], dim=-1).flatten(1)[None].to(dtype)
 
@@ -454,12 +440,12 @@ def to_video(frames):
 # ------------------------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """CLIP's byte-pair tokenizer from vocab.json + merges.txt. tokenizer(texts, length=77) -> ids (N, length)
-    int64.
+    """CLIP's byte-pair tokenizer from vocab.json + merges.txt. tokenizer(texts, length=77) -> ids.
 
     `pad`, an id or a token, fills up after the end token; by default the end token itself, as in Stable
     Diffusion 1. A text is read as transformers reads it: small letters, accents composed, one blank for all
-    white space. """
+    white space.
+    """
     SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     MARKS = "<|startoftext|>", "<|endoftext|>"
 
@@ -484,8 +470,7 @@ class Tokenizer:
 
     @classmethod
     def from_bpe_gz(cls, path, pad=0):
-        """From OpenAI's own bpe_simple_vocab_16e6.txt.gz, whose vocabulary is implied by the order of its
-        merges."""
+        """From OpenAI's bpe_simple_vocab_16e6.txt.gz, whose merges in order imply the vocabulary."""
         with reading(path):
             lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")[1:49152 - 256 - 2 + 1]
             merges = [tuple(line.split()) for line in lines if line]
@@ -546,8 +531,7 @@ class CLIPEncoder(nn.Module):
 
 
 class TextModel(nn.Module):
-    """CLIP's text tower. ids (N, L) int64 -> states (N, L, D) after the final norm. cfg: transformers' config
-    keys."""
+    """CLIP's text tower. ids (N, L) int64 -> states (N, L, D) after the last norm. cfg: transformers'."""
     def __init__(self, cfg):
         super().__init__()
         d, eps = cfg["hidden_size"], float(cfg.get("layer_norm_eps", 1e-5))
@@ -565,8 +549,7 @@ class TextModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The editor's text encoder: all 77 states of CLIP's text tower, padding included, as in Stable
-    Diffusion."""
+    """The editor's text encoder: all 77 states of CLIP's text tower, padding included, as in SD."""
     def __init__(self, cfg):
         super().__init__()
         self.text_model = TextModel(cfg)
@@ -599,8 +582,7 @@ class ResnetBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """One 3x3 conv after (up) or while (down) the size changes by two; `uneven` pads right and bottom
-    only."""
+    """One 3x3 conv after (up) or while (down) the size changes by 2; `uneven` pads right and bottom."""
     def __init__(self, channels, up, uneven=False):
         super().__init__()
         self.up, self.uneven = up, uneven
@@ -615,8 +597,7 @@ class Resample(nn.Module):
 
 
 class VAEAttention(nn.Module):
-    """Single-head self-attention over all positions, in the middle of the encoder and decoder. x (N, C, h,
-    w)."""
+    """Single-head self-attention over all positions, in the middle of both halves. x (N, C, h, w)."""
     def __init__(self, channels, groups):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
@@ -630,8 +611,7 @@ class VAEAttention(nn.Module):
 
 
 class VAEHalf(nn.Module):
-    """Encoder (way "down") or decoder ("up"): conv, levels of n resnets, conv; an attention at the smallest
-    size."""
+    """Encoder (way "down") or decoder ("up"): levels of n resnets, an attention at the smallest size."""
     def __init__(self, way, c_in, widths, c_out, n, groups):
         super().__init__()
         self.way, up = way, way == "up"
@@ -668,8 +648,7 @@ class VAEHalf(nn.Module):
 
 
 class VAE(nn.Module):
-    """AutoencoderKL: x (N, 3, H, W) in [-1, 1] <-> latents (N, c, H/f, W/f), f = 2^(levels-1), c =
-    latent_channels."""
+    """AutoencoderKL: x (N, 3, H, W) in [-1, 1] <-> latents (N, c, H/f, W/f), f = 2^(levels - 1)."""
     LEGACY = (                                                     # keys of older files
         (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
 
@@ -703,8 +682,8 @@ class EPM(nn.Module):
     x (N, C, h, w) -> bias (B, F, F) for attention from frame i (row) to frame j (column): two 3x3 convs,
     global average pool to c channels a frame, frames joined, two-layer MLP. Starts at 0 on the diagonal and
     `start` elsewhere, last weight 0, so that each frame at first attends to itself. Fixed to `frames` frames:
-    shorter clips are padded by repeating the last frame's features and read the top left corner of the
-    matrix. """
+    shorter clips are padded by repeating the last frame's features and read the matrix' top left corner.
+    """
     def __init__(self, channels, frames=N_FRAMES, c=32, hidden=128, start=-10.0):
         super().__init__()
         self.frames = frames
@@ -724,13 +703,12 @@ class EPM(nn.Module):
 
 
 def epm_attention(q, k, v, heads, bias):
-    """Joint attention over all frames with a bias per frame pair, exactly, without ever building tokens x
-    tokens.
+    """Joint attention over all frames with a bias per frame pair, exactly, without building tokens x tokens.
 
     q, k, v (B, F*L, C), bias (B, F, F) -> (B, F*L, C). Each query gets the one-hot of its frame appended,
     each key its frame's column of the bias times sqrt(d): their product is the bias, and any fused attention
-    computes it, gradients included. Padding to a multiple of 8 keeps the fused kernels available. (Paper eq.
-    7-8.) """
+    computes it, gradients included. Padding to a multiple of 8 keeps the fused kernels available. (Eq. 7-8.)
+    """
     b, n_frames, d = q.shape[0], bias.shape[1], q.shape[-1] // heads
     length = q.shape[1] // n_frames
     if q.device.type == "cpu" and not bias.requires_grad:
@@ -769,7 +747,8 @@ class Attention(nn.Module):
 
         video: with EPM all frames' tokens attend to each other under its bias; without, each frame to itself.
         ffg: the first of the F rows is the anchor (FFG-V2V's first-frame trajectory, paper eq. 2-3); every
-        frame takes keys and values from it, beside its own. """
+        frame takes keys and values from it, beside its own.
+        """
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         if mode == "video" and hasattr(self, "epm"):
             bias = self.epm(x.transpose(1, 2).unflatten(2, size), n_frames)
@@ -793,8 +772,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention (across frames, see Attention), cross-attention to the text, feed-forward; each
-    residual."""
+    """Self-attention (across frames, see Attention), cross-attention to the text, feed-forward; residual."""
     def __init__(self, width, heads, ctx_width=None):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
@@ -837,8 +815,8 @@ class MotionModule(nn.Module):
     """AnimateDiff's temporal layers under SMA (paper eq. 4-5): x + gamma * (motion(x) - x). x (N, C, h, w).
 
     gamma: one scalar a module. 0 at the start of training (the video model then is the image editor,
-    exactly); 1 where published motion weights are used as they are (FFG-V2V). Knows at most `max_frames`
-    frames. """
+    exactly); 1 where published motion weights are used as they are (FFG-V2V). Knows `max_frames` at most.
+    """
     over_frames = False                     # GroupNorm's statistics: a frame's own, as AnimateDiff trained it
 
     def __init__(self, channels, heads, groups, max_frames):
@@ -865,8 +843,7 @@ class MotionModule(nn.Module):
 
 
 class Block(nn.Module):
-    """A level of the U-Net. resnets and attentions alternate, a motion module after each pair, then the
-    resampler."""
+    """A level of the U-Net: resnets and attentions in turn, a motion module after each pair, a resampler."""
     def __init__(self, c_ins, width, attend, resample, groups, eps, temb):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c, width, groups, eps, temb) for c in c_ins)
@@ -902,14 +879,14 @@ class MidBlock(Block):
 
 
 class UNet(nn.Module):
-    """The video U-Net. unet(z, t, ctx) -> prediction (B, F, c, h, w), epsilon or v as the scheduler config
-    says.
+    """The video U-Net. unet(z, t, ctx) -> prediction (B, F, c, h, w), epsilon or v as the scheduler says.
 
     z (B, F, 2c, h, w) = [noisy latent, source latent]; t (B,) int64; ctx (B, 77, D) one text per clip. mode:
     "video" (motion modules and EPM where present), "ffg" (the first of the F rows is the anchor, see
     Attention), "image" (every frame by itself, no motion: the image editor). cfg: diffusers'
     UNet2DConditionModel keys, and of a video editor "motion" and "epm"; `attention_head_dim` there means the
-    number of heads in SD 1.5. """
+    number of heads in SD 1.5.
+    """
     def __init__(self, cfg):
         super().__init__()
         self.config, widths, n = cfg, cfg["block_out_channels"], cfg["layers_per_block"]
@@ -945,8 +922,7 @@ class UNet(nn.Module):
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
     def add_motion(self, cfg=None, gamma=0.0):
-        """Insert motion modules (AnimateDiff's placement; cfg: MotionAdapter's keys), fresh unless loaded
-        after."""
+        """Insert fresh motion modules, placed as in AnimateDiff; cfg: MotionAdapter's keys."""
         self.motion_config = cfg = cfg or {}
         how = dict(heads=cfg.get("motion_num_attention_heads", 8),
                    groups=cfg.get("motion_norm_num_groups", 32),
@@ -1013,7 +989,8 @@ class DDIM:
 
     steps: 1 to T. spacing "leading" (DDIM's default), "trailing" (starts at the last time step) or "linspace"
     (both ends). timesteps: int64, from noise to image. set_alpha_to_one: abar after the last step is 1
-    instead of abar[0]. cfg: scheduler_config.json. """
+    instead of abar[0]. cfg: scheduler_config.json.
+    """
     def __init__(self, steps, spacing="leading", steps_offset=1, set_alpha_to_one=False, cfg=None):
         cfg = cfg or {}
         self.T, self.prediction = cfg.get("num_train_timesteps", 1000), cfg.get("prediction_type", "epsilon")
@@ -1038,11 +1015,11 @@ class DDIM:
         return out if self.prediction == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * z
 
     def step(self, eps, i, z, eta=0.0, noise=None):
-        """From step i's latents z to the next, given the predicted noise; eta 1 is DDPM's variance, with
-        `noise`.
+        """From step i's latents z to the next, given the predicted noise; eta 1 adds DDPM's `noise`.
 
         The next step is the schedule's own. diffusers goes T // steps down from any time step: the same, but
-        where steps are not that far apart ("linspace"). """
+        where steps are not that far apart ("linspace").
+        """
         a, prev = self.levels[i], self.levels[i + 1]
         z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()                         # predicted clean latent
         std = eta * ((1 - prev) / (1 - a) * (1 - a / prev)).sqrt()
@@ -1096,7 +1073,8 @@ class VideoEditor:
         for it; epm: add untrained EPM. A video editor brings its own motion, gamma and EPM; with a motion, or
         with False for none, it gives the image editor in it instead. norm_over_frames: diffusers' GroupNorm
         in motion modules instead of AnimateDiff's. device, dtype: default CUDA (bf16), MPS or CPU (fp32).
-        Raises UserError for missing, partial or foreign weights. """
+        Raises UserError for missing, partial or foreign weights.
+        """
         self = cls()
         self.name, self.folders = str(source), repository(source)
         self.device, self.dtype = placement(device, dtype)
@@ -1139,8 +1117,7 @@ class VideoEditor:
         return self
 
     def read_numbers(self):
-        """What a checkpoint says about itself, a run's own words before its base's; else SD's usual
-        values."""
+        """What a checkpoint says of itself, a run's own words before its base's; else SD's usual values."""
         about = {}
         for folder in reversed(self.folders):
             about |= read_index(folder)
@@ -1175,8 +1152,7 @@ class VideoEditor:
 
     @torch.no_grad()
     def encode(self, video):
-        """video (1, F, 3, H, W) in [-1, 1] -> source latents (1, F, c, h, w): the posterior's mode,
-        unscaled."""
+        """video (1, F, 3, H, W) in [-1, 1] -> latents (1, F, c, h, w), unscaled: the posterior's mode."""
         height, width = video.shape[-2:]
         assert height % self.multiple == width % self.multiple == 0, (
             f"frames of {width}x{height}: width and height must be multiples of {self.multiple}")
@@ -1192,8 +1168,7 @@ class VideoEditor:
         return torch.cat(x)[None].clamp(-1, 1)
 
     def noise(self, n_frames, h, w, seed, first=0, mode="ffg"):
-        """Starting noise (1, F, c, h, w) of frames first, first+1, ...: the same for a frame whatever its
-        window.
+        """Starting noise (1, F, c, h, w) of frames first, first+1, ...: a frame's own, whatever its window.
 
         Frame-by-frame modes give every frame the same noise: without temporal layers nothing else ties frames
         together. A video editor gets what it was trained on.
@@ -1218,7 +1193,8 @@ class VideoEditor:
         z (K, F, c, h, w); z_src (1 or K, F, c, h, w); ctx (2, 77, D) = [instruction, empty]; s_txt, s_src: a
         number, or one for each of the K clips. A branch whose weight is 0 is not run: with s_src = 1 two
         remain, with s_txt = 1 besides just one. PAPER: "text 1.2-2.0, image 5.0-12.5" is printed with the
-        names exchanged; we use text 5-12.5, source 1.2-2. """
+        names exchanged; we use text 5-12.5, source 1.2-2.
+        """
         s_txt, s_src = (torch.as_tensor(s, dtype=torch.float32, device=z.device).reshape(-1, 1, 1, 1, 1)
                         for s in (s_txt, s_src))
         source, instruction, empty = z_src.expand_as(z), ctx[:1], ctx[1:]
@@ -1232,12 +1208,12 @@ class VideoEditor:
         return sum(weight * e for weight, e in zip(weights, eps.split(len(z))))
 
     def settle(self, z0, z_src):
-        """Cells that an edit hardly changed become the source's again. z0, scaled, z_src (..., c, h, w) ->
-        like z0.
+        """Cells that an edit hardly changed become the source's again. z0, scaled, and z_src (..., c, h, w).
 
         A cell's change is the mean |z0 - source| of its channels, in scaled latents. Up to `deadband` it is
         dropped, from twice that on it stays, between them smoothly. Ours: sampling leaves some drift
-        everywhere, also where nothing was to be edited. 0, as for published weights, changes nothing. """
+        everywhere, also where nothing was to be edited. 0, as for published weights, changes nothing.
+        """
         if not self.deadband:
             return z0
         source = z_src * self.vae.scaling_factor
@@ -1256,7 +1232,8 @@ class VideoEditor:
         `anchor` makes them of the first frame where not given. z0_ref (1, R, c, h, w): final latents of the
         first R frames, known from the previous window; they steer the others by InsV2V's noise correction
         over the first half of the steps. on_step(i) is called after each step; keep (a list) receives the
-        latents of every step and the end. """
+        latents of every step and the end.
+        """
         mode = self.default_mode if mode == "auto" else mode
         own = self.steps, *self.guidance
         steps, s_txt, s_src = (b if a is None else a for a, b in zip((steps, s_txt, s_src), own))
@@ -1299,14 +1276,14 @@ class VideoEditor:
         return z_src, trajectory
 
     def edit(self, video, instruction, steps=None, s_txt=None, s_src=None, seed=0, z_T=None, mode="auto"):
-        """Edit a clip in one pass. video (1, F, 3, H, W) in [-1, 1] -> the same shape; H, W multiples of
-        `multiple`.
+        """Edit a clip in one pass. video (1, F, 3, H, W) in [-1, 1], H and W multiples of `multiple`.
 
         s_txt, s_src: guidance on the instruction and on the source; None takes the checkpoint's own (7.5 and
         1.5 for published ones), and so for steps (20). z_T (1, F, c, h, w): the starting noise, else drawn
         from `seed`. mode: "image" (frame by frame), "ffg" (training-free, guided by the first frame), "video"
         (trained SMA + EPM), "auto". Clips longer than 16 frames belong into `sample.edit_stream`, which edits
-        in windows. """
+        in windows.
+        """
         assert mode in ("auto", "image", "ffg", "video"), f"mode {mode}: needs auto, image, ffg or video"
         assert video.ndim == 5 and video.shape[0] == 1 and video.shape[2] == 3, (
             f"video {tuple(video.shape)}: needs (1, F, 3, H, W), one clip at a time")

@@ -74,28 +74,20 @@ class Clip:
 @contextmanager
 def open_video(path):
     """(PyAV container, its video stream). Raises UserError for what cannot be opened or shows nothing."""
-    try:
+    with reading(path, "is it a whole video? pass an mp4, mov, webm, mkv or gif file, or a folder of frames"):
         container = av.open(f"file:{path}", metadata_errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except av.FFmpegError as error:
-        raise UserError(f"{path}: not a video, or cut off before its index ({error.strerror}); "
-                        "pass an mp4, mov, webm, mkv or gif file, or a folder of numbered frames") from None
-    with container:
         cover = av.stream.Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & cover]
-        if not streams or container.format.name == "tty":           # FFmpeg would draw a text file as video
-            kinds = ", ".join(sorted({s.type for s in container.streams} - {"video"})) or "nothing to show"
-            raise UserError(f"{path}: no video in it, only {kinds}")
-        if streams[0].codec_context is None:
-            raise UserError(f"{path}: its video codec is not known to this FFmpeg; convert it to H.264 first")
+        kinds = ", ".join(sorted({s.type for s in container.streams} - {"video"})) or "nothing to show"
+        need(streams and container.format.name != "tty", f"no video in it, only {kinds}")  # FFmpeg draws text
+        need(streams[0].codec_context, "its video codec is not known to this FFmpeg")
+    with container:
         streams[0].thread_type = "AUTO"
         yield container, streams[0]
 
 
 def orientation(frame):
-    """(quarter turns counterclockwise, mirrored) that make a decoded frame of a video upright; see
-    `upright`."""
+    """(quarter turns counterclockwise, mirrored) that make a decoded frame upright; see `upright`."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:                                           # side data of a kind that PyAV does not know
@@ -110,8 +102,7 @@ def upright(rgb, turns, mirrored):
 
 
 def read_image(file, name=None):
-    """rgb of a path or file object, upright as its EXIF says; UserError naming it where it is missing or
-    broken."""
+    """rgb of a path or file object, upright as its EXIF says; UserError where it is missing or broken."""
     with reading(name or file), Image.open(file) as picture:
         picture = ImageOps.exif_transpose(picture)
         need(picture.mode != "F", "holds floating point, of any range; save it with 8 or 16 bits")
@@ -130,7 +121,8 @@ def probe(path, rate=24):
     """Clip of a video, of a folder of frames, which play at `rate` per second, or of one picture.
 
     Raises UserError for a path that is missing, empty, no video, without frames, or with times that start
-    anew. """
+    anew.
+    """
     path = Path(path)
     with reading(path):
         files = frame_files(path) if path.is_dir() else [path]
@@ -152,8 +144,7 @@ class Packet(NamedTuple):
 
 
 def read_packets(container, stream):
-    """(the stream's first frame, its packets, seconds until the last stream ends, whether reading broke
-    off)."""
+    """(the stream's first frame, its packets, seconds until the last stream ends, whether it broke off)."""
     frame, packets, end = None, [], 0.0
     try:
         for packet in container.demux():
@@ -182,12 +173,12 @@ def probe_file(path):
         cut = cut or any(entry.pos + entry.size > path.stat().st_size for entry in stream.index_entries)
         if kind.startswith("matroska"):                         # has no table of frames, but tells its length
             cut = cut or length - end > max(0.25, 1.5 / rate)
-    if frame is None:
-        raise UserError(f"{path}: holds no frames that can be decoded")
-    for before, packet in pairwise(packets):
-        if None not in (before.decoded, packet.decoded) and (before.decoded - packet.decoded) * tick > 1:
-            raise UserError(f"{path}: its time stamps start anew after {float(before.decoded * tick):.1f} s, "
-                            "like those of joined files; write it anew (ffmpeg -i IN -c copy OUT.mp4)")
+    with reading(path):
+        need(frame, "holds no frames that can be decoded")
+        decoded = [packet.decoded for packet in packets if packet.decoded is not None]
+        restart = next((a for a, b in pairwise(decoded) if (a - b) * tick > 1), None)
+        need(restart is None, f"its time stamps start anew after {float((restart or 0) * tick):.1f} s, like "
+             "those of joined files; write it anew first (ffmpeg -i IN -c copy OUT.mp4)")
     one, shown = max(1, round(1 / rate / tick)), [packet for packet in packets if packet.shown]
     timed = sorted((packet.stamp, packet.duration) for packet in shown if packet.stamp is not None)
     timed = timed or [(k * one, one) for k in range(len(shown))]    # a bare stream has no times
@@ -202,8 +193,7 @@ def probe_file(path):
 
 
 def decode(clip, since=0):
-    """Yields (ticks, av.VideoFrame) of a video in display order, from the key frame before `since` seconds if
-    it can."""
+    """Yields (ticks, av.VideoFrame) of a video in order, if it can from the key frame before `since` s."""
     before = -1
     with open_video(clip.path) as (container, stream):
         sought = since > 1 and container.format.name.startswith(("mov", "matroska"))
@@ -230,7 +220,8 @@ def select(frames, clip, start=0, end=None, fps=None, count=-1):
     """The frames asked for, `count` at most. frames: iterable of (ticks, x) in order; start, end in seconds.
 
     Yields (ticks, x) with start <= time < end as they are; with fps, (k, x) where x is shown at start + k /
-    fps. """
+    fps.
+    """
     end = min(end or clip.seconds, clip.seconds)
     if fps:
         chosen = resample(frames, clip.tick, start, end, fps)
@@ -257,8 +248,7 @@ def resample(frames, tick, start, end, fps):
 
 
 def plan(clip, start=0, end=None, fps=None, count=-1):
-    """(times, tick, lengths) of all frames that `select` will give: ticks, seconds per tick, ticks each is
-    shown.
+    """(times, tick, lengths) of all frames that `select` will give: ticks, seconds per tick, ticks each.
 
     Raises UserError for a range without frames, or one that reaches into the missing end of a file cut short.
     """
@@ -289,9 +279,9 @@ def read_frames(clip, start=0, end=None, fps=None, count=-1):
 def folder_frame(clip, file):
     rgb = read_image(file)
     height, width, _ = rgb.shape
-    if (height, width) != (clip.height, clip.width):
-        raise UserError(f"{file}: {width}x{height}, where {clip.pictures[0].name} is "
-                        f"{clip.width}x{clip.height}; frames of one clip need one size")
+    with reading(file, "frames of one clip need one size"):
+        need((height, width) == (clip.height, clip.width),
+             f"{width}x{height}, where {clip.pictures[0].name} is {clip.width}x{clip.height}")
     return rgb
 
 
@@ -308,7 +298,8 @@ def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple
 
     size: short side in pixels to resize to, both sides multiples of `multiple`; None keeps the file's own.
     start, end in seconds; fps resamples; frames limits their number (-1: all). Raises UserError for what
-    cannot be read. """
+    cannot be read.
+    """
     # 0.2 is not quite 1/5
     start, end, fps = (Fraction(x).limit_denominator(10 ** 6) if x else x for x in (start, end, fps))
     clip, span = probe(path, fps or 24), (start, end, fps, frames)
@@ -334,8 +325,7 @@ def model_size(height, width, size, multiple):
 # ---- writing -----------------------------------------------------------------------------------------------
 
 def add_sound(out, source):
-    """(track of `out` for the stream `source`, whether its packets go there as they are, else encoded to
-    AAC)."""
+    """(track of `out` for the stream `source`, whether its packets are copied, else encoded to AAC)."""
     name, rate, layout = source.codec_context.name, source.rate, source.layout.name
     if name in MP4_AUDIO and (rate >= 16000 or not name.startswith("mp3")):        # slower mp3 is not for mp4
         return out.add_stream_from_template(source), True
@@ -354,7 +344,8 @@ def audio_packets(clip, out, begin=0, end=None):
     Generator of (seconds, packet); its first item is (None, None), after the track has been added to `out`.
     Packets that mp4 can hold are copied bit for bit, others encoded to AAC. A cut falls on the nearest packet
     (about 20 ms). What cannot be decoded, or comes with a time that has passed, is left out and said: a
-    picture is not lost for its sound. """
+    picture is not lost for its sound.
+    """
     with av.open(f"file:{clip.path}", metadata_errors="replace") as container:
         source = next(s for s in container.streams.audio if s.codec_context is not None)
         track, copied = add_sound(out, source)
@@ -389,12 +380,12 @@ def audio_packets(clip, out, begin=0, end=None):
 
 @contextmanager
 def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
-    """H.264 in mp4: yields write(rgb, ticks, length in ticks). The file appears when all is written, never in
-    part.
+    """H.264 in mp4: yields write(rgb, ticks, length in ticks). The file appears when all is written.
 
     rate: average frames per second; tick: seconds per tick; audio: (clip, begin, end) whose sound is added.
     4:2:0 needs even sizes, so an odd last row or column is shown twice. Raises UserError where nothing can be
-    written. """
+    written.
+    """
     lengths, fast = {}, {"movflags": "+faststart"}
     try:
         with aside(path) as part, av.open(f"file:{part}", "w", format="mp4", options=fast) as out:
@@ -437,8 +428,7 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
 
 
 def write_video(path, video, fps, audio=None):
-    """Write video (1, F, 3, H, W) in [-1, 1] as H.264 mp4; audio: a Clip from `probe` whose sound is
-    copied."""
+    """Write video (1, F, 3, H, W) in [-1, 1] as H.264 mp4, with the sound of the Clip `audio`."""
     fps, (height, width) = Fraction(fps).limit_denominator(1001), video.shape[-2:]
     sound = (audio,) if audio and audio.audio else None
     with video_writer(path, width, height, fps, 1 / fps, audio=sound) as write:
@@ -458,7 +448,8 @@ def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_s
     `carry_detail`. Source: InsV2V (Cheng et al. 2023), long video sampling correction; only for mode "video"
     with noise of each frame's own. With "ffg" the first frame already ties windows together, or else the one
     noise does, and the correction, which copies mean errors in place, made joins visible and clips worse from
-    window to window. """
+    window to window.
+    """
     mode, together = ed.default_mode if mode == "auto" else mode, frames_interact(ed, mode)
     frames, done, anchor = iter(frames), 0, None
     known = deque(maxlen=WINDOW)                                    # (z_src, z0) of the last frames
@@ -485,23 +476,22 @@ def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_s
 
 
 def frames_interact(ed, mode):
-    """Does a frame's edit depend on the others in its window? Not in "image", nor in "ffg" without motion
-    modules."""
+    """Does a frame's edit depend on its window's others? Not in "image", nor in "ffg" without motion."""
     mode = ed.default_mode if mode == "auto" else mode
     return mode == "video" or (mode == "ffg" and hasattr(ed.unet, "motion_config"))
 
 # ---- detail ------------------------------------------------------------------------------------------------
 
 def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.005, tau=0.08):
-    """Carry an edit up to the source's resolution: fit colours in small windows, apply the fit to the large
-    source.
+    """Carry an edit up to the source's resolution: fit colours in small windows, apply that to the source.
 
     source_low, edit_low (N, 3, h, w) and source_full (N, 3, H, W), all in [-1, 1] -> (N, 3, H, W). In each
     window of 2 radius + 1 pixels edit = A source + b by least squares, A 3x3, pulled by `ridge` towards the
     whole frame's fit where the place follows it. Where the fit leaves much unexplained, against `tau` or
     against what it does explain, the plainly resized edit shows. source_low is best taken through the
     autoencoder, whose errors then cancel. Source: guided upsampling, after He et al. 2010 (Guided Image
-    Filtering), eq. 14-16. """
+    Filtering), eq. 14-16.
+    """
     s, e = source_low, edit_low
     eye = ridge * torch.eye(3, device=s.device)[..., None, None]
 
@@ -529,8 +519,7 @@ def carry_detail(source_low, edit_low, source_full, radius=2, ridge=0.005, tau=0
 
 
 def fit_colours(s, e, mean, ridge, pull):
-    """Least squares e = A s + b under a mean over pixels. s, e (N, 3, h, w) -> A (N, 3, 3, ...), b (N, 3,
-    ...)."""
+    """Least squares e = A s + b under a mean over pixels. s, e (N, 3, h, w) -> A (N, 3, 3, ..), b."""
     ms, me = mean(s), mean(e)
     css = mean(s[:, :, None] * s[:, None]) - ms[:, :, None] * ms[:, None] + ridge
     ces = mean(e[:, :, None] * s[:, None]) - me[:, :, None] * ms[:, None] + pull
@@ -556,7 +545,8 @@ def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
     """Edit rgb frames (H, W, 3) uint8 of any size and number -> generator of (edited rgb of that size, the
     model's frame of it and of the source (3, h, w) in [-1, 1]). size: (h, w) of the model's frame; detail:
     carry the edit up to the source's resolution, else resize it; options as `edit_stream` takes them. What
-    the commands deliver. """
+    the commands deliver.
+    """
     frames, sources = tee((rgb, resize(to_tensor(rgb), *size)) for rgb in pictures)        # holds one window
     edits = edit_stream(ed, (small for _, small in frames), instruction, **options, with_source=detail)
     for edit, (rgb, small) in zip(edits, sources):
@@ -576,14 +566,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults that say something."""
-
-    def _get_help_string(self, action):
-        nothing = action.default in (None, "") or action.default is False
-        return action.help if nothing else super()._get_help_string(action)
-
-
 def option(default, help, low=None, high=None, choices=None, name=None):
     """A field of a settings dataclass that is a flag as well, see `add_flags`. low, high: its range, in which
     the default itself need not lie (-1: off); name: the flag, where it is not the field's own."""
@@ -591,8 +573,7 @@ def option(default, help, low=None, high=None, choices=None, name=None):
 
 
 def add_flags(parser, settings):
-    """A flag for every `option` of a dataclass; a truth value gets --sma and --no-sma, a tuple takes
-    several."""
+    """A flag for every `option` of a dataclass: bool gets --sma and --no-sma, a tuple several values."""
     for f in fields(settings):
         if not f.metadata:                                          # code sets it, no flag
             continue
@@ -663,8 +644,7 @@ def editor_flags(parser):
 
 
 def settings(args, ed):
-    """(short side of the model's frame, {steps, s_txt, s_src, seed}): as the flags say, else the editor's
-    own."""
+    """(short side of the model's frame, {steps, s_txt, s_src, seed}): as flags say, else the editor's own."""
     asked, own = (args.steps, args.text_cfg, args.source_cfg), (ed.steps, *ed.guidance)
     steps, s_txt, s_src = (b if a is None else a for a, b in zip(asked, own))
     size = ed.size if args.size == -1 else args.size
@@ -765,8 +745,7 @@ def check_words(ed, instruction):
 
 
 def grid_sheet(ed, frame, instruction, path, options):
-    """Write a labelled PNG: the edit of one frame (3, H, W) over text (rows) and source guidance
-    (columns)."""
+    """Write a labelled PNG: edits of one frame (3, H, W) over text (rows) and source guidance (columns)."""
     texts = [round(options["s_txt"] * k, 2) for k in (0.5, 0.75, 1, 1.5)]
     sources = [round(max(options["s_src"] + d, 0), 2) for d in (-0.3, 0, 0.3, 0.6)]
     width, top = max(256, frame.shape[-1]), 20                      # of a cell; room for its label
@@ -786,11 +765,11 @@ def grid_sheet(ed, frame, instruction, path, options):
 
 
 def edit_file(ed, clip, span, size, instruction, path, compare, options):
-    """Edit one clip into one file (and a comparison, if a path is given), as a stream. Returns how many
-    frames.
+    """Edit one clip into one file (and a comparison, if a path is given). Returns how many frames.
 
     span: (start, end, fps, count) of the frames; size: (height, width) of the model's frame; options: steps,
-    s_txt, s_src, seed, mode, detail as `edit_pictures` takes them. """
+    s_txt, s_src, seed, mode, detail as `edit_pictures` takes them.
+    """
     start, end, fps, count = span
     times, tick, lengths = plan(clip, *span)
     zero = times[0] if start and not fps else 0                     # a cut clip starts at 0
@@ -811,7 +790,7 @@ def edit_file(ed, clip, span, size, instruction, path, compare, options):
         edits = edit_pictures(ed, (rgb for _, rgb in small), size, instruction, **options,
                               on_step=lambda i: bar.update())
         frames = ((ticks, rgb, edit) for (edit, *_), (ticks, rgb) in zip(edits, sources))
-        # a frame is shown until the next comes; the first from the start, also where a stream begins mid-scene
+        # a frame is shown until the next comes; the first from the start, even where that cannot be decoded
         for (ticks, rgb, edit), (later, *_) in pairwise(chain(frames, [(stop,)])):
             ticks, n = ticks if n else times[0], n + 1
             length = max(1, later - ticks)

@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
-from model import (ACTIVATIONS, CLIPEncoder, UserError, attention, build, embedding, find_tensors, hub_dir,
-                   load_weights, need, placement, read_json, read_tensors, reading, resize, save_tensors,
-                   stretch, timestep_embedding, to_u8)
+from model import (CLIPEncoder, UserError, attention, build, embedding, find_tensors, hub_dir, load_weights,
+                   need, placement, read_json, read_tensors, reading, resize, save_tensors, stretch,
+                   timestep_embedding, to_u8)
 
 
 def rotary(positions, width, theta):
@@ -43,10 +43,10 @@ def rotary(positions, width, theta):
 
 
 def rotate(x, cos, sin, dim):
-    """Turn pairs of channels of x (..., d) by angles (..., d / 2). A pair is two neighbours (dim -1,
-    CogVideoX) or channels i and i + d / 2 (dim -2, Qwen2)."""
+    """Turn pairs of channels of x (..., d) by their angle, whose cos and sin are (..., d). A pair is two
+    neighbours (dim -1, CogVideoX) or channels i and i + d / 2 (dim -2, Qwen2)."""
     a, b = x.float().unflatten(-1, (-1, 2) if dim == -1 else (2, -1)).unbind(dim)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim).flatten(-2).to(x.dtype)
+    return (x * cos + torch.stack([-b, a], dim).flatten(-2) * sin).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -72,8 +72,10 @@ def protobuf_fields(message):
         if key & 7 == 0:
             yield key >> 3, varint()
         else:
-            size = {1: 8, 5: 4}.get(key & 7) or varint()        # wire types: 64 bit, 32 bit, length-delimited
-            yield key >> 3, bytes(islice(data, size))
+            size = 4 if key & 7 == 5 else varint()              # a float, or what says its length
+            value = bytes(islice(data, size))
+            need(len(value) == size, "cut short")
+            yield key >> 3, value
 
 
 def t5_tokenizer(folder, length=226):
@@ -99,10 +101,10 @@ def t5_tokenizer(folder, length=226):
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
         special = [text for (text, _), kind in zip(pieces, kinds) if kind in (2, 3)]
         tokenizer.add_special_tokens(special + sorted(added, key=added.get))
-        end, pad = (tokenizer.token_to_id(word) for word in ("</s>", "<pad>"))
-        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", end)])
+        end = "</s>", tokenizer.token_to_id("</s>")
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[end])
         tokenizer.enable_truncation(length)
-        tokenizer.enable_padding(length=length, pad_id=pad)
+        tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id("<pad>"))
         return tokenizer
 
 
@@ -173,11 +175,12 @@ class T5Encoder(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 def rope_3d(frames, h, w, dim):
-    """Rotary cos and sin (frames*h*w, 1, dim/2) of a grid: the first quarter of a head turns with time, then
-    3/8 each with row and column."""
+    """Rotary cos and sin (frames*h*w, dim) of a grid: the first quarter of a head turns with time, then 3/8
+    each with row and column."""
     grid = torch.cartesian_prod(torch.arange(frames), torch.arange(h), torch.arange(w))    # (frames*h*w, 3)
     widths = dim // 4, dim // 8 * 3, dim // 8 * 3
-    angle = torch.cat([rotary(at, width, 10000) for at, width in zip(grid.T, widths)], -1)[:, None]
+    angle = torch.cat([rotary(at, width, 10000) for at, width in zip(grid.T, widths)], -1)
+    angle = angle.repeat_interleave(2, -1)
     return angle.cos(), angle.sin()
 
 
@@ -260,7 +263,8 @@ class CogTransformer(nn.Module):
         x.add_(self.patch_embed.pos_embedding)
         temb = self.time_embedding["linear_1"](timestep_embedding(t, self.width).to(z.dtype))
         temb = self.time_embedding["linear_2"](F.silu(temb))
-        rope = [r.to(z.device) for r in rope_3d(frames, h // p, w // p, self.config["attention_head_dim"])]
+        rope = rope_3d(frames, h // p, w // p, self.config["attention_head_dim"])
+        rope = [r[:, None].to(z.device) for r in rope]                      # (F*h*w/p^2, 1, d)
         for block in self.transformer_blocks:
             x = block(x, temb, n, rope)
         shift, scale = self.norm_out["linear"](F.silu(temb))[:, None].chunk(2, -1)
@@ -294,9 +298,10 @@ class CogSpatialNorm(nn.Module):
         self.conv_y, self.conv_b = (nn.ModuleDict({"conv": nn.Conv3d(latent, channels, 1)}) for _ in range(2))
 
     def forward(self, x, z):
-        odd = x.shape[2] % 2 if x.shape[2] > 1 else 0           # a clip's first frame has a latent of its own
-        times = (x.shape[2] - odd) // (z.shape[2] - odd)
-        latent = (torch.arange(x.shape[2], device=x.device) + odd * (times - 1)) // times   # of each frame
+        n = x.shape[2]
+        odd = n % 2 if n > 1 else 0                             # a clip's first frame has a latent of its own
+        times = (n - odd) // (z.shape[2] - odd)
+        latent = (torch.arange(n, device=x.device) + odd * (times - 1)) // times           # of each frame
 
         def at_x(conv):                         # repeating after the 1x1x1 convolution: the same, far cheaper
             return F.interpolate(conv["conv"](z)[:, :, latent], x.shape[2:])
@@ -491,8 +496,8 @@ class CogVideoX:
         """source: a hub id, or a directory in hub layout (tokenizer text_encoder transformer vae scheduler).
 
         All names and shapes are checked now, against the files' headers; weights are read when needed.
-        device, dtype: by default CUDA in bf16, MPS or CPU in float32. UserError for a missing shard or another
-        model.
+        device, dtype: by default CUDA in bf16, MPS or CPU in float32. UserError for a missing shard or
+        another model.
         """
         self = cls()
         self.folder = hub_dir(source, [f"{part}/*" for part in (*cls.PARTS, "tokenizer", "scheduler")])
@@ -665,7 +670,7 @@ class SigLIP(nn.Module):
             "patch_embedding": nn.Conv2d(3, width, patch, patch),    # 384 = 27 * 14 + 6: the last 6 go unseen
             "position_embedding": embedding((cfg["image_size"] // patch) ** 2, width)})
         self.encoder = CLIPEncoder(width, cfg["num_hidden_layers"], cfg["num_attention_heads"],
-                                   cfg["intermediate_size"], cfg.get("hidden_act", "gelu_pytorch_tanh"), eps)
+                                   cfg["intermediate_size"], "gelu_pytorch_tanh", eps)
         self.post_layernorm = nn.LayerNorm(width, eps)            # in the file; LLaVA takes what comes before
 
     def forward(self, x):
@@ -689,7 +694,6 @@ class QwenLayer(nn.Module):
             "gate_proj": nn.Linear(width, hidden, bias=False),
             "up_proj": nn.Linear(width, hidden, bias=False),
             "down_proj": nn.Linear(hidden, width, bias=False)})
-        self.act = ACTIVATIONS[cfg.get("hidden_act", "silu")]
 
     def forward(self, x, rope, cache=None, at=None, mask=None):
         y = self.input_layernorm(x)
@@ -698,7 +702,7 @@ class QwenLayer(nn.Module):
         k = rotate(k.unflatten(-1, (self.kv, -1)), *rope, dim=-2).flatten(2)
         x = x + self.self_attn.o_proj(self.attend(q, k, v, cache, at, mask))
         y = self.post_attention_layernorm(x)
-        return x + self.mlp.down_proj(self.act(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
+        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
 
     def attend(self, q, k, v, cache, at, mask):
         """q (B, L, D), k, v (B, L, kv*d): of whole prompts, which fill the start of `cache` (2, B, n, kv*d)
@@ -743,7 +747,8 @@ class Qwen2(nn.Module):
             positions = at[:, None]
             mask = torch.arange(cache[0].shape[2], device=x.device) <= positions
             mask = mask[:, None, None]                                  # (B, 1, 1, n)
-        angle = rotary(positions, self.d, self.theta)[:, :, None]       # (B or 1, L, 1, d/2)
+        angle = rotary(positions, self.d, self.theta)[:, :, None]
+        angle = torch.cat([angle, angle], -1)                           # (B or 1, L, 1, d)
         rope = angle.cos(), angle.sin()
         for layer, past in zip(self.model.layers, cache or [None] * len(self.model.layers)):
             x = layer(x, rope, past, at, mask)
@@ -1017,7 +1022,7 @@ def words_of(text):
 
 def near_duplicate(instruction, accepted):
     """The first of `accepted` {words_of(text): text} that shares more than SIMILAR of its words with the
-    instruction (intersection over union), or None. 16 K instructions among themselves take a minute."""
+    instruction (intersection over union), or None."""
     words = words_of(instruction)
     if words in accepted:
         return accepted[words]
@@ -1135,7 +1140,10 @@ def load_lora(model, path):
 def guess_task(instruction):
     """A task of WRITER_TASKS by an instruction's words: data that names none is trained with its prompt."""
     text = instruction.lower()
-    has = lambda words: re.search(rf"\b({words})\b", text)
+
+    def has(words):
+        return re.search(rf"\b({words})\b", text)
+
     if has("and") and len(re.findall(r"\b(make|turn|change|replace|add|remove|swap|put|give)\b", text)) > 1:
         return "multiple"
     for task, words in (

@@ -74,7 +74,7 @@ def test_transformer_and_its_rotary_positions(cog):
     close("transformer.output", network(z, WANT["transformer.text"], WANT["transformer.timesteps"]))
     for case, frames in (("transformer", 3), ("transformer2", 2)):
         for name, got in zip(("cos", "sin"), T.rope_3d(frames, 2, 3, network.config["attention_head_dim"])):
-            close(f"{case}.rope_{name}", got[:, 0].repeat_interleave(2, -1))
+            close(f"{case}.rope_{name}", got)
 
 
 def test_vae_works_in_the_published_chunks(cog):
@@ -243,12 +243,12 @@ def without_image(tensors):
 
 
 @pytest.mark.parametrize("match, damage", [
-    ("00002-of-00002.safetensors: not a readable weight file", cut_short(SHARD.format(2))),
-    ("00002-of-00002.safetensors: no such file", gone(SHARD.format(2))),
-    ("text_encoder.*index.json: has no weight_map", written(INDEX, "{}")),
-    ("text_encoder.* no weight file", gone(INDEX)),
+    ("00002-of-00002.safetensors: Error while deserializing header", cut_short(SHARD.format(2))),
+    ("00002-of-00002.safetensors: No such file", gone(SHARD.format(2))),
+    ("text_encoder.*index.json: lacks 'weight_map'", written(INDEX, "{}")),
+    ("text_encoder: no weights", gone(INDEX)),
     ("config.json: lacks", written("vae/config.json", "{}")),
-    ("vae.*config.json: missing", gone("vae/config.json")),
+    ("vae.*config.json: No such file", gone("vae/config.json")),
     ("prediction_type epsilon; known is v_prediction",
      lambda hub: edit_json(hub / "scheduler" / "scheduler_config.json", prediction_type="epsilon")),
     ("spiece.model: .*download", written(SPIECE, "version https://git-lfs.github.com/spec/v1")),
@@ -401,7 +401,7 @@ def test_shards_with_an_untied_head_load(net, tmp_path):
     ("config.json: lacks 'text_config'; give llava-hf", "config.json", None),
     ("lacks 1 of .*lm_head", "config.json", {"tie_word_embeddings": False}),
     ("lacks 'image_mean'", "preprocessor_config.json", None),
-    ("index.json: has no weight_map", "model.safetensors.index.json", None)])
+    ("index.json: lacks 'weight_map'", "model.safetensors.index.json", None)])
 def test_another_model_is_named_in_one_line(tmp_path, match, file, changes):
     path = copy_of(LLAVA, tmp_path / "hub") / file
     old = json.loads(path.read_text()) if changes else {}
@@ -495,10 +495,9 @@ def test_refused_answers_are_asked_again_with_the_reason_and_then_dropped_with_i
 
 def test_the_small_model_runs_through_the_writer_and_its_nonsense_is_dropped(net):
     shown = [("a", visual("video")), ("b", visual("video"))]
-    run = lambda: list(T.write_instructions(net.generate, shown, frames=2, tries=1))
-    records = run()
+    records, again = (list(T.write_instructions(net.generate, shown, frames=2, tries=1)) for _ in range(2))
     assert [r["kept"] for r in records] == [False, False] and all("JSON" in r["why"] for r in records)
-    assert records == run()
+    assert records == again
 
 
 # ---------------------------------------------------------------------------------------------- LoRA
