@@ -594,7 +594,8 @@ def preservation(source, edited, mask=None):
 
 SUCCESS = ("success: inside the region that the true edit changes, at least 1 dB closer to the truth than "
            "the source and the autoencoded source are; outside it, at most 1 dB further from the source than "
-           "the autoencoder's own error, on source or truth")
+           "the autoencoder's own error, on source or truth. The truth is known where the result follows from "
+           "source and instruction alone")
 CODED = ("autoencoded source", "autoencoded truth")                     # what a perfect editor loses
 
 
@@ -647,35 +648,35 @@ def against_truth(ed, z_src, source, edits, truth, mask):
 @dataclass
 class Score:
     name: str           # as tables print it
+    better: str         # up, 0 or 1 (the nearer), - (neither)
     digits: int
     says: str
-    better: str = "up"  # or 0 or 1 (the nearer), or - (neither)
 
 
 SCORES = {
-    "viclip_out": Score("ViCLIP_out", 3, "edited clip against the target caption"),
-    "pick_score": Score("PickScore", 2, "human preference for each frame under the target caption"),
-    "clip_frame": Score("CLIPFrame", 3, "frames alike; a frozen frame has 1"),
-    "clip_text": Score("CLIPText", 2, "frames against the target caption, x 100"),
-    "clip_frame_gain": Score("CLIPFrame gain", 3, "CLIPFrame minus the source's own", "0"),
-    "flicker": Score("flicker", 2, "flicker over the source's own; above 1 flickers, below smears", "1"),
-    "seam": Score("seam", 2, "change where windows of 16 meet, over change elsewhere", "1"),
-    "changed": Score("area changed", 2, "share of the clip that the edit changed", "-"),
-    "psnr_outside": Score("PSNR outside", 1, "dB, source kept outside that area; 100 is equal"),
-    "ssim_outside": Score("SSIM outside", 3, "structure kept outside that area"),
-    "viclip_dir": Score("ViCLIP_dir", 3, "held out; change of clip against captions'; untouched has 0"),
+    "viclip_out": Score("ViCLIP_out", "up", 3, "edited clip against the target caption"),
+    "pick_score": Score("PickScore", "up", 2, "human preference for each frame under the target caption"),
+    "clip_frame": Score("CLIPFrame", "up", 3, "frames alike; a frozen frame has 1"),
+    "clip_text": Score("CLIPText", "up", 2, "frames against the target caption, x 100"),
+    "clip_frame_gain": Score("CLIPFrame gain", "0", 3, "CLIPFrame minus the source's own"),
+    "flicker": Score("flicker", "1", 2, "flicker over the source's own; above 1 flickers, below smears"),
+    "seam": Score("seam", "1", 2, "change where windows of 16 meet, over change elsewhere"),
+    "changed": Score("area changed", "-", 2, "share of the clip that the edit changed"),
+    "psnr_outside": Score("PSNR outside", "up", 1, "dB, source kept outside that area; 100 is equal"),
+    "ssim_outside": Score("SSIM outside", "up", 3, "structure kept outside that area"),
+    "viclip_dir": Score("ViCLIP_dir", "up", 3, "held out; change of clip against captions'; untouched has 0"),
 }
 JUDGED = {                                              # only with --judge, see judge_edit
-    "judge_follows": Score("judge: follows", 2, "chance of yes: it follows the instruction"),
-    "judge_preserves": Score("judge: keeps", 2, "chance of yes: all else is unchanged"),
-    "judge_clean": Score("judge: clean", 2, "chance of yes: no artefacts, no flicker"),
+    "judge_follows": Score("judge: follows", "up", 2, "chance of yes: it follows the instruction"),
+    "judge_preserves": Score("judge: keeps", "up", 2, "chance of yes: all else is unchanged"),
+    "judge_clean": Score("judge: clean", "up", 2, "chance of yes: no artefacts, no flicker"),
 }
 TRUTH = {                                               # only where the true edit is known
-    "psnr_truth": Score("PSNR to truth", 1, "dB to the true edit inside its region"),
-    "ssim_truth": Score("SSIM to truth", 3, "structure of the true edit inside its region"),
-    "truth_gain": Score("gain, dB", 1, "PSNR to truth minus the untouched source's"),
-    "whole_gain": Score("gain, whole clip", 1, "the same over the whole clip"),
-    "success": Score("success", 2, "share of clips, see SUCCESS"),
+    "psnr_truth": Score("PSNR to truth", "up", 1, "dB to the true edit inside its region"),
+    "ssim_truth": Score("SSIM to truth", "up", 3, "structure of the true edit inside its region"),
+    "truth_gain": Score("gain, dB", "up", 1, "PSNR to truth minus the untouched source's"),
+    "whole_gain": Score("gain, whole clip", "up", 1, "the same over the whole clip"),
+    "success": Score("success", "up", 2, "share of clips, see SUCCESS"),
 }
 ALL_SCORES = SCORES | JUDGED | TRUTH
 # The judge that curation never filters by. Both models have it, and doing nothing does not win it; but its
@@ -1374,14 +1375,15 @@ def main_shapes(argv):
     n = args.n or (24 if grid or args.bare else 200)
     ed, rows, made_by = open_editor(args)
     options = rows["edit"]
+    if ed.size % ed.multiple:
+        raise UserError(f"--size {ed.size}: drawn clips need a multiple of {ed.multiple}")
     if args.bare:
         guidance = {key: options[key] for key in ("steps", "s_txt", "s_src")}
         scores = [row for domain in domains for row in drawn_scores(ed, n, domain, args.frames, **guidance)]
         columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
-        rows = rows_by(scores, values(scores, columns), columns)
-        return print(table_head("held out, the model's own frames", columns), *rows, sep="\n")
-    if ed.size % ed.multiple:
-        raise UserError(f"--size {ed.size}: drawn clips need a multiple of {ed.multiple}")
+        print(table_head("held out, the model's own frames", columns),
+              *rows_by(scores, values(scores, columns), columns), sep="\n")
+        return
     made_by |= {"world": fingerprint(world.__file__), "frames": args.frames}
     if grid:
         rows = guidance_grid(options, args.grid_text, args.grid_source, seeds=1 + args.agreement)
@@ -1392,14 +1394,11 @@ def main_shapes(argv):
     for how in rows.values():
         how["seed"] *= 1_000_003                                        # to which a clip's number is added
     done = edit_and_score(items, partial(draw, n_frames=args.frames, size=ed.size), ed, rows, scorers, out)
-    lines = [*table(items, done, out.name), "", SUCCESS, KNOWN]
+    lines = [*table(items, done, out.name), "", SUCCESS]
     if args.agreement:
         lines += ["", "Spearman's correlation with the gain in PSNR to the truth", "",
                   *agreement_table(done, list(rows))]
     report(lines, ed, scorers, out)
-
-
-KNOWN = "truth: of edits whose result follows from source and instruction alone"
 
 
 def guidance_grid(options, texts, sources, seeds):
@@ -1449,11 +1448,13 @@ RATINGS = {"text": "How well does it follow the caption? (1 not at all, 5 fully)
 def find_clips(where):
     """{name: video file or folder of frames} of everything below a folder: edited/cat.mp4 -> "cat"."""
     found = {}
-    for path in sorted(where.glob("**/[!.]*.*")):
+    for path in sorted(where.rglob("*.*")):
         place = path.relative_to(where)
+        if any(part.startswith(".") for part in place.parts):
+            continue
         if path.suffix.lower() in VIDEOS or path.name in ("source.png", "target.png"):      # of a data set
             found[str(place.with_suffix(""))] = path
-        elif path.suffix.lower() in IMAGES and path.parent != where and ".part" not in path.parent.name:
+        elif path.suffix.lower() in IMAGES and path.parent != where:
             found.setdefault(str(place.parent), path.parent)
     return found
 
@@ -1484,12 +1485,12 @@ def main_study(argv):
     if not n <= len(args.dirs) <= n + 1:
         raise UserError(f"study: {len(args.dirs)} folders; it takes {n} of edits, then one of sources")
     clips, captions = [find_clips(where) for where in args.dirs], {}
-    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list)
-            if row["kept"]]
-    if args.rate and rows:                                              # a data set of curate.py
-        captions = {f"{row['id']}/target": row["instruction"] for row in rows}
-        clips = [{name: clips[0][name.replace("target", key)] for name in captions}
-                 for key in ("target", "source")]
+    rows = [row for path in args.dirs[0].glob("*/candidates.json") for row in read_json(path, list)]
+    if args.rate and rows:
+        with reading(args.dirs[0], "is it a data set of curate.py?"):
+            captions = {f"{row['id']}/target": row["instruction"] for row in rows if row["kept"]}
+            clips = [{name: clips[0][name.replace("target", key)] for name in captions}
+                     for key in ("target", "source")]
     file = args.captions or args.dirs[0] / "captions.json"
     if args.captions or file.is_file():
         captions = read_json(file)

@@ -83,19 +83,6 @@ def test_resizing_to_the_published_224_equals_pil_to_the_byte():
     assert np.array_equal(metrics.resize_crop(want["image_u8"].numpy(), 224, 224), want["resized224_u8"].numpy())
 
 
-@pytest.mark.parametrize("folder,wrong", [(CLIP_DIR, "gelu"), (PICK_DIR, "quick_gelu")], ids=["CLIP", "PickScore"])
-def test_the_wrong_gelu_would_be_seen(folder, wrong, tmp_path):
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    cfg = json.loads((folder / "config.json").read_text())
-    cfg["text_config"]["hidden_act"] = cfg["vision_config"]["hidden_act"] = wrong
-    (tmp_path / "config.json").write_text(json.dumps(cfg))
-    want, _, _ = golden(folder)
-    net = CLIP.from_pretrained(tmp_path)
-    assert apart(net.encode_image(want["pixel_values"]), want["image_features"]) > 1e-3
-    assert apart(net.encode_text(want["input_ids"]), want["text_features"]) > 1e-3
-
-
 @pytest.mark.parametrize("case", ["native", "56x98", "42x42"])
 def test_dinov2_equals_transformers_at_every_size(case):
     want, atol, _ = golden(DINO_DIR)
@@ -117,14 +104,6 @@ def test_dinov2_with_registers_equals_transformers(case):
     want, _, _ = golden(GOLDENS / "dinov2-with-registers")
     net = DINOv2.from_pretrained(GOLDENS / "dinov2-with-registers")
     assert apart(net(want[f"{case}.pixel_values"]), want[f"{case}.last_hidden_state"]) <= 2e-5
-
-
-def test_both_position_rules_agree_on_the_own_grid_and_differ_elsewhere():
-    torch.manual_seed(0)
-    table = torch.randn(1, 1 + 25, 8)
-    assert all(metrics.resize_positions(table, (5, 5), rule) is table for rule in (False, True))
-    plain, smooth = (metrics.resize_positions(table, (3, 3), rule) for rule in (False, True))
-    assert all(r.shape == (1, 10, 8) and torch.equal(r[:, 0], table[:, 0]) for r in (plain, smooth)) and apart(plain, smooth) > 1e-2
 
 
 def test_viclip_equals_the_original_class():
@@ -167,26 +146,20 @@ def test_a_missing_weight_file_is_named(make, folder, file, tmp_path):
         make.from_pretrained(tmp_path)
 
 
-def test_a_fresh_clip_of_other_sizes_learns_to_tell_eight_pictures_apart():
+def test_a_fresh_clip_begins_as_openais_and_passes_gradients_to_all_of_it():
     torch.manual_seed(0)
     text = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64,
                 max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5)
     vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
                   patch_size=8, hidden_act="quick_gelu")
     net = CLIP(dict(projection_dim=16, text_config=text, vision_config=vision))
-    images, ids = torch.randn(8, 3, 32, 32), torch.full((8, 77), 63)
-    ids[:, 0] = torch.arange(8)
-    optimizer, losses = torch.optim.AdamW(net.parameters(), lr=3e-3), []
+    layer = net.vision_model.encoder.layers[0]
+    assert layer.self_attn.q_proj.weight.std() == pytest.approx(32 ** -0.5, rel=0.1) and not layer.mlp["fc1"].bias.any()
+    assert layer.mlp["fc2"].weight.std() == pytest.approx(128 ** -0.5, rel=0.1)      # (2 * width * layers) ** -0.5
     with torch.enable_grad():
-        for _ in range(25):
-            a, b = F.normalize(net.encode_image(images), dim=-1), F.normalize(net.encode_text(ids), dim=-1)
-            loss = F.cross_entropy(net.logit_scale.exp() * a @ b.T, torch.arange(8))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    assert losses[0] > 1.5 and losses[-1] < 0.2
-    assert net.logit_scale.grad is not None
+        a, b = net.encode_image(torch.randn(2, 3, 32, 32)), net.encode_text(torch.tensor([[1, 63], [2, 63]]).repeat(1, 38))
+        F.cross_entropy(net.logit_scale.exp() * F.normalize(a) @ F.normalize(b).T, torch.arange(2)).backward()
+    assert all(p.grad is not None for p in net.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -219,13 +192,8 @@ def test_viclip_dir_is_zero_for_an_untouched_clip_one_for_a_change_along_the_tex
     assert metrics.viclip_dir(source, source, edited, before) == 0
     assert metrics.viclip_dir(edited, source, edited, source) == pytest.approx(1, abs=1e-6)
     assert metrics.viclip_dir(edited, source, source, edited) == pytest.approx(-1, abs=1e-6)
-
-
-def test_directions_are_taken_between_normalised_features():
-    torch.manual_seed(0)
-    edited, source, target, before = torch.randn(4, 16)
-    score = metrics.viclip_dir(edited, source, target, before)
-    assert metrics.viclip_dir(7 * edited, source, 0.1 * target, before) == pytest.approx(score, abs=1e-6)
+    score = metrics.viclip_dir(edited, source, before, source)         # between normalised features
+    assert metrics.viclip_dir(7 * edited, source, 0.1 * before, source) == pytest.approx(score, abs=1e-6) != 1
 
 
 @pytest.mark.parametrize("case", range(4))
@@ -752,8 +720,8 @@ def test_the_shapes_benchmark_prints_its_controls_as_they_must_be_and_resumes(tm
 def test_the_bare_frames_are_measured_as_train_measures_them(capsys, tmp_path):
     ed = VideoEditor.from_pretrained(GOLDENS / "instruct-pix2pix", device="cpu")
     ed.size = 32
-    rows = metrics.drawn_scores(ed, 2, "synthetic", 3, steps=1, s_txt=2.0, s_src=1.5)
-    assert {row["task"] for row in rows} <= set(world.TASKS) and len(rows) > 8 and len({row["id"] for row in rows}) == len(rows)
+    rows = metrics.drawn_scores(ed, 1, "synthetic", 3, steps=1, s_txt=2.0, s_src=1.5)
+    assert {row["task"] for row in rows} <= set(world.TASKS) and len(rows) > 4
     row = next(row for row in rows if row["task"] == "removal")
     item = metrics.drawn_item(int(row["id"].split("/")[1]), "removal", "synthetic", int(row["id"].split("/")[1]) % 4)
     clip = metrics.draw(item, 3, 32)
@@ -780,7 +748,7 @@ def test_footage_is_measured_against_the_exact_effect_and_without_an_instruction
     (tmp_path / "clips").mkdir()
     write_clip(tmp_path / "clips/cat.mp4", noisy_clip(4, 32, 48))
     metrics.main_footage([str(tmp_path / "clips"), "--weights", str(GOLDENS / "instruct-pix2pix"), "--size", "32", "--steps", "1",
-                          "--frames", "3", "--out", str(tmp_path / "out"), *NONE])
+                          "--frames", "3", "--no-image-control", "--out", str(tmp_path / "out"), *NONE])
     cells = table_cells(capsys.readouterr().out)
     assert {"nothing", "grayscale", "sepia", "night", "autoencoded source"} <= set(cells)
     assert cells["nothing"]["PSNR to truth"] == "-" and float(cells["nothing"]["PSNR outside"]) < 100
