@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import curate
 import world
-from metrics import CLIP, ViCLIP, drawn_scores, print_bare, table_head, table_row
+from metrics import CLIP, ViCLIP, drawn_scores, rows_by, table_head, table_row, values
 from model import (EPM, N_FRAMES, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, Tokenizer, Transformer, UNet,
                    UserError, VideoEditor, aside, begin, fingerprint, finished, need, noise_levels, part, portable,
                    read_json, read_tensors, reading, repository, run, save_tensors, write_json, write_text)
@@ -195,7 +195,7 @@ DOMAINS = ["synthetic"] * 4 + ["real"]
 
 
 def draw_file(path, kind, index, n, size):
-    """File `index` of a kind: path.npy, uint8, and path.jsonl, one record a sample.
+    """File `index` of a kind: path.safetensors with x, uint8, and path.json with a record a sample.
 
     pairs (n, 2, H, W, 3): source and target of an edit, some files wide or tall; clips (n, 2, 8, H, W, 3): the same
     in motion; motion (n, 16, H, W, 3): unedited.
@@ -213,13 +213,8 @@ def draw_file(path, kind, index, n, size):
         else:
             samples.append(world.draw_pair(seed, domain, rng, *shape, 8 if kind == "clips" else 1))
     frames, records = zip(*samples)
-    write_text(path.with_suffix(".jsonl"), "".join(json.dumps(record) + "\n" for record in records))
-    save_array(path.with_suffix(".npy"), np.stack(frames))         # last: a file is there whole or not at all
-
-
-def save_array(path, x):
-    with aside(path) as half, open(half, "wb") as f:
-        np.save(f, x)
+    write_json(path.with_suffix(".json"), records)
+    save_tensors(path.with_suffix(".safetensors"), {"x": torch.from_numpy(np.stack(frames))})      # last: it is whole
 
 
 def world_folder(data):
@@ -228,18 +223,17 @@ def world_folder(data):
 
 
 def world_set(data, kind, n, size):
-    """Draw what is missing of the first n samples, on all cores; returns [(frames memmap, [record])] by file."""
-    folder, per_file = world_folder(data), KINDS[kind][2]
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{kind}-{size}px-{i:05d}" for i in range(math.ceil(n / per_file))]
-    todo = [(path, kind, i, per_file, size) for i, path in enumerate(paths) if not path.with_suffix(".npy").is_file()]
-    if todo:
-        print(f"drawing {len(todo)} files of {per_file} {kind} into {folder}")
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            for job in tqdm([pool.submit(draw_file, *which) for which in todo], unit="file"):
-                job.result()
-    return [(np.load(path.with_suffix(".npy"), mmap_mode="r"),
-             [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]) for path in paths]
+    """Draw what is missing of the first n samples, on all cores; returns [(uint8, mapped into memory, [record])] by
+    file."""
+    per_file = KINDS[kind][2]
+    paths = [world_folder(data) / f"{kind}-{size}px-{i:05d}" for i in range(math.ceil(n / per_file))]
+    missing = [i for i, path in enumerate(paths) if not path.with_suffix(".safetensors").is_file()]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(draw_file, paths[i], kind, i, per_file, size) for i in missing]
+        for job in tqdm(jobs, desc=f"drawing {kind}", unit="file", disable=not jobs):
+            job.result()
+    return [(read_tensors(path.with_suffix(".safetensors"))["x"], read_json(path.with_suffix(".json"), list))
+            for path in paths]
 
 
 def square(shards):
@@ -259,21 +253,19 @@ def random_batch(shards, n, generator, axis=2, odds=None):
 
 def as_input(frames):
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def latents_of(ed, shards, folder, domains=DOMAINS):
-    """Frames of some domains encoded, once: [(float16 memmap (n, 2 or 16, c, h, w), [record])] by file."""
-    folder = folder.with_name(f"{folder.name}-{fingerprint(part(ed.folders, 'vae'))}")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Frames of some domains encoded, once: [(float16 (n, 2 or 16, c, h, w), [record])] by file."""
     out = []
     for i, (frames, records) in enumerate(tqdm(shards, desc="latents", unit="file")):
-        path, rows = folder / f"{i:05d}.npy", [k for k, record in enumerate(records) if record["domain"] in domains]
+        path = Path(f"{folder}-{fingerprint(part(ed.folders, 'vae'))}", f"{i:05d}.safetensors")
+        rows = [k for k, record in enumerate(records) if record["domain"] in domains]
         if not path.is_file():
-            x = frames[rows]
-            z = ed.encode(as_input(x.reshape(-1, *x.shape[2:]))[None])[0].half().cpu()
-            save_array(path, z.unflatten(0, x.shape[:2]).numpy())
-        out.append((np.load(path, mmap_mode="r"), [records[k] for k in rows]))
+            z = ed.encode(as_input(frames[rows].flatten(0, 1))[None])[0]
+            save_tensors(path, {"z": z.unflatten(0, (len(rows), -1))}, torch.float16)
+        out.append((read_tensors(path)["z"], [records[k] for k in rows]))
     return out
 
 # ---- the loop --------------------------------------------------------------------------------------------------
@@ -432,11 +424,12 @@ def fit(net, loss_fn, out, s, how, probe=dict):
         last = step + 1 == s.steps
         if (step + 1) % every == 0 or last:
             ms = (time.time() - last_log) * 1e3 / len(losses)
-            log.append(dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms) | probe())
+            row = dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms)
+            log.append(row | probe())
             if how.rank == 0:
                 gb = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-                print("step {step:05d}/{} | loss {loss:.4f} | lr {lr:.1e} | {ms:.0f} ms | {:.1f} samples/s | {:.1f} GB".format(
-                    s.steps, s.batch * s.accumulate * how.n_ranks * 1e3 / ms, gb, **log[-1]), flush=True)
+                print(f"step {step + 1:05d}/{s.steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | {ms:.0f} ms | "
+                      f"{s.batch * s.accumulate * how.n_ranks * 1e3 / ms:.1f} samples/s | {gb:.1f} GB", flush=True)
                 write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             losses, last_log = [], time.time()
         if how.rank == 0 and (last or time.time() - last_save > 60 * how.save_minutes):
@@ -489,10 +482,10 @@ def stage_vae(out, s, how, data):
     def loss_fn(number, generator):
         def random(n):
             return int(torch.randint(n, (1,), generator=generator))
-        frames, records = shards[random(len(shards))]
-        rows = torch.randint(len(records), (s.batch,), generator=generator).tolist()
+        frames, _ = shards[random(len(shards))]
+        rows = torch.randint(len(frames), (s.batch,), generator=generator)
         top, left = (8 * random((side - 32) // 8 + 1) for side in frames.shape[2:4])
-        x = [frames[i, k % 2, top:top + 32, left:left + 32] for k, i in enumerate(rows)]
+        x = frames[rows, torch.arange(s.batch) % 2, top:top + 32, left:left + 32]
         x = as_input(x).to(how.device)
         mean, logvar = vae.encode(x)
         d = vae.decode(mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)) - x
@@ -557,7 +550,7 @@ def stage_clip(out, s, how, data):
 
     def loss_fn(number, generator):
         pairs, (before, after, orders) = random_batch(shards, s.batch, generator)
-        x = as_input(np.concatenate(pairs.swapaxes(0, 1))).to(how.device)       # all sources, then all targets
+        x = as_input(pairs.transpose(0, 1).flatten(0, 1)).to(how.device)        # all sources, then all targets
         x = x + 0.02 * torch.randn(len(x), 1, 1, 1, generator=generator).to(x)
         image = clip.encode_image(((x + 1) / 2 - mean) / std)
         scale, moved = clip.logit_scale.exp().clamp(max=100), change(image)
@@ -593,8 +586,8 @@ def stage_viclip(out, s, how, data):
             pairs, (before, after, orders) = random_batch(stills, 3 * s.batch, generator)
         else:
             pairs, (before, after, orders) = random_batch(clips, s.batch, generator, axis=3)
-        x = torch.from_numpy(np.concatenate(pairs.swapaxes(0, 1))).to(how.device)
-        x = x.view(len(x), -1, *x.shape[-3:]).permute(0, 1, 4, 2, 3).float() / 255         # (2N, 1 or 8, 3, H, W)
+        x = pairs.transpose(0, 1).reshape(2 * len(pairs), -1, *pairs.shape[-3:])           # (2N, 1 or 8, H, W, 3)
+        x = x.to(how.device).permute(0, 1, 4, 2, 3).float() / 255
         x = x + 0.01 * torch.randn(len(x), 1, 1, 1, 1, generator=generator).to(x)
         video = net.encode_video((x - mean) / std)
         texts = net.encode_text(tokenizer(before + after + orders, length=net.context))
@@ -682,7 +675,7 @@ def stage_image(out, s, how, data):
 
     def loss_fn(number, generator):
         pairs, (_, _, orders) = random_batch(shards, s.batch, generator, axis=3, odds=odds)
-        z_src, z_tgt = torch.from_numpy(pairs).float().unbind(1)
+        z_src, z_tgt = pairs.float().unbind(1)
         drop = torch.rand(len(pairs), generator=generator)
         ctx = ed.encode_text(["" if x < 0.10 else order for x, order in zip(drop, orders)])
         drop = drop[:, None, None, None]
@@ -785,7 +778,7 @@ def stage_motion(out, s, how, data):
     train_steps = len(noise_levels(ed.scheduler))
 
     def sample(k):
-        z = torch.from_numpy(clips[row_of(k, len(clips), s.seed)].astype(np.float32))
+        z = clips[row_of(k, len(clips), s.seed)].float()
         u, t, eps = draw_noise(k, s, z.shape, train_steps)
         return z * ed.vae.scaling_factor, z * (u < 0.25), no_text, t, eps, one
 
@@ -1014,7 +1007,6 @@ def stage_writer(out, s, how):
     torch.manual_seed(s.seed)
     # "." may not stand in a parameter's name
     lora = torch.nn.ParameterDict({name.replace(".", "/"): p for name, p in add_lora(net, s.rank).items()})
-    broken = {}
 
     def sample(k):                                                 # an image that does not open gives way to the next one
         for at in range(k, k + len(pairs)):
@@ -1022,8 +1014,7 @@ def stage_writer(out, s, how):
             try:
                 return pair["load"]()[0][None], answer
             except UserError as error:
-                if str(error) not in broken:
-                    print(broken.setdefault(str(error), f"left out: {error}"))
+                print(f"left out: {error}")
         raise UserError(f"--pairs-from {s.pairs_from}: none of {len(pairs)} images can be read")
 
     def loss_fn(number, generator):
@@ -1039,12 +1030,16 @@ def stage_writer(out, s, how):
 
 # ---- measured where the truth is known: after training, and the paper's tables ---------------------------------
 
+COLUMNS = ["success", "truth_gain", "flicker"]
+
+
 def report(source, how, n, n_frames):
     """The closing table of a run: the bare frames of held-out drawn scenes against their true edit."""
     ed = VideoEditor.from_pretrained(source, device=how.device)
-    if ed.words:
-        return print_bare(ed, n, ["synthetic"], n_frames, {})
-    print(f"{source}: score it on real clips with `python metrics.py tgve DIR --weights {source}`")
+    if not ed.words:                                               # published weights do not know the drawn world
+        return print(f"{source}: score it on real clips with `python metrics.py tgve DIR --weights {source}`")
+    rows = drawn_scores(ed, n, "synthetic", n_frames)
+    print(table_head(f"held-out scenes, {n_frames} frame(s)", COLUMNS), *rows_by(rows, values(rows, COLUMNS), COLUMNS), sep="\n")
 
 
 @dataclass
@@ -1093,7 +1088,7 @@ def table(command, task, s, how):
     Every seed edits the same clips, so intervals are over clips, each with all of its seeds; differences to the first
     row are taken clip by clip.
     """
-    columns, lines, first = ["success", "truth_gain", "flicker"], [], {}
+    lines, first = [], {}
     for row in table_rows(command, task, s, how):
         name = row.name.replace(",", "").replace(" ", "-")
         outs = [task.runs / command / f"{name}-{seed}" for seed in range(task.seeds if row.settings else 1)]
@@ -1101,15 +1096,13 @@ def table(command, task, s, how):
             folders = tuple(str(task.data / folder) for folder in row.folders)
             stage_video(out, replace(row.settings, seed=seed, train_on=folders), how, {})
         for domain in ("synthetic", "real"):
-            scores = [clip for out in outs for clip in measured(out, row, domain, s, how, task.n)]
-            clips, values = [clip["id"] for clip in scores], np.array([[clip[k] for k in columns] for clip in scores])
-            mean = {clip: values[np.array(clips) == clip].mean(0) for clip in clips}
-            first.setdefault(domain, mean)
-            gains = [dict(zip(columns, x - first[domain][clip])) for clip, x in zip(clips, values)]
-            lines += [table_row(f"{row.name}, {domain} [95 %]", scores, columns, clips),
-                      table_row("− first row", gains, columns, clips, "+")]
+            clips = [clip for out in outs for clip in measured(out, row, domain, s, how, task.n)]
+            ids, x = np.array([clip["id"] for clip in clips]), values(clips, COLUMNS)
+            base = first.setdefault(domain, x.reshape(len(outs), -1, len(COLUMNS)).mean(0))
+            lines += [table_row(f"{row.name}, {domain} [95 %]", x, COLUMNS, ids),
+                      table_row("− first row", x - np.tile(base, (len(outs), 1)), COLUMNS, ids, "+")]
     if how.rank == 0:
-        print(f"{command}: held-out clips of {N_FRAMES} frames", table_head("row", columns), *lines, sep="\n", flush=True)
+        print(f"{command}: held-out clips of {N_FRAMES} frames", table_head("row", COLUMNS), *lines, sep="\n", flush=True)
 
 # ---- a round as a picture, a run as one folder -----------------------------------------------------------------
 
@@ -1118,20 +1111,20 @@ def plot(run, size=300):
     what its mean gives as attention at the end (Figure 5: rows listen, white is 1)."""
     with reading(run / "log.jsonl", "pass --round N, or --out with the folder of a round"):
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        panels = {"gamma": [row["gamma"] for row in rows], "EPM's bias": [row.get("epm", {}) for row in rows]}
-        end, matrix = rows[-1]["step"], torch.tensor(rows[-1].get("epm_matrix", []))
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -20 {3 * size} {size + 20}">']
-    for i, (title, curves) in enumerate(panels.items()):
-        low, high = (f([y for row in curves for y in row.values()] + [0]) for f in (min, max))
-        svg.append(f'<text x="{i * size}" y="-5">{title}, {low:.3f} to {high:.3f}, {end} steps</text>')
+        panels = [row["gamma"] for row in rows], [row.get("epm", {}) for row in rows]
+        attention = torch.tensor(rows[-1].get("epm_matrix", [])).softmax(-1)
+    svg = []
+    for i, curves in enumerate(panels):
+        top = max([abs(y) for curve in curves for y in curve.values()], default=0) + 1e-9
+        svg.append(f'<text x="{i * size}" y="-5">{("gamma", "EPM")[i]}, up to {top:.3f}, {rows[-1]["step"]} steps</text>')
         for k, name in enumerate(curves[0]):
-            points = [f"{(i + row['step'] / end) * size:.0f},{size * (high - curve[name]) / (high - low):.0f}"
+            points = [f"{(i + row['step'] / rows[-1]['step']) * size:.0f},{size * (1 - curve[name] / top) / 2:.0f}"
                       for row, curve in zip(rows, curves)]
             svg.append(f'<polyline fill="none" stroke="hsl({40 * k},70%,40%)" points="{" ".join(points)}"/>')
-    for y, line in enumerate(matrix.softmax(-1).tolist()):
-        svg += [f'<rect x="{2 * size + 16 * x}" y="{16 * y}" width="16" height="16" fill="hsl(0,0%,{100 * share:.0f}%)"/>'
-                for x, share in enumerate(line)]
-    write_text(run / "training.svg", "\n".join([*svg, "</svg>"]))
+    for (y, x), share in np.ndenumerate(attention):
+        svg.append(f'<rect x="{2 * size + 16 * x}" y="{16 * y}" width="16" height="16" fill="hsl(0,0%,{100 * share:.0f}%)"/>')
+    view = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -20 {3 * size} {size + 20}">'
+    write_text(run / "training.svg", "\n".join([view, *svg, "</svg>"]))
     print(f"{run / 'training.svg'}: {len(rows)} points")
 
 
@@ -1181,59 +1174,58 @@ def train_network(name, s, how, task):
 def networks(task, s, how):
     """What a round, or an image editor without one, needs and is not there: with default settings. Whoever wants others
     trains it by its own command before."""
-    needs = [name for name in NETWORKS if name != "motion"] if Path(s.weights) == task.runs / "image" else []
-    for name in needs:
-        if how.rank == 0 and not finished(task.runs / name):       # minutes, so one process is enough
-            train_network(name, NETWORKS[name][1], replace(how, n_ranks=1), task)
-    wait_for_all()
-    if task.round is not None and Path(s.motion) == task.runs / "motion" and not finished(task.runs / "motion"):
-        train_network("motion", replace(NETWORKS["motion"][1], weights=s.weights), how, task)
+    for name, (_, own, _) in NETWORKS.items():
+        if name == "motion":
+            wanted, own = task.round is not None and s.motion == str(task.runs / name), replace(own, weights=s.weights)
+        else:                                                      # minutes, so one process is enough
+            wanted = how.rank == 0 and s.weights == str(task.runs / "image")
+        if wanted and not finished(task.runs / name):
+            train_network(name, own, how if name == "motion" else replace(how, n_ranks=1), task)
+        wait_for_all()
 
 
-def parse(argv):
-    """(command, what to do, settings of the stage, How) of a command line."""
-    defaults = {name: settings for name, (_, settings, _) in NETWORKS.items()} | {"writer": WRITER}
-    commands = [*defaults, "video", "table2", "table3", "table4", "plot", "export"]
-    command = argv[0] if argv and argv[0] in commands else ""
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    stages = {name: settings for name, (_, settings, _) in NETWORKS.items()} | {"writer": WRITER}
+    others = "video", "table2", "table3", "table4", "plot", "export"
+    command = argv[0] if argv and argv[0] in (*stages, *others) else ""
     p = Parser(prog=f"train.py {command}", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--device", type=known_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    for settings in (defaults.get(command, ROUND["tiny"]), Task(), How()):
+    for settings in (stages.get(command, ROUND["tiny"]), Task(), How()):
         add_flags(p, settings)
     args = p.parse_args(argv[1:] if command else argv)
+
     task = from_flags(Task(), args)
     task.data, task.runs = task.data or ROOT / "data" / task.model, task.runs or ROOT / "runs" / task.model
-    s = from_flags(defaults.get(command, ROUND[task.model]), args)
+    rank, n_ranks = join_processes(args.device)
+    how = replace(from_flags(How(), args), device=args.device, rank=rank, n_ranks=n_ranks)
+    s = from_flags(stages.get(command, ROUND[task.model]), args)
     if isinstance(s, Round):                                       # what round 0 starts from
         tiny = task.model == "tiny"
         s.weights = s.weights or (str(task.runs / "image") if tiny else "sd15")
         s.motion = s.motion or (str(task.runs / "motion") if tiny else SD15_MOTION)
-    rank, n_ranks = join_processes(args.device)
-    return command, task, s, replace(from_flags(How(), args), device=args.device, rank=rank, n_ranks=n_ranks)
-
-
-def main(argv=None):
-    command, task, s, how = parse(sys.argv[1:] if argv is None else argv)
-    name = "image" if command in ("", "plot", "export") else command
-    name = name if task.round is None and name != "video" else f"round{task.round or 0}"
+    is_round = task.round is not None or command == "video"
+    name = f"round{task.round or 0}" if is_round else command if command in stages else "image"
     out = task.out or task.runs / name
+
     if command in NETWORKS:
         train_network(command, s, how, task)
-    elif command == "video":
-        stage_video(out, replace(s, train_on=s.train_on or round_folders(task, task.round or 0)), how, {})
     elif command == "writer":
         stage_writer(out, s, how)
+    elif command == "video":
+        stage_video(out, replace(s, train_on=s.train_on or round_folders(task, task.round or 0)), how, {})
     elif command == "plot":
         plot(out)
     elif command == "export":
         export(out, task.to)
     elif command:
         table(command, task, s, how)
-    elif task.round is None:
-        networks(task, s, how)
-    else:
+    elif is_round:
         refine(task, s, how)
-    if task.n and command in ("", "image") and how.rank == 0:
-        report(out, how, task.n, 1 if task.round is None else N_FRAMES)
+    else:
+        networks(task, s, how)
+    if task.n and command in ("", "image") and rank == 0:
+        report(out, how, task.n, N_FRAMES if is_round else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
