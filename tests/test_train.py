@@ -3,7 +3,6 @@ import json
 import math
 import os
 import random
-import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ import curate
 import model
 import train
 import world
-from model import EPM, ROOT, SD15_MOTION, UNet, UserError, VideoEditor, read_json
+from model import EPM, ROOT, UNet, UserError, VideoEditor, read_json
 from sample import write_video
 from teachers import LlavaOneVision, writer_loss
 from train import How, Round, Training
