@@ -60,8 +60,8 @@ from model import (N_FRAMES, ROOT, UserError, VideoEditor, begin, fingerprint, n
                    write_json, write_text)
 from sample import (IMAGES, VIDEOS, Parser, add_flags, frame_files, from_flags, known_device, model_size,
                     option, probe, read_frames, read_image, write_video)
-from teachers import (COGVIDEOX, FIELDS, LLAVA, WRITER_TASKS, CogVideoX, LlavaOneVision, T5Encoder, clip_fault,
-                      write_instructions)
+from teachers import (COGVIDEOX, FIELDS, LLAVA, WRITER_TASKS, CogVideoX, LlavaOneVision, T5Encoder,
+                      clip_fault, write_instructions)
 
 __all__ = ["CogVideoX", "T5Encoder"]            # of teachers.py, for whoever imports them from here
 
@@ -214,8 +214,8 @@ def read_rows(folder, kept=False):
     good = [row for row in rows if row["kept"]]
     if kept and not good:
         raise UserError(f"{folder}: none of its {len(rows)} candidates was kept: {', '.join(losses(rows))}; "
-                        f"see them with curate.py look {folder}, then lower a threshold by --min NAME=VALUE and "
-                        "another --to")
+                        f"see them with curate.py look {folder}, then lower a threshold by --min NAME=VALUE "
+                        "and another --to")
     return good if kept else rows
 
 
@@ -258,8 +258,8 @@ def run_step(to, settings, sources, load, work, how, group=1):
     `load` needs.
 
     load(source) gives what `work` needs. Where it raises UserError the source is said and left out; it has no
-    folder, so the next run tries it again. work(source, loaded) -> (rows of its candidates, files); with a group,
-    work([(source, loaded)]) yields those. Groups are always of the same sources, and done again whole.
+    folder, so the next run tries it again. work(source, loaded) -> (rows of its candidates, files); with a
+    group, work([(source, loaded)]) yields those. Groups are always of the same sources, and done again whole.
     """
     begin(to, settings, how.force)
     mine, unread, done = my_share(sources), set(), 0
@@ -1226,7 +1226,7 @@ def main(argv=None):
     if args.command in COMMANDS:
         return function(args.path, s)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))     # one GPU for each process of torchrun
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))         # torchrun: one GPU a process
     function(args.path, s, replace(from_flags(How(), args), device=args.device))
 
 

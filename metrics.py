@@ -594,8 +594,8 @@ def preservation(source, edited, mask=None):
 
 SUCCESS = ("success: inside the region that the true edit changes, at least 1 dB closer to the truth than "
            "the source and the autoencoded source are; outside it, at most 1 dB further from the source than "
-           "the autoencoder's own error, on source or truth. The truth is known where the result follows from "
-           "source and instruction alone")
+           "the autoencoder's own error, on source or truth. The truth is known where the result follows "
+           "from source and instruction alone")
 CODED = ("autoencoded source", "autoencoded truth")                     # what a perfect editor loses
 
 
@@ -1122,50 +1122,41 @@ def table_head(name, columns):
     return f"| {name} | n | {' | '.join(names)} |\n{'|---' * (len(columns) + 2)}|"
 
 
-def values(rows, columns):
-    """Scores of clips as an array (clips, columns); NaN where a clip lacks one."""
-    return np.array([[row.get(key, math.nan) for key in columns] for row in rows], float)
-
-
-def table_row(name, x, columns, groups=None, sign=""):
-    """One Markdown row of the means of x (clips, columns), which says over how many clips where some lack a
+def table_row(name, rows, columns, groups=None, sign=""):
+    """One Markdown row of means over clips [{score: value}], which says over how many where some lack a
     score. groups: a name for each clip, for an `interval`."""
     cells = []
-    for key, column in zip(columns, x.T):
-        has = np.isfinite(column)
-        shown = cell(column[has], ALL_SCORES[key].digits, None if groups is None else groups[has], sign)
-        cells.append(f"{shown} (n={has.sum()})" if 0 < has.sum() < len(x) else shown)
-    return f"| {name} | {len(x)} | {' | '.join(cells)} |"
+    for key in columns:
+        has = [i for i, row in enumerate(rows) if math.isfinite(row.get(key, math.nan))]
+        shown = cell([rows[i][key] for i in has], ALL_SCORES[key].digits,
+                     groups and [groups[i] for i in has], sign)
+        cells.append(f"{shown} (n={len(has)})" if 0 < len(has) < len(rows) else shown)
+    return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
 
 
-def rows_by(items, x, columns):
-    """A row of each task and each domain of the clips."""
-    lines = []
-    for key in ("task", "domain"):
-        for value in dict.fromkeys(item[key] for item in items if key in item):
-            lines.append(table_row(value, x[[item.get(key) == value for item in items]], columns))
-    return lines
+def rows_by(key, clips, columns):
+    """A row of each task, or each domain, of the clips [{score: value, key: ...}]."""
+    return [table_row(value, [clip for clip in clips if clip.get(key) == value], columns)
+            for value in dict.fromkeys(clip[key] for clip in clips if key in clip)]
 
 
 def table(items, done, title, paper=""):
     """A benchmark as Markdown lines: its first row by task and domain, the other rows, the gains on them, the
-    paper's.
-
-    done: {id: {row: scores}}; paper: lines of a name and the scores IN_PAPER.
-    """
+    paper's. done: {id: {row: scores}}; paper: lines of a name and the scores IN_PAPER."""
     found = {key for clip in done.values() for scores in clip.values() for key in scores}
     columns, items = [key for key in COLUMNS if key in found], [item for item in items if item["id"] in done]
-    videos = np.array([item["id"].rsplit("/", 1)[0] for item in items])
-    rows = {row: values([clip[row] for clip in done.values()], columns) for row in done[items[0]["id"]]}
-    main, *others = rows
-    lines = [table_head(title, columns), table_row(f"{main} [95 %]", rows[main], columns, videos)]
-    lines += rows_by(items, rows[main], columns)
-    lines += [table_row(row, rows[row], columns) for row in others]
-    for row in others:                                                  # paired: clip by clip
-        lines.append(table_row(f"{main} − {row} [95 %]", rows[main] - rows[row], columns, videos, "+"))
+    videos = [item["id"].rsplit("/", 1)[0] for item in items]           # edits of one are not independent
+    (main, ours), *others = [(row, [clip[row] for clip in done.values()]) for row in done[items[0]["id"]]]
+    clips = [item | scores for item, scores in zip(items, ours)]
+    lines = [table_head(title, columns), table_row(f"{main} [95 %]", ours, columns, videos),
+             *rows_by("task", clips, columns), *rows_by("domain", clips, columns)]
+    lines += [table_row(row, scores, columns) for row, scores in others]
+    for row, scores in others:                                          # paired: clip by clip
+        gains = [{key: a[key] - b[key] for key in a.keys() & b.keys()} for a, b in zip(ours, scores)]
+        lines.append(table_row(f"{main} − {row} [95 %]", gains, columns, videos, "+"))
     for line in paper.splitlines():
         name, *numbers = line.split()
-        row = table_row(name, values([dict(zip(IN_PAPER, map(float, numbers)))], columns), columns)
+        row = table_row(name, [dict(zip(IN_PAPER, map(float, numbers)))], columns)
         lines.append(row.replace(" | 1 |", ", copied from the paper | |", 1))
     return lines
 
@@ -1379,11 +1370,7 @@ def main_shapes(argv):
         raise UserError(f"--size {ed.size}: drawn clips need a multiple of {ed.multiple}")
     if args.bare:
         guidance = {key: options[key] for key in ("steps", "s_txt", "s_src")}
-        scores = [row for domain in domains for row in drawn_scores(ed, n, domain, args.frames, **guidance)]
-        columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
-        print(table_head("held out, the model's own frames", columns),
-              *rows_by(scores, values(scores, columns), columns), sep="\n")
-        return
+        return print_bare(ed, n, domains, args.frames, guidance)
     made_by |= {"world": fingerprint(world.__file__), "frames": args.frames}
     if grid:
         rows = guidance_grid(options, args.grid_text, args.grid_source, seeds=1 + args.agreement)
@@ -1399,6 +1386,16 @@ def main_shapes(argv):
         lines += ["", "Spearman's correlation with the gain in PSNR to the truth", "",
                   *agreement_table(done, list(rows))]
     report(lines, ed, scorers, out)
+
+
+def print_bare(ed, n, domains, n_frames, guidance):
+    """`drawn_scores` as Markdown, by domain and task."""
+    columns = ("success", "truth_gain", "psnr_truth", "psnr_outside", "flicker")
+    print(table_head("held out, the model's own frames", columns))
+    for domain in domains:
+        clips = drawn_scores(ed, n, domain, n_frames, **guidance)
+        print(table_row(f"{domain} [95 %]", clips, columns, range(len(clips))),
+              *rows_by("task", clips, columns), sep="\n")
 
 
 def guidance_grid(options, texts, sources, seeds):

@@ -42,7 +42,7 @@ from sample import edit_stream, known_device, video_writer  # noqa: E402
 TINY, GOLDENS = ROOT / "assets" / "tiny", ROOT / "tests" / "goldens"
 DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 TRANSFORMERS = importlib.util.find_spec("transformers") is not None
-COLUMNS = ("what", "s", "min", "CPU s", "peak GB", "compared with", "s", "min", "CPU s", "peak GB",
+COLUMNS = ("what", "a second", "s", "min", "CPU s", "peak GB", "compared with", "s", "min", "CPU s", "peak GB",
            "ratio", "CPU ratio")
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -90,7 +90,8 @@ def timed(functions, runs, device, warm=True):
 
 
 def row(what, ours, than="", theirs=None, per=1):
-    """A table line: median and best wall time, best CPU time, divided by `per`; peak; ratios of the best."""
+    """A table line: how many a second; median and best wall time, best CPU time, of one; peak; ratios of the
+    best. per: how many a call makes."""
     def cells(values):
         wall, cpu, memory = zip(*values)
         times = statistics.median(wall), min(wall), min(cpu)
@@ -99,7 +100,8 @@ def row(what, ours, than="", theirs=None, per=1):
     if theirs:
         best = [min(x[k] for x in ours) / max(min(x[k] for x in theirs), 1e-9) for k in (0, 1)]
         right = [than, *cells(theirs), *(f"{x:.2f}" for x in best)]
-    print("| " + " | ".join([what, *cells(ours), *right]) + " |", flush=True)
+    rate = f"{per / min(wall for wall, *_ in ours):.3g}"
+    print("| " + " | ".join([what, rate, *cells(ours), *right]) + " |", flush=True)
 
 
 def beside(what, ours, name, theirs, runs, device, per=1):
@@ -226,8 +228,7 @@ def bench_model(model, folder, size, n_frames, runs, steps, device):
     print(f"\n**{model}: {gb:.2f} GB of weights, {n_frames} frames of {size}x{size}**\n\n{HEAD}", flush=True)
     frames = torch.rand(n_frames, 3, size, size) * 2 - 1
     edit, = timed([lambda: list(edit_stream(ed, frames, "make it snow", steps))], 1, device, warm=False)
-    row(f"edit a {n_frames}-frame clip, {steps} steps, FFG, once", edit)
-    row(f"the same, a frame ({n_frames / edit[0][0]:.2g} frames/s)", edit, per=n_frames)
+    row(f"a frame of an edit, {steps} steps, FFG", edit, per=n_frames)
     # diffusers' statistics over frames, so that both compute the same
     ed = VideoEditor.from_pretrained(folder, motion=folder / "motion", norm_over_frames=True, device=device)
     bench_networks(ed, motion, n_frames, size, runs, device)
@@ -273,16 +274,16 @@ def bench_curation(model, ed, size, n_frames, steps, device, folder):
     row(f"clip candidate, {steps} steps, FFG", *timed([clip], 1, device, warm=model == "tiny"))
     if model != "tiny":
         return
-    how, edited = curate.How(device=str(device)), {"weights": "tiny", "candidates": 4, "filter": False}
+    how, edited = curate.How(device=str(device)), {"weights": "tiny", "filter": False}
     a, b = folder / "images", folder / "clips"
-    pictures = curate.Images(n=4, steps=steps, **edited)
-    videos = curate.Videos(images=str(a), clips=str(b), **edited)
+    pictures = curate.Images(n=1, candidates=4, steps=steps, **edited)
+    videos = curate.Videos(images=str(a), clips=str(b), candidates=1, **edited)
     with redirect_stdout(sys.stderr):
         first, = timed([lambda: curate.images(a, pictures, how)], 1, device, warm=False)
         curate.clips(b, curate.Clips(images=str(a)), how)
         second, = timed([lambda: curate.videos(folder / "videos", videos, how)], 1, device, warm=False)
-    row(f"curate.py images, a candidate, {steps} steps", first, per=16)
-    row(f"curate.py videos, a candidate, {steps} steps", second, per=16)
+    row(f"curate.py images, a candidate, {steps} steps, networks loaded", first, per=4)
+    row(f"curate.py videos, a candidate, {steps} steps, networks loaded", second)
 
 
 def bench_training(model, folder, size, n_frames, runs, steps, device):
@@ -326,10 +327,10 @@ def bench_training(model, folder, size, n_frames, runs, steps, device):
 # ---- --cost: the paper's schedule, counted ---------------------------------------------------------------
 
 @torch.no_grad()
-def operations(net, *inputs):
+def operations(net, *inputs, **how):
     """Floating-point operations of a call, a multiplication and its addition counted as two; meta device."""
     with FlopCounterMode(display=False) as counter:
-        net(*inputs)
+        net(*inputs, **how)
     return counter.get_total_flops()
 
 
@@ -341,15 +342,15 @@ def bench_cost(size, tflops, steps=20, branches=3):
         net, coder = UNet(unet), VAE(vae)
         net.add_motion(motion)
         net.add_epm("all", N_FRAMES)
-        c, h = vae["latent_channels"], size // 8
+    c, h = vae["latent_channels"], size // 8
 
-        def unet_call(n, mode):
-            x, ctx = torch.empty(1, n, 2 * c, h, h), torch.empty(1, 77, unet["cross_attention_dim"])
-            return operations(net, x, torch.zeros(1), ctx, mode)
-        image, ffg = unet_call(1, "image"), unet_call(N_FRAMES + 1, "ffg")
-        video = unet_call(N_FRAMES, "video")
-        decoded = operations(coder.decode, torch.empty(1, c, h, h))
-        encoded = operations(coder.encode, torch.empty(1, 3, size, size))
+    def count(function, *shapes, **how):
+        return operations(function, *(torch.empty(shape, device="meta") for shape in shapes), **how)
+
+    def unet_call(n, mode):
+        return count(net, (1, n, 2 * c, h, h), (1,), (1, 77, unet["cross_attention_dim"]), mode=mode)
+    image, ffg, video = unet_call(1, "image"), unet_call(N_FRAMES + 1, "ffg"), unet_call(N_FRAMES, "video")
+    decoded, encoded = count(coder.decode, (1, c, h, h)), count(coder.encode, (1, 3, size, size))
     s = train.ROUND["sd15"]
     clips = s.steps * s.batch * s.accumulate
     picture = 6 * size ** 2 + 2 * c * h * h * (steps + 1)          # bytes: two PNG, a trajectory
@@ -486,9 +487,10 @@ def main():
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else platform.machine()
-    print(f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads, load {os.getloadavg()[0]:.1f}, torch "
-          f"{torch.__version__}, {'bfloat16' if gpu else 'float32'}; median and best of {args.runs} calls. Peak GB "
-          "counts the weights too; CPU s adds up all threads"
+    dtype = "bfloat16" if gpu else "float32"
+    print(f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads, load {os.getloadavg()[0]:.1f}; "
+          f"torch {torch.__version__}, {dtype}; median and best of {args.runs} calls. Peak GB counts weights, "
+          "CPU s all threads"
           + ("" if DIFFUSERS else "; diffusers is not installed: nothing to compare with"))
     if args.long:
         return bench_long(device, args.size or 64, args.steps or 2)
