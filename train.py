@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import curate
 import world
-from metrics import CLIP, ViCLIP, drawn_scores, rows_by, table_head, table_row, values
+from metrics import CLIP, ViCLIP, drawn_scores, print_bare, table_head, table_row
 from model import (EPM, N_FRAMES, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, Tokenizer, Transformer,
                    UNet, UserError, VideoEditor, aside, begin, fingerprint, finished, need, noise_levels,
                    part, portable, read_json, read_tensors, reading, repository, run, save_tensors,
@@ -113,8 +113,8 @@ class Motion(Training):
 class Round(Training):
     """A round of the video editor."""
     lr_new: float = option(3e-4, "peak learning rate of EPM; gamma's is ten times that", low=1e-12)
-    weights: str = option("", "image editor to start from (default: runs/tiny/image, or sd15); of stage video "
-                              "also a round, to go on from it")
+    weights: str = option("", "image editor to start from (default: runs/tiny/image, or sd15); video: or a "
+                              "round, to go on from it")
     motion: str = option("", "motion adapter (default: runs/tiny/motion, or AnimateDiff's)")
     train_on: tuple[str, ...] = option((), "curated folders (default: the round's own)")
     trainable: str = option("temporal", "motion modules, or the whole U-Net; gamma and EPM always",
@@ -154,7 +154,7 @@ class How:
 @dataclass
 class Task:
     """What a command is to do, and where."""
-    model: str = option("tiny", "tiny: from nothing; sd15: from published weights, see ROUND for its own defaults",
+    model: str = option("tiny", "tiny: from nothing; sd15: from published weights, its defaults: ROUND",
                         choices=["tiny", "sd15"])
     data: Path | None = option(None, "where drawn, cached and curated clips lie (default: data/<model>)")
     runs: Path | None = option(None, "where runs go (default: runs/<model>)")
@@ -1074,17 +1074,12 @@ def stage_writer(out, s, how):
 
 # ---- measured where the truth is known: after training, and the paper's tables -----------------------------
 
-COLUMNS = ["success", "truth_gain", "flicker"]
-
-
 def report(source, how, n, n_frames):
     """The closing table of a run: the bare frames of held-out drawn scenes against their true edit."""
     ed = VideoEditor.from_pretrained(source, device=how.device)
-    if not ed.words:                                           # published weights do not know the drawn world
-        return print(f"{source}: score it on real clips with `python metrics.py tgve DIR --weights {source}`")
-    rows = drawn_scores(ed, n, "synthetic", n_frames)
-    lines = rows_by(rows, values(rows, COLUMNS), COLUMNS)
-    print(table_head(f"held-out scenes, {n_frames} frame(s)", COLUMNS), *lines, sep="\n")
+    if ed.words:
+        return print_bare(ed, n, ["synthetic"], n_frames, {})
+    print(f"{source}: score it on real clips with `python metrics.py tgve DIR --weights {source}`")
 
 
 @dataclass
@@ -1137,7 +1132,7 @@ def table(command, task, s, how):
     Every seed edits the same clips, so intervals are over clips, each with all of its seeds; differences to
     the first row are taken clip by clip.
     """
-    lines, first = [], {}
+    columns, lines, first = ("success", "truth_gain", "flicker"), [], {}
     for row in table_rows(command, task, s, how):
         name = row.name.replace(",", "").replace(" ", "-")
         outs = [task.runs / command / f"{name}-{seed}" for seed in range(task.seeds if row.settings else 1)]
@@ -1146,12 +1141,14 @@ def table(command, task, s, how):
             stage_video(out, replace(row.settings, seed=seed, train_on=folders), how, {})
         for domain in ("synthetic", "real"):
             clips = [clip for out in outs for clip in measured(out, row, domain, s, how, task.n)]
-            ids, x = np.array([clip["id"] for clip in clips]), values(clips, COLUMNS)
-            base = first.setdefault(domain, x.reshape(len(outs), -1, len(COLUMNS)).mean(0))
-            lines += [table_row(f"{row.name}, {domain} [95 %]", x, COLUMNS, ids),
-                      table_row("− first row", x - np.tile(base, (len(outs), 1)), COLUMNS, ids, "+")]
+            ids = [clip["id"] for clip in clips]
+            base = first.setdefault(domain, clips)
+            more = [{key: clip[key] - np.mean([x[key] for x in base if x["id"] == clip["id"]]) for key in columns}
+                    for clip in clips]
+            lines += [table_row(f"{row.name}, {domain} [95 %]", clips, columns, ids),
+                      table_row("− first row", more, columns, ids, "+")]
     if how.rank == 0:
-        print(table_head(f"{command}, clips of {N_FRAMES} frames", COLUMNS), *lines, sep="\n", flush=True)
+        print(table_head(f"{command}, clips of {N_FRAMES} frames", columns), *lines, sep="\n", flush=True)
 
 # ---- a round as a picture, a run as one folder -------------------------------------------------------------
 
