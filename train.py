@@ -1,7 +1,7 @@
 """Train every network of this repository: one straight loop, one loss a stage, one file.
 
     python train.py               the networks of `tiny` from nothing: vae, clip, viclip, image
-    python train.py --round 2     bring the model up to refinement round 2: networks, motion modules, curation, training
+    python train.py --round 2     bring the model up to refinement round 2: all networks, curation, training
     python train.py STAGE ...     one stage, with flags of its own (python train.py STAGE --help):
         vae         the autoencoder of `tiny`, on scenes drawn by code
         clip        tiny CLIP on frames and captions; its text tower then is the editor's text encoder
@@ -11,12 +11,12 @@
         video       one round of the video editor, on curated triples: data/<model>/round<N>
         writer      LoRA for the language model that writes instructions, on image pairs
     python train.py table2|table3|table4     the paper's ablations, measured where the true edit is known
-    python train.py plot|export --round N    a round's gamma and EPM as a picture; a run as one folder in float16
+    python train.py plot|export --round N    a round's gamma and EPM as a picture; a run as one folder
 
 Contents: settings, the drawn data, the loop, a section a stage, the rounds, tables, plot, export, commands.
-A run lies in runs/<model>/<stage>: settings.json (what made it), log.jsonl, state.pt (to resume), and when it is
-finished its networks in hub layout, model_index.json or config.json last. Under torchrun the stages motion, video
-and writer share their batch among the processes.
+A run lies in runs/<model>/<stage>: settings.json (what made it), log.jsonl, state.pt (to resume), and when it
+is finished its networks in hub layout, model_index.json or config.json last. Under torchrun the stages
+motion, video and writer share their batch among the processes.
 """
 import json
 import math
@@ -47,16 +47,17 @@ from tqdm import tqdm
 import curate
 import world
 from metrics import CLIP, ViCLIP, drawn_scores, print_bare, table_head, table_row
-from model import (EPM, N_FRAMES, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, Tokenizer, Transformer, UNet,
-                   UserError, VideoEditor, aside, begin, fingerprint, finished, need, noise_levels, part, portable,
-                   read_json, read_tensors, reading, repository, run, save_tensors, write_json, write_text)
+from model import (EPM, N_FRAMES, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, Tokenizer, Transformer,
+                   UNet, UserError, VideoEditor, aside, begin, fingerprint, finished, need, noise_levels,
+                   part, portable, read_json, read_tensors, reading, repository, run, save_tensors,
+                   write_json, write_text)
 from sample import Parser, add_flags, from_flags, known_device, option
-from teachers import (FIELDS, LLAVA, WRITER_TASKS, LlavaOneVision, add_lora, guess_task, parse_answer, save_lora,
-                      writer_loss)
+from teachers import (FIELDS, LLAVA, WRITER_TASKS, LlavaOneVision, add_lora, guess_task, parse_answer,
+                      save_lora, writer_loss)
 
-TINY = ROOT / "assets" / "tiny"         # its config.json files give the sizes of the networks trained from nothing
+TINY = ROOT / "assets" / "tiny"         # its config.json files give the sizes of what is trained from nothing
 
-# ---- settings: a dataclass a stage; its fields are the flags and what a run's settings.json remembers ----------
+# ---- settings: a dataclass a stage; its fields are the flags and what a run's settings.json remembers ------
 
 @dataclass
 class Training:
@@ -95,9 +96,9 @@ class Viclip(Training):
 class Image(Training):
     size: int = option(64, "short side of the frames, pixels", choices=SIZES)
     weights: str = option("", "an editor to go on from, with a new schedule (default: from nothing)")
-    optimizer: str = option("muon", "for matrices inside the network; AdamW has the rest", choices=["muon", "adamw"])
+    optimizer: str = option("muon", "of inner matrices; the rest has AdamW", choices=["muon", "adamw"])
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
-    region_weight: float = option(3.0, "extra loss weight of the smaller part of a frame, changed or kept", low=0)
+    region_weight: float = option(3.0, "extra loss weight of a frame's smaller part, changed or kept", low=0)
 
 
 @dataclass
@@ -112,8 +113,8 @@ class Motion(Training):
 class Round(Training):
     """A round of the video editor."""
     lr_new: float = option(3e-4, "peak learning rate of EPM; gamma's is ten times that", low=1e-12)
-    weights: str = option("", "image editor to start from (default: runs/tiny/image, or sd15); for stage video also "
-                              "a round, to go on from it")
+    weights: str = option("", "image editor to start from (default: runs/tiny/image, or sd15); video: or a "
+                              "round, to go on from it")
     motion: str = option("", "motion adapter (default: runs/tiny/motion, or AnimateDiff's)")
     train_on: tuple[str, ...] = option((), "curated folders (default: the round's own)")
     trainable: str = option("temporal", "motion modules, or the whole U-Net; gamma and EPM always",
@@ -124,7 +125,7 @@ class Round(Training):
     epm_start: float = option(-2.0, "EPM's bias between frames before training")
     same_noise: float = option(1.0, "share of clips whose frames have one noise", low=0, high=1)
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
-    region_weight: float = option(3.0, "extra loss weight of the smaller part of a frame, changed or kept", low=0)
+    region_weight: float = option(3.0, "extra loss weight of a frame's smaller part, changed or kept", low=0)
     no_text: str = option("source", "target where the instruction is dropped", choices=["source", "edit"])
     guided_loss: bool = option(True, "the loss is that of the guided prediction, as sampling makes it")
     warmup: int = 0
@@ -144,20 +145,20 @@ class How:
     device: str = "cpu"
     rank: int = 0                       # of this process among
     n_ranks: int = 1                    # those that torchrun started, which share a step
-    bf16: bool | None = option(None, "networks run in bfloat16, weights stay in float32; default on CUDA only")
+    bf16: bool | None = option(None, "networks run in bfloat16, weights stay in float32 (default: on CUDA)")
     checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
     save_minutes: float = option(5.0, "between checkpoints", low=0)
-    force: bool = option(False, "go on with a run although its settings changed; keep a finished one as it is")
+    force: bool = option(False, "go on although a run's settings changed; keep a finished one as it is")
 
 
 @dataclass
 class Task:
     """What a command is to do, and where."""
-    model: str = option("tiny", "tiny: from nothing; sd15: from published weights, with other settings: see ROUND",
+    model: str = option("tiny", "tiny: from nothing; sd15: from published weights, its defaults: ROUND",
                         choices=["tiny", "sd15"])
     data: Path | None = option(None, "where drawn, cached and curated clips lie (default: data/<model>)")
     runs: Path | None = option(None, "where runs go (default: runs/<model>)")
-    round: int | None = option(None, "bring the model up to this round; of video, plot, export: which one", low=0)
+    round: int | None = option(None, "bring the model up to this one; video, plot, export: which one", low=0)
     out: Path | None = option(None, "video, writer: where the run goes; plot, export: where it lies")
     to: Path = option(TINY, "export: target folder")
     images_from: str = option("shapes", "round 0: source images, as curate.py images --from")
@@ -165,7 +166,7 @@ class Task:
     real_from: str = option("shapes", "rounds 1, 2: real clips, as curate.py cut --from")
     real_clips: int = option(120, "rounds 1, 2: how many of them; of a folder how many videos", low=1)
     mix: bool = option(False, "from round 2 on the synthetic triples of round 0 as well")
-    curate_images: str = option("", "rounds: more flags of curate.py images, quoted and after =; the next ones likewise")
+    curate_images: str = option("", "rounds: more flags of curate.py images, quoted, after =")
     curate_clips: str = option("", "of curate.py clips")
     curate_videos: str = option("", "of curate.py videos")
     curate_cut: str = option("", "of curate.py cut")
@@ -175,30 +176,30 @@ class Task:
     seeds: int = option(3, "tables: training seeds of every row", low=1)
 
 
-# 1e-5 is InsV2V's learning rate; the rest of sd15's is our guess until someone has the GPU hours: 2,000 steps are
-# 3 to 6 passes over the paper's clips. `tiny` is trained from nothing and its empty instruction returns the source, see
-# `stage_image`; IP2P's is an average of all edits, which its guidance scales count on.
+# 1e-5 is InsV2V's learning rate; the rest of sd15's is our guess until someone has the GPU hours: 2,000 steps
+# are 3 to 6 passes over the paper's clips. `tiny` is trained from nothing and its empty instruction returns
+# the source, see `stage_image`; IP2P's is an average of all edits, which its guidance scales count on.
 ROUND = {"tiny": Round(steps=60, lr=2e-4),
          "sd15": Round(steps=2000, lr=1e-5, lr_new=1e-4, batch=1, accumulate=16, same_noise=0.0, t_bias=1.0,
                        region_weight=0.0, no_text="edit", guided_loss=False, epm_start=-10.0)}
 WRITER = Writer(steps=2000, lr=1e-4)                               # ours; the paper names neither
-# where the rounds' curation differs from curate.py by itself: five sampling steps edit as well as twenty for `tiny`,
-# and of clips that differ in guidance alone there is nothing to choose
+# where the rounds' curation differs from curate.py by itself: five sampling steps edit as well as twenty for
+# `tiny`, and of clips that differ in guidance alone there is nothing to choose
 CURATE = {"tiny": dict(images=dict(candidates=6, steps=5), videos=dict(candidates=1),
                        real=dict(candidates=2, steps=5)), "sd15": {}}
 
-# ---- the drawn data: files drawn once, shared by all stages ----------------------------------------------------
+# ---- the drawn data: files drawn once, shared by all stages ------------------------------------------------
 
-KINDS = {"pairs": ("world shard", 0, 500),                         # name and first of its seeds, samples in a file
+KINDS = {"pairs": ("world shard", 0, 500),                    # name and first of its seeds, samples in a file
          "clips": ("clips", 50_000_000, 250), "motion": ("motion clips", 90_000_000, 100)}
 DOMAINS = ["synthetic"] * 4 + ["real"]
 
 
 def draw_file(path, kind, index, n, size):
-    """File `index` of a kind: path.npy, uint8, and path.jsonl, one record a sample.
+    """File `index` of a kind: path.safetensors with x, uint8, and path.json with a record a sample.
 
-    pairs (n, 2, H, W, 3): source and target of an edit, some files wide or tall; clips (n, 2, 8, H, W, 3): the same
-    in motion; motion (n, 16, H, W, 3): unedited.
+    pairs (n, 2, H, W, 3): source and target of an edit, some files wide or tall; clips (n, 2, 8, H, W, 3):
+    the same in motion; motion (n, 16, H, W, 3): unedited.
     """
     name, first, _ = KINDS[kind]
     rng, shape, samples = Random(f"{name} {index}"), (size, size), []
@@ -213,13 +214,9 @@ def draw_file(path, kind, index, n, size):
         else:
             samples.append(world.draw_pair(seed, domain, rng, *shape, 8 if kind == "clips" else 1))
     frames, records = zip(*samples)
-    write_text(path.with_suffix(".jsonl"), "".join(json.dumps(record) + "\n" for record in records))
-    save_array(path.with_suffix(".npy"), np.stack(frames))         # last: a file is there whole or not at all
-
-
-def save_array(path, x):
-    with aside(path) as half, open(half, "wb") as f:
-        np.save(f, x)
+    write_json(path.with_suffix(".json"), records)
+    x = torch.from_numpy(np.stack(frames))
+    save_tensors(path.with_suffix(".safetensors"), {"x": x})       # last: a file is there whole or not at all
 
 
 def world_folder(data):
@@ -228,18 +225,17 @@ def world_folder(data):
 
 
 def world_set(data, kind, n, size):
-    """Draw what is missing of the first n samples, on all cores; returns [(frames memmap, [record])] by file."""
-    folder, per_file = world_folder(data), KINDS[kind][2]
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{kind}-{size}px-{i:05d}" for i in range(math.ceil(n / per_file))]
-    todo = [(path, kind, i, per_file, size) for i, path in enumerate(paths) if not path.with_suffix(".npy").is_file()]
-    if todo:
-        print(f"drawing {len(todo)} files of {per_file} {kind} into {folder}")
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            for job in tqdm([pool.submit(draw_file, *which) for which in todo], unit="file"):
-                job.result()
-    return [(np.load(path.with_suffix(".npy"), mmap_mode="r"),
-             [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]) for path in paths]
+    """Draw what is missing of the first n samples, on all cores; returns [(uint8, mapped into memory,
+    [record])] by file."""
+    per_file = KINDS[kind][2]
+    paths = [world_folder(data) / f"{kind}-{size}px-{i:05d}" for i in range(math.ceil(n / per_file))]
+    missing = [i for i, path in enumerate(paths) if not path.with_suffix(".safetensors").is_file()]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(draw_file, paths[i], kind, i, per_file, size) for i in missing]
+        for job in tqdm(jobs, desc=f"drawing {kind}", unit="file", disable=not jobs):
+            job.result()
+    return [(read_tensors(path.with_suffix(".safetensors"))["x"], read_json(path.with_suffix(".json"), list))
+            for path in paths]
 
 
 def square(shards):
@@ -247,36 +243,36 @@ def square(shards):
 
 
 def random_batch(shards, n, generator, axis=2, odds=None):
-    """A random batch of one shard, so of one frame size (height and width at `axis`): n pairs at 1:1 aspect and fewer
-    of a wider or taller frame, so that every batch holds about the same number of pixels. odds: {task: how much more
-    often than drawn}. Returns the pairs (N, 2, ...) and their [source captions, target captions, instructions]."""
+    """A random batch of one shard, so of one frame size (height and width at `axis`): n pairs at 1:1
+    aspect and fewer of a wider or taller frame, so that every batch holds about the same number of pixels.
+    odds: {task: how much more often than drawn}. Returns the pairs (N, 2, ...) and their [source captions,
+    target captions, instructions]."""
     pairs, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
     short, long = sorted(pairs.shape[axis:axis + 2])
     weights = torch.tensor([float(odds[record["task"]]) if odds else 1.0 for record in records])
-    rows = torch.multinomial(weights, max(2, round(n * short / long)), replacement=True, generator=generator).tolist()
+    n = max(2, round(n * short / long))
+    rows = torch.multinomial(weights, n, replacement=True, generator=generator).tolist()
     return pairs[rows], [[records[i][key] for i in rows] for key in ("source", "target", "instruction")]
 
 
 def as_input(frames):
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def latents_of(ed, shards, folder, domains=DOMAINS):
-    """Frames of some domains encoded, once: [(float16 memmap (n, 2 or 16, c, h, w), [record])] by file."""
-    folder = folder.with_name(f"{folder.name}-{fingerprint(part(ed.folders, 'vae'))}")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Frames of some domains encoded, once: [(float16 (n, 2 or 16, c, h, w), [record])] by file."""
     out = []
     for i, (frames, records) in enumerate(tqdm(shards, desc="latents", unit="file")):
-        path, rows = folder / f"{i:05d}.npy", [k for k, record in enumerate(records) if record["domain"] in domains]
+        path = Path(f"{folder}-{fingerprint(part(ed.folders, 'vae'))}", f"{i:05d}.safetensors")
+        rows = [k for k, record in enumerate(records) if record["domain"] in domains]
         if not path.is_file():
-            x = frames[rows]
-            z = ed.encode(as_input(x.reshape(-1, *x.shape[2:]))[None])[0].half().cpu()
-            save_array(path, z.unflatten(0, x.shape[:2]).numpy())
-        out.append((np.load(path, mmap_mode="r"), [records[k] for k in rows]))
+            z = ed.encode(as_input(frames[rows].flatten(0, 1))[None])[0]
+            save_tensors(path, {"z": z.unflatten(0, (len(rows), -1))}, torch.float16)
+        out.append((read_tensors(path)["z"], [records[k] for k in rows]))
     return out
 
-# ---- the loop --------------------------------------------------------------------------------------------------
+# ---- the loop ----------------------------------------------------------------------------------------------
 
 def join_processes(device):
     """Join the processes that torchrun started, if it did. Returns (rank, n_ranks)."""
@@ -284,7 +280,8 @@ def join_processes(device):
     if n_ranks > 1 and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))  # curation is long
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))            # curation is long
     return int(os.environ.get("RANK", 0)), n_ranks
 
 
@@ -302,9 +299,9 @@ def mean_over_processes(tensors):
 
 
 def orthogonal(m, iterations=5):
-    """m with its singular values near 1 (0.68 to 1.2), those of a hundredth of the largest and more: Newton-Schulz
-    iterations, odd polynomial (3.4445, -4.775, 2.0315) of Jordan et al., "Muon", 2024. (out, in) float -> the same
-    shape."""
+    """m with its singular values near 1 (0.68 to 1.2), those of a hundredth of the largest and more:
+    Newton-Schulz iterations, odd polynomial (3.4445, -4.775, 2.0315) of Jordan et al., "Muon", 2024. (out,
+    in) float -> the same shape."""
     x = m / (m.norm() + 1e-7)
     if m.shape[0] > m.shape[1]:                                    # the Gram matrix of the shorter side
         return orthogonal(m.T, iterations).T
@@ -315,10 +312,11 @@ def orthogonal(m, iterations=5):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW whose groups with muon=True take a step of orthogonalised Nesterov momentum instead: a matrix moves along
-    all of its directions alike, along those of rare gradients too. For weights of two or more dimensions;
-    convolutions count as (out, in * kernel). Steps have AdamW's size, 0.2 in root mean square, so learning rate and
-    weight decay mean the same ("Muon is scalable for LLM training", arXiv 2502.16982)."""
+    """AdamW whose groups with muon=True take a step of orthogonalised Nesterov momentum instead: a matrix
+    moves along all of its directions alike, along those of rare gradients too. For weights of two or more
+    dimensions; convolutions count as (out, in * kernel). Steps have AdamW's size, 0.2 in root mean square,
+    so learning rate and weight decay mean the same ("Muon is scalable for LLM training", arXiv
+    2502.16982)."""
 
     @torch.no_grad()
     def step(self, momentum=0.95):
@@ -327,7 +325,7 @@ class Muon(torch.optim.AdamW):
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                if not state:                                      # AdamW wants a step with every parameter it loads
+                if not state:                               # AdamW wants a step with every parameter it loads
                     state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
                 mean = state["momentum"]
                 mean.lerp_(p.grad, 1 - momentum)
@@ -344,34 +342,37 @@ def is_inner_matrix(name, p):
 
 
 def parameter_groups(trained, s):
-    """{name: parameter} -> groups of one rate each, the first the log's. SMA's and EPM's are in no published file, so
-    they start from nothing: gamma is one number a module and needs more than the rate at which EPM's matrices stay
-    calm."""
+    """{name: parameter} -> groups of one rate each, the first the log's. SMA's and EPM's are in no
+    published file, so they start from nothing: gamma is one number a module and needs more than the rate
+    at which EPM's matrices stay calm."""
     groups = {(s.lr, 0.01, False): []}                             # rate, weight decay, whether Muon's
     for name, p in trained.items():
         kind = s.lr, 0.01, s.optimizer == "muon" and is_inner_matrix(name, p)
         if name.endswith(".gamma") or ".epm." in name:
             kind = (10 if name.endswith(".gamma") else 1) * s.lr_new, 0.0, False
         groups.setdefault(kind, []).append(p)
-    return [dict(params=params, lr=lr, weight_decay=decay, muon=muon) for (lr, decay, muon), params in groups.items()]
+    return [dict(params=params, lr=lr, weight_decay=decay, muon=muon)
+            for (lr, decay, muon), params in groups.items()]
 
 
 def save_state(path, **state):
-    """The checkpoint of before stays until this one is whole; one name for half ones, so that kills pile up none."""
+    """The checkpoint of before stays until this one is whole; one name for half ones, so that kills pile
+    up none."""
     half = path.with_suffix(".tmp")
     with open(half, "wb") as f:
         torch.save(state, f)
         f.flush()
-        os.fsync(f.fileno())                                       # else a power cut may leave the name and no contents
+        os.fsync(f.fileno())                             # else a power cut may leave the name and no contents
     os.replace(half, path)
 
 
 def resume(path, trained, average, opt):
-    """Load a checkpoint, if there is one, into parameters, their averages and optimizer. Returns (its step, its log)."""
+    """Load a checkpoint, if there is one, into parameters, their averages and optimizer. Returns (its
+    step, its log)."""
     if not path.is_file():
         return 0, []
     with reading(path, "put a whole copy there, or delete it to begin anew"):
-        state = torch.load(path, map_location="cpu", weights_only=True)     # a resumed run needs no more memory
+        state = torch.load(path, map_location="cpu", weights_only=True)   # a resumed run needs no more memory
         for name, p in trained.items():
             p.data.copy_(state["trained"][name])
             average[name].copy_(state["average"][name])
@@ -380,13 +381,13 @@ def resume(path, trained, average, opt):
 
 
 def fit(net, loss_fn, out, s, how, probe=dict):
-    """Train what requires gradients in `net` with loss_fn(number, generator) -> loss, until s.steps. Returns it with
-    the averaged weights (EMA).
+    """Train what requires gradients in `net` with loss_fn(number, generator) -> loss, until s.steps. Returns
+    it with the averaged weights (EMA).
 
-    AdamW or Muon, linear warm-up, cosine to 5 %, gradient norm clipped at 1. A run that was cut resumes from its
-    state.pt. `number` counts micro-batches over steps and processes and with the seed fixes all that is random in
-    one: a resumed run's next loss equals the uninterrupted one's, and P processes do what one does that accumulates P.
-    probe: () -> more fields for the log. Raises UserError for a NaN, with the step.
+    AdamW or Muon, linear warm-up, cosine to 5 %, gradient norm clipped at 1. A run that was cut resumes from
+    its state.pt. `number` counts micro-batches over steps and processes and with the seed fixes all that is
+    random in one: a resumed run's next loss equals the uninterrupted one's, and P processes do what one does
+    that accumulates P. probe: () -> more fields for the log. Raises UserError for a NaN, with the step.
     """
     device = torch.device(how.device).type
     bf16 = device == "cuda" if how.bf16 is None else how.bf16
@@ -394,7 +395,6 @@ def fit(net, loss_fn, out, s, how, probe=dict):
     if how.checkpointing:
         recompute(net)
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    params = list(trained.values())
     average = {name: p.detach().clone() for name, p in trained.items()}
     opt = Muon(parameter_groups(trained, s), betas=(0.9, 0.99), fused=True)
     peaks = [group["lr"] for group in opt.param_groups]
@@ -418,11 +418,11 @@ def fit(net, loss_fn, out, s, how, probe=dict):
             loss.backward()
             mean += loss.detach()
         if how.n_ranks > 1:
-            mean_over_processes([mean, *(p.grad for p in params if p.grad is not None)])
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        if not torch.isfinite(mean + norm):                        # of the means: every process stops, not just one
-            raise UserError(f"{out.name}: loss is {mean.item()} and the gradient's norm {norm.item()} at step {step}; "
-                            "lower --lr, and go on from the last checkpoint with --force")
+            mean_over_processes([mean, *(p.grad for p in trained.values() if p.grad is not None)])
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        if not torch.isfinite(mean + norm):                  # of the means: every process stops, not just one
+            raise UserError(f"{out.name}: loss is {mean.item()} and the gradient's norm {norm.item()} at "
+                            f"step {step}; lower --lr, and go on from the last checkpoint with --force")
         opt.step()
         with torch.no_grad():
             for name, p in trained.items():
@@ -432,15 +432,18 @@ def fit(net, loss_fn, out, s, how, probe=dict):
         last = step + 1 == s.steps
         if (step + 1) % every == 0 or last:
             ms = (time.time() - last_log) * 1e3 / len(losses)
-            log.append(dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms) | probe())
+            row = dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms)
+            log.append(row | probe())
             if how.rank == 0:
                 gb = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-                print("step {step:05d}/{} | loss {loss:.4f} | lr {lr:.1e} | {ms:.0f} ms | {:.1f} samples/s | {:.1f} GB".format(
-                    s.steps, s.batch * s.accumulate * how.n_ranks * 1e3 / ms, gb, **log[-1]), flush=True)
+                speed = s.batch * s.accumulate * how.n_ranks * 1e3 / ms
+                print(f"step {step + 1:05d}/{s.steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | "
+                      f"{ms:.0f} ms | {speed:.1f} samples/s | {gb:.1f} GB", flush=True)
                 write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             losses, last_log = [], time.time()
         if how.rank == 0 and (last or time.time() - last_save > 60 * how.save_minutes):
-            save_state(out / "state.pt", trained=trained, average=average, opt=opt.state_dict(), step=step + 1, log=log)
+            save_state(out / "state.pt", trained=trained, average=average, opt=opt.state_dict(),
+                       step=step + 1, log=log)
             last_save = time.time()
     net.load_state_dict(average, strict=False)
     return net.eval()
@@ -459,8 +462,10 @@ def stored(out):
 
 
 def is_done(out, settings, how, **more):
-    """Begins a run, or goes on with it; True where it is finished. One of other settings is refused by name: --force
-    keeps a finished one as it is and lets another go on. more: what only an unfinished one is compared by."""
+    """Begins a run, or goes on with it; True where it is finished. One of other settings is refused by
+    name: --force keeps a finished one as it is and lets another go on. more: what only an unfinished one
+    is compared by."""
+    settings = {name: movable(x) for name, x in settings.items()}
     if not finished(out):
         begin(out, settings | more | dict(processes=how.n_ranks), how.force)
         return False
@@ -470,14 +475,22 @@ def is_done(out, settings, how, **more):
     return True
 
 
+def movable(x):
+    """Folders in settings as seen from the checkout, which may be moved."""
+    if isinstance(x, (list, tuple)):
+        return [movable(y) for y in x]
+    return portable(x) if isinstance(x, str) and "/" in x else x
+
+
 def write_network(folder, config, tensors, name="diffusion_pytorch_model.safetensors"):
     save_tensors(folder / name, tensors)
     write_json(folder / "config.json", config)
 
-# ---- stage vae -------------------------------------------------------------------------------------------------
+# ---- stage vae ---------------------------------------------------------------------------------------------
 
 def stage_vae(out, s, how, data):
-    """Autoencoder: L1 + L2 on pixels and on their differences (edges), and a very small KL term (no adversary).
+    """Autoencoder: L1 + L2 on pixels and on their differences (edges), and a very small KL term (no
+    adversary).
 
     On crops of 32 pixels: many small pictures teach faster than few large ones at the same cost.
     """
@@ -489,10 +502,10 @@ def stage_vae(out, s, how, data):
     def loss_fn(number, generator):
         def random(n):
             return int(torch.randint(n, (1,), generator=generator))
-        frames, records = shards[random(len(shards))]
-        rows = torch.randint(len(records), (s.batch,), generator=generator).tolist()
+        frames, _ = shards[random(len(shards))]
+        rows = torch.randint(len(frames), (s.batch,), generator=generator)
         top, left = (8 * random((side - 32) // 8 + 1) for side in frames.shape[2:4])
-        x = [frames[i, k % 2, top:top + 32, left:left + 32] for k, i in enumerate(rows)]
+        x = frames[rows, torch.arange(s.batch) % 2, top:top + 32, left:left + 32]
         x = as_input(x).to(how.device)
         mean, logvar = vae.encode(x)
         d = vae.decode(mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)) - x
@@ -506,7 +519,7 @@ def stage_vae(out, s, how, data):
         z = torch.cat([vae.encode(as_input(f[:16, 0]).to(how.device))[0].flatten() for f, _ in shards[:20]])
     write_network(out, config | {"scaling_factor": round(1 / z.std().item(), 5)}, vae.state_dict())
 
-# ---- stage clip ------------------------------------------------------------------------------------------------
+# ---- stage clip --------------------------------------------------------------------------------------------
 
 def train_tokenizer(folder):
     """CLIP's byte-pair format for the words of the shapes world: every known word becomes one token."""
@@ -514,17 +527,19 @@ def train_tokenizer(folder):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), byte_level])
     letters = sorted(byte_level.alphabet())
-    bpe.train_from_iterator(world.known_words(), trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=1, show_progress=False, end_of_word_suffix="</w>", initial_alphabet=letters))
+    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, show_progress=False,
+                                  end_of_word_suffix="</w>", initial_alphabet=letters)
+    bpe.train_from_iterator(world.known_words(), trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges),
-             "<|startoftext|>", "<|endoftext|>"]                   # the end has the largest id: CLIP pools there
+             "<|startoftext|>", "<|endoftext|>"]                # the end has the largest id: CLIP pools there
     write_json(folder / "vocab.json", {word: i for i, word in enumerate(dict.fromkeys(words))})
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
 
 
 def contrastive_loss(a, b, scale, texts):
-    """Symmetric contrastive loss between rows of a and b (N, P); rows of equal texts (N strings) are all correct."""
+    """Symmetric contrastive loss between rows of a and b (N, P); rows of equal texts (N strings) are all
+    correct."""
     logits = scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
     same = torch.tensor([[float(x == y) for y in texts] for x in texts], device=a.device)
     target = same / same.sum(dim=1, keepdim=True)
@@ -532,17 +547,19 @@ def contrastive_loss(a, b, scale, texts):
 
 
 def change(x):
-    """Features (2N, P) of N sources, then of their targets -> the way of the normalised ones (N, P), as in the scores."""
+    """Features (2N, P) of N sources, then of their targets -> the way of the normalised ones (N, P), as in
+    the scores."""
     source, target = F.normalize(x, dim=-1).chunk(2)
     return target - source
 
 
 def stage_clip(out, s, how, data):
-    """CLIP on frames and captions, source and target of a pair in one batch (each is the other's hard negative), plus
-    instructions on the direction from source to target, so that the text tower learns the words of edits too."""
+    """CLIP on frames and captions, source and target of a pair in one batch (each is the other's hard
+    negative), plus instructions on the direction from source to target, so that the text tower learns the
+    words of edits too."""
     config, pixels = (read_json(TINY / "clip" / name) for name in ("config.json", "preprocessor_config.json"))
     shards = square(world_set(data, "pairs", s.samples, config["vision_config"]["image_size"]))
-    if not (out / "merges.txt").is_file():                         # ties are broken by chance: a resumed run keeps its own
+    if not (out / "merges.txt").is_file():                  # ties are broken by chance: kept by a resumed run
         train_tokenizer(out)
     tokenizer = Tokenizer(out / "vocab.json", out / "merges.txt")
     config["text_config"]["vocab_size"] = len(tokenizer.vocab)
@@ -552,12 +569,12 @@ def stage_clip(out, s, how, data):
 
     def encode_text(texts):
         ids = tokenizer(texts)
-        length = int(ids.argmax(dim=1).max()) + 1                  # text attention is causal: padding can be cut off
+        length = int(ids.argmax(dim=1).max()) + 1           # text attention is causal: padding can be cut off
         return clip.encode_text(ids[:, :length].to(how.device))
 
     def loss_fn(number, generator):
         pairs, (before, after, orders) = random_batch(shards, s.batch, generator)
-        x = as_input(np.concatenate(pairs.swapaxes(0, 1))).to(how.device)       # all sources, then all targets
+        x = as_input(pairs.transpose(0, 1).flatten(0, 1)).to(how.device)       # all sources, then all targets
         x = x + 0.02 * torch.randn(len(x), 1, 1, 1, generator=generator).to(x)
         image = clip.encode_image(((x + 1) / 2 - mean) / std)
         scale, moved = clip.logit_scale.exp().clamp(max=100), change(image)
@@ -568,14 +585,15 @@ def stage_clip(out, s, how, data):
     write_json(out / "preprocessor_config.json", pixels)
     write_network(out, config, clip.state_dict(), "model.safetensors")
 
-# ---- stage viclip ----------------------------------------------------------------------------------------------
+# ---- stage viclip ------------------------------------------------------------------------------------------
 
 def stage_viclip(out, s, how, data):
-    """ViCLIP on drawn clips with stage clip's loss: captions on clips, source and target of a pair in one batch, plus
-    captions' difference and instructions on the direction from source to target, which is what ViCLIP_dir asks for.
+    """ViCLIP on drawn clips with stage clip's loss: captions on clips, source and target of a pair in one
+    batch, plus captions' difference and instructions on the direction from source to target, which is what
+    ViCLIP_dir asks for.
 
-    Every other step sees stills, which its temporal positions allow (a still takes their mean): they cost an eighth
-    and show far more scenes, so there are three times as many in a batch.
+    Every other step sees stills, which its temporal positions allow (a still takes their mean): they cost an
+    eighth and show far more scenes, so there are three times as many in a batch.
     """
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(out.parent / "clip" / name, out / name)
@@ -593,8 +611,8 @@ def stage_viclip(out, s, how, data):
             pairs, (before, after, orders) = random_batch(stills, 3 * s.batch, generator)
         else:
             pairs, (before, after, orders) = random_batch(clips, s.batch, generator, axis=3)
-        x = torch.from_numpy(np.concatenate(pairs.swapaxes(0, 1))).to(how.device)
-        x = x.view(len(x), -1, *x.shape[-3:]).permute(0, 1, 4, 2, 3).float() / 255         # (2N, 1 or 8, 3, H, W)
+        x = pairs.transpose(0, 1).reshape(2 * len(pairs), -1, *pairs.shape[-3:])       # (2N, 1 or 8, H, W, 3)
+        x = x.to(how.device).permute(0, 1, 4, 2, 3).float() / 255
         x = x + 0.01 * torch.randn(len(x), 1, 1, 1, 1, generator=generator).to(x)
         video = net.encode_video((x - mean) / std)
         texts = net.encode_text(tokenizer(before + after + orders, length=net.context))
@@ -608,14 +626,14 @@ def stage_viclip(out, s, how, data):
     fit(net, loss_fn, out, s, how)
     write_network(out, config, net.state_dict(), "model.safetensors")
 
-# ---- stage image: InstructPix2Pix ------------------------------------------------------------------------------
+# ---- stage image: InstructPix2Pix --------------------------------------------------------------------------
 
 def region_weights(change, strength):
     """Loss weights (N, h, w), mean 1 in every frame: the smaller part of it, changed or kept, counts more.
 
-    change (N, c, h, w): target - source in scaled latents; cells with a mean |change| from 0.5 on count as changed. A
-    small object's edit is not lost in the frame, nor an object before a changed background. strength 0: all alike.
-    Ours.
+    change (N, c, h, w): target - source in scaled latents; cells with a mean |change| from 0.5 on count as
+    changed. A small object's edit is not lost in the frame, nor an object before a changed background.
+    strength 0: all alike. Ours.
     """
     changed = (change.abs().mean(dim=1) / 0.5).clamp(max=1)
     share = changed.mean(dim=(1, 2), keepdim=True)
@@ -624,15 +642,16 @@ def region_weights(change, strength):
 
 
 def diffuse(z0, eps, abar, scheduler):
-    """Scaled latents and noise of one shape -> the noisy latents, and what is predicted of them: epsilon or v, as the
-    scheduler's config says. abar broadcasts."""
+    """Scaled latents and noise of one shape -> the noisy latents, and what is predicted of them: epsilon
+    or v, as the scheduler's config says. abar broadcasts."""
     z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * eps
     v_prediction = scheduler.get("prediction_type", "epsilon") == "v_prediction"
     return z_t, abar.sqrt() * eps - (1 - abar).sqrt() * z0 if v_prediction else eps
 
 
 def fresh_editor(out, seed):
-    """An untrained image editor in hub layout, of the networks trained before: what stage image starts from."""
+    """An untrained image editor in hub layout, of the networks trained before: what stage image starts
+    from."""
     def copy(name, to, *but_not):
         but_not = shutil.ignore_patterns("settings.json", "state.*", "log.jsonl", *but_not)
         shutil.copytree(out.parent / name, out / to, ignore=but_not, dirs_exist_ok=True)
@@ -641,12 +660,13 @@ def fresh_editor(out, seed):
     copy("clip", "tokenizer", "*model*", "*config*")
     shutil.copytree(TINY / "scheduler", out / "scheduler", dirs_exist_ok=True)
     clip = read_tensors(out / "clip" / "model.safetensors")
-    write_network(out / "text_encoder", read_json(out / "clip" / "config.json")["text_config"],
-                  {name: x for name, x in clip.items() if name.startswith("text_model.")}, "model.safetensors")
+    text = {name: x for name, x in clip.items() if name.startswith("text_model.")}
+    config = read_json(out / "clip" / "config.json")["text_config"]
+    write_network(out / "text_encoder", config, text, "model.safetensors")
     config = read_json(TINY / "unet" / "config.json")
     torch.manual_seed(seed)
     unet = UNet({k: v for k, v in config.items() if k not in VideoEditor.VIDEO})
-    for name, p in unet.named_parameters():                        # every residual branch and the output start at zero
+    for name, p in unet.named_parameters():               # every residual branch and the output start at zero
         if name.endswith(("proj_out.weight", "conv_out.weight", "conv2.weight")):
             torch.nn.init.zeros_(p)
     write_network(out / "unet", unet.config, unet.state_dict())
@@ -659,22 +679,23 @@ def write_editor(out, config, unet, about):
 
 
 def stage_image(out, s, how, data):
-    """InstructPix2Pix on cached latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the scheduler says.
+    """InstructPix2Pix on cached latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the
+    scheduler says.
 
-    PAPER: the text encoder is CLIP's, frozen. tiny CLIP has seen too little for that: its states hold more of a word's
-    neighbours than of the word, so here it is trained along, from stage clip's weights.
+    PAPER: the text encoder is CLIP's, frozen. tiny CLIP has seen too little for that: its states hold more of
+    a word's neighbours than of the word, so here it is trained along, from stage clip's weights.
 
-    PAPER: IP2P keeps the edited target where it drops the text, so its "no instruction" is an average of all edits.
-    Here a dropped instruction asks for nothing and its target is the source: an empty instruction then returns the
-    clip, and text guidance points from unchanged to edited. Errors count by `region_weights`.
+    PAPER: IP2P keeps the edited target where it drops the text, so its "no instruction" is an average of all
+    edits. Here a dropped instruction asks for nothing and its target is the source: an empty instruction then
+    returns the clip, and text guidance points from unchanged to edited. Errors count by `region_weights`.
 
     The real domain is left out on purpose: closing that gap is what the refinement rounds are for.
     """
     if not s.weights:
         fresh_editor(out, s.seed)
     ed = VideoEditor.from_pretrained(s.weights or out, motion=False, device=how.device, dtype="float32")
-    shards = latents_of(ed, world_set(data, "pairs", s.samples, s.size), world_folder(data) / f"pairs-{s.size}px",
-                        ["synthetic"])
+    drawn = world_set(data, "pairs", s.samples, s.size)
+    shards = latents_of(ed, drawn, world_folder(data) / f"pairs-{s.size}px", ["synthetic"])
     unet = ed.unet.requires_grad_(True)
     unet.text_encoder = ed.text_encoder.requires_grad_(True)       # one optimizer, one average for both
     abar, scale = noise_levels(ed.scheduler).to(how.device), ed.vae.scaling_factor
@@ -682,7 +703,7 @@ def stage_image(out, s, how, data):
 
     def loss_fn(number, generator):
         pairs, (_, _, orders) = random_batch(shards, s.batch, generator, axis=3, odds=odds)
-        z_src, z_tgt = torch.from_numpy(pairs).float().unbind(1)
+        z_src, z_tgt = pairs.float().unbind(1)
         drop = torch.rand(len(pairs), generator=generator)
         ctx = ed.encode_text(["" if x < 0.10 else order for x, order in zip(drop, orders)])
         drop = drop[:, None, None, None]
@@ -703,9 +724,9 @@ def stage_image(out, s, how, data):
     write_network(out / "text_encoder", config, ed.text_encoder.state_dict(), "model.safetensors")
     about = read_json(TINY / "model_index.json")["instructvedit"]  # how it samples
     about |= dict(size=s.size, words=world.known_words(), examples=world.examples())
-    write_editor(out, unet.config, unet, about | (dict(base=ed.base) if s.weights else {}))
+    write_editor(out, unet.config, unet, about | ({"base": ed.base} if s.weights else {}))
 
-# ---- stage motion, and what it shares with stage video ---------------------------------------------------------
+# ---- stage motion, and what it shares with stage video -----------------------------------------------------
 
 def row_of(number, n, seed):
     """Which of n clips training sample `number` is: each of them once an epoch, in a new order every time."""
@@ -714,13 +735,14 @@ def row_of(number, n, seed):
 
 
 def draw_noise(number, s, shape, train_steps=1000):
-    """What is random about training sample `number`: u in [0, 1) to choose the dropouts, time step t, eps of `shape`.
+    """What is random about training sample `number`: u in [0, 1) to choose the dropouts, time step t, eps of
+    `shape`.
 
-    From a generator of the sample's own, so that a batch is the same however micro-batches and processes share it.
-    s.same_noise: the share of clips whose frames all have one noise; in the rest each frame has its own, as in InsV2V
-    and AnimateDiff. A video editor samples from what most of its clips had.
-    PAPER: silent on noise over frames. `tiny`'s short rounds did not learn to bring frames of different noise
-    together, so its clips have one.
+    From a generator of the sample's own, so that a batch is the same however micro-batches and processes
+    share it. s.same_noise: the share of clips whose frames all have one noise; in the rest each frame has its
+    own, as in InsV2V and AnimateDiff. A video editor samples from what most of its clips had. PAPER: silent
+    on noise over frames. `tiny`'s short rounds did not learn to bring frames of different noise together, so
+    its clips have one.
     """
     g = torch.Generator().manual_seed((s.seed + 1) * 1_000_003_000 + number)
     u, v, same = torch.rand(3, generator=g).tolist()
@@ -732,10 +754,10 @@ def draw_noise(number, s, shape, train_steps=1000):
 def clip_loss(unet, samples, scheduler, device, guidance=None):
     """Mean error of the prediction over samples (z0, z_src, ctx, t, eps, weight), clips of 16 frames.
 
-    z0, z_src, eps (F, c, h, w), z0 scaled and z_src not; ctx (77, D); t an integer tensor; weight (F, 1, h, w) or 1.
-    Clips of one size run as one batch.
-    guidance (s_txt, s_src, states of no text (77, D)): where a sample has source and text, the prediction is the
-    guided one of sampling; its other two branches get no gradient.
+    z0, z_src, eps (F, c, h, w), z0 scaled and z_src not; ctx (77, D); t an integer tensor; weight (F, 1, h,
+    w) or 1. Clips of one size run as one batch. guidance (s_txt, s_src, states of no text (77, D)): where a
+    sample has source and text, the prediction is the guided one of sampling; its other two branches get no
+    gradient.
     """
     abar = noise_levels(scheduler).to(device)
     total = 0
@@ -744,7 +766,7 @@ def clip_loss(unet, samples, scheduler, device, guidance=None):
         z0, z_src, ctx, t, eps, weight = (torch.stack(x).to(device) for x in zip(*alike))
         z_t, wanted = diffuse(z0, eps, abar[t][:, None, None, None, None], scheduler)      # (B, F, c, h, w)
         x, scale, others = torch.cat([z_t, z_src], dim=2), 1, 0
-        if guidance:                                               # VideoEditor.guided, for the rows that have everything
+        if guidance:                                           # VideoEditor.guided, where there is everything
             s_txt, s_src, no_text = guidance
             no_text = no_text.to(device).expand_as(ctx)
             full = (z_src.flatten(1).any(dim=1) & (ctx != no_text).flatten(1).any(dim=1)).view(-1, 1, 1, 1, 1)
@@ -758,25 +780,30 @@ def clip_loss(unet, samples, scheduler, device, guidance=None):
 
 
 def stage_motion(out, s, how, data):
-    """The motion prior: fresh motion modules in the frozen image editor, on unedited clips (as AnimateDiff was made).
+    """The motion prior: fresh motion modules in the frozen image editor, on unedited clips (as AnimateDiff
+    was made).
 
-    The editor's own dropouts are the conditions under which it makes unedited pictures: three clips in four without
-    source and text, where the frames' likeness has to come from the motion modules; the rest with their source and
-    no text, where the editor returns the source, so that the modules learn to leave alone what is certain already.
-    gamma stays 1 here; each module's last layer starts at 0, so that training starts from the image editor.
+    The editor's own dropouts are the conditions under which it makes unedited pictures: three clips in four
+    without source and text, where the frames' likeness has to come from the motion modules; the rest with
+    their source and no text, where the editor returns the source, so that the modules learn to leave alone
+    what is certain already. gamma stays 1 here; each module's last layer starts at 0, so that training starts
+    from the image editor.
     """
-    ed = VideoEditor.from_pretrained(s.weights or out.parent / "image", motion=False, device=how.device, dtype="float32")
-    for turn in range(2):                                          # the first process draws, the others find it there
+    weights = s.weights or out.parent / "image"
+    ed = VideoEditor.from_pretrained(weights, motion=False, device=how.device, dtype="float32")
+    for turn in range(2):                                        # the first process draws, the others find it
         if turn == min(how.rank, 1):
-            shards = latents_of(ed, world_set(data, "motion", s.samples, s.size), world_folder(data) / f"motion-{s.size}px")
+            drawn = world_set(data, "motion", s.samples, s.size)
+            shards = latents_of(ed, drawn, world_folder(data) / f"motion-{s.size}px")
         wait_for_all()
     clips = [clip for z, _ in shards for clip in z][:s.samples]
     torch.manual_seed(s.seed)
-    unet, still = ed.unet, ed.unet.config                          # like v1-5-3; the rest follows from the U-Net
-    unet.add_motion(dict(
+    unet, still = ed.unet, ed.unet.config
+    unet.add_motion(dict(                                       # like v1-5-3; the rest follows from the U-Net
         _class_name="MotionAdapter", motion_max_seq_length=32, use_motion_mid_block=False,
         block_out_channels=still["block_out_channels"], motion_layers_per_block=still["layers_per_block"],
-        motion_norm_num_groups=still["norm_num_groups"], motion_num_attention_heads=still["attention_head_dim"]), gamma=1.0)
+        motion_norm_num_groups=still["norm_num_groups"],
+        motion_num_attention_heads=still["attention_head_dim"]), gamma=1.0)
     for name, p in unet.named_parameters():
         p.requires_grad_("motion_modules" in name and not name.endswith(".gamma"))
         if "motion_modules" in name and ".proj_out." in name:
@@ -785,7 +812,7 @@ def stage_motion(out, s, how, data):
     train_steps = len(noise_levels(ed.scheduler))
 
     def sample(k):
-        z = torch.from_numpy(clips[row_of(k, len(clips), s.seed)].astype(np.float32))
+        z = clips[row_of(k, len(clips), s.seed)].float()
         u, t, eps = draw_noise(k, s, z.shape, train_steps)
         return z * ed.vae.scaling_factor, z * (u < 0.25), no_text, t, eps, one
 
@@ -799,11 +826,11 @@ def stage_motion(out, s, how, data):
                                                 if "motion_modules" in name and not name.endswith(".gamma")})
     wait_for_all()                                                 # the others read it next
 
-# ---- stage video: a round of the video editor on curated triples -----------------------------------------------
+# ---- stage video: a round of the video editor on curated triples -------------------------------------------
 
 def read_clips(folders, channels):
-    """Kept triples of curated folders as [(latents file, instruction)]; says how many. Only headers are read here; a
-    clip's latents are read when it is its turn."""
+    """Kept triples of curated folders as [(latents file, instruction)]; says how many. Only headers are
+    read here; a clip's latents are read when it is its turn."""
     clips = []
     for folder in map(Path, folders):
         kept = curate.read_rows(folder, kept=True)
@@ -812,20 +839,21 @@ def read_clips(folders, channels):
             path = folder / row["id"] / "latents.safetensors"
             z = read_tensors(path)
             with reading(path, f"training needs source and target ({N_FRAMES}, {channels}, h, w)"):
-                a, b = z["source"].shape, z["target"].shape
-                need(a == b and len(a) == 4 and a[:2] == (N_FRAMES, channels), f"holds {tuple(a)} and {tuple(b)}")
+                a, b = tuple(z["source"].shape), tuple(z["target"].shape)
+                need(a == b and len(a) == 4 and a[:2] == (N_FRAMES, channels), f"holds {a} and {b}")
             clips.append((path, row["instruction"]))
     return clips
 
 
 def video_editor(s, how):
-    """The video editor a round starts from, what is trained in it chosen: the image editor s.weights plus the motion
-    adapter, gamma 0 (it then is the image editor, exactly) and untrained EPM; or a round as it is, to go on from it."""
+    """The video editor a round starts from, what is trained in it chosen: the image editor s.weights plus
+    the motion adapter, gamma 0 (it then is the image editor, exactly) and untrained EPM; or a round as it
+    is, to go on from it."""
     before = stored(Path(s.weights))
     is_round = "sma" in before
     for flag in ("sma", "epm"):
         if is_round and before[flag] != getattr(s, flag):
-            raise UserError(f"--{flag}, --no-{flag}: {s.weights} was trained with {flag} {before[flag]}; pass the same")
+            raise UserError(f"--{flag}, --no-{flag}: {s.weights} was trained with {flag} {before[flag]}")
     torch.manual_seed(s.seed)
     motion = None if is_round else s.motion
     ed = VideoEditor.from_pretrained(s.weights, motion=motion, device=how.device, dtype="float32")
@@ -834,15 +862,16 @@ def video_editor(s, how):
         if s.epm:
             ed.unet.add_epm(s.epm_sites, N_FRAMES, s.epm_start)
     for name, p in ed.unet.to(ed.device).named_parameters():
-        gamma = name.endswith(".gamma")
-        p.requires_grad_(s.sma if gamma else "motion_modules" in name or ".epm." in name or s.trainable == "all")
+        own = "motion_modules" in name or ".epm." in name
+        p.requires_grad_(s.sma if name.endswith(".gamma") else own or s.trainable == "all")
     return ed
 
 
 def watch(unet):
-    """probe() -> fields for the log: gamma of every motion module; EPM's mean bias of every site over the last batch,
-    other frames less the own; and the mean over sites as a matrix, rows the frames that listen (Figure 5)."""
-    sites = {name.split(".transformer_blocks")[0]: m for name, m in unet.named_modules() if isinstance(m, EPM)}
+    """probe() -> fields for the log: gamma of every motion module; EPM's mean bias of every site over the
+    last batch, other frames less the own; and the mean over sites as a matrix, rows the frames that listen
+    (Figure 5)."""
+    sites = {name.removesuffix(".epm"): m for name, m in unet.named_modules() if isinstance(m, EPM)}
     for m in sites.values():
         m.register_forward_hook(lambda m, x, bias: setattr(m, "seen", bias.detach().float().mean(0).cpu()))
     own = torch.eye(N_FRAMES, dtype=torch.bool)
@@ -851,31 +880,33 @@ def watch(unet):
         row = dict(gamma={name.removesuffix(".gamma"): round(p.mean().item(), 5)
                           for name, p in unet.named_parameters() if name.endswith(".gamma")})
         if sites:
-            row["epm"] = {name: (m.seen[~own].mean() - m.seen[own].mean()).item() for name, m in sites.items()}
-            row["epm_matrix"] = torch.stack([m.seen for m in sites.values()]).mean(0).tolist()
+            seen = {name: m.seen for name, m in sites.items()}
+            row["epm"] = {name: (x[~own].mean() - x[own].mean()).item() for name, x in seen.items()}
+            row["epm_matrix"] = torch.stack(list(seen.values())).mean(0).tolist()
         return row
     return probe
 
 
-def editor_of(source):
-    """Which editor a run starts from, for its settings: the name, and a mark of its contents."""
-    return dict(weights=portable(source), editor=fingerprint(part(repository(source), "unet")))
+def editor_mark(source):
+    """Tells an editor's weights from another's."""
+    return fingerprint(part(repository(source), "unet"))
 
 
 def round_settings(s, curation):
     """What a round's settings.json says. curation: what made its clips."""
     adapter = fingerprint(s.motion) if Path(s.motion).exists() else s.motion
-    folders = [portable(folder) for folder in s.train_on]
-    return asdict(s) | editor_of(s.weights) | curation | dict(motion=portable(s.motion), adapter=adapter, train_on=folders)
+    return asdict(s) | curation | dict(editor=editor_mark(s.weights), adapter=adapter)
 
 
 def stage_video(out, s, how, curation):
-    """One round: the video editor on triples of 16 frames, three dropouts of 5 %, epsilon or v as the scheduler says.
+    """One round: the video editor on triples of 16 frames, three dropouts of 5 %, epsilon or v as the
+    scheduler says.
 
-    PAPER: the rounds' schedule and what is trained in them are not given. Default here: motion modules, gamma and EPM
-    (--trainable all: everything). Dropped instructions follow the image editor the round starts from, see ROUND.
-    Targets are samples made with guidance: a model that has learnt them is guided twice when it samples, and a little
-    more in every round. --guided-loss compares the guided prediction instead, so that what it learns is what it makes.
+    PAPER: the rounds' schedule and what is trained in them are not given. Default here: motion modules, gamma
+    and EPM (--trainable all: everything). Dropped instructions follow the image editor the round starts from,
+    see ROUND. Targets are samples made with guidance: a model that has learnt them is guided twice when it
+    samples, and a little more in every round. --guided-loss compares the guided prediction instead, so that
+    what it learns is what it makes.
     """
     clips = []
     if not finished(out):
@@ -906,25 +937,29 @@ def stage_video(out, s, how, curation):
     fit(ed.unet, loss_fn, out, s, how, watch(ed.unet))
     if how.rank == 0:
         config = ed.unet.config | dict(motion=ed.unet.motion_config, same_noise=s.same_noise > 0.5)
-        write_editor(out, config | (dict(epm=ed.unet.epm_config) if s.epm else {}), ed.unet, dict(base=ed.base))
+        if s.epm:
+            config["epm"] = ed.unet.epm_config
+        write_editor(out, config, ed.unet, dict(base=ed.base))
     wait_for_all()
 
-# ---- the rounds ------------------------------------------------------------------------------------------------
+# ---- the rounds --------------------------------------------------------------------------------------------
 
 def curation_steps(task, s, n):
-    """What a round's clips are curated by: [(curate.py's step, its folder, its settings)], one after the other.
+    """What a round's clips are curated by: [(curate.py's step, its folder, its settings)], one after the
+    other.
 
-    Round 0 (stage I): triples synthesised from images by the image editor and FFG-V2V. Rounds 1, 2, ... (stages II,
-    III): real clips edited by the previous round's model.
+    Round 0 (stage I): triples synthesised from images by the image editor and FFG-V2V. Rounds 1, 2, ...
+    (stages II, III): real clips edited by the previous round's model.
     """
     data = str(task.data)
     images, clips, cut, written = f"{data}/images", f"{data}/clips", f"{data}/cut{n}", f"{data}/write{n}"
     if n == 0:
+        editor = dict(weights=s.weights, images=images, clips=clips, motion=s.motion)
         return [step(task, "images", images, weights=s.weights, source=task.images_from, n=task.images),
-                step(task, "clips", clips, images=images),
-                step(task, "videos", f"{data}/round0", weights=s.weights, motion=s.motion, images=images, clips=clips)]
+                step(task, "clips", clips, images=images), step(task, "videos", f"{data}/round0", **editor)]
     before = str(task.runs / f"round{n - 1}")
-    clip = {"clip": str(folder / "clip") for folder in repository(s.weights)[::-1] if (folder / "clip").is_dir()}
+    scorers = [folder / "clip" for folder in repository(s.weights) if (folder / "clip").is_dir()]
+    clip = dict(clip=str(scorers[0])) if scorers else {}
     return [step(task, "cut", cut, source=task.real_from, n=task.real_clips),
             step(task, "write", written, clips=cut, **clip),
             step(task, "real", f"{data}/round{n}", weights=before, source=written, round=n)]
@@ -932,7 +967,8 @@ def curation_steps(task, s, n):
 
 def step(task, name, to, **own):
     """A step with this model's settings, those in --curate-<name>, and what the round says."""
-    settings, flags = curate.STEPS[name][0](**CURATE[task.model].get(name, {})), getattr(task, f"curate_{name}")
+    settings = curate.STEPS[name][0](**CURATE[task.model].get(name, {}))
+    flags = getattr(task, f"curate_{name}")
     parser = Parser(add_help=False)
     add_flags(parser, settings)
     try:
@@ -951,18 +987,18 @@ def curate_all(steps, how):
 
 
 def round_folders(task, n):
-    """What round n trains on, as in the paper's Table 4: 0 on the synthetic triples, 1 on those and its own, later ones
-    on their own alone (Stage III with a dagger), with --mix on the synthetic ones as well."""
+    """What round n trains on, as in the paper's Table 4: 0 on the synthetic triples, 1 on those and its
+    own, later ones on their own alone (Stage III with a dagger), with --mix on the synthetic ones as well."""
     return tuple(str(task.data / f"round{k}") for k in dict.fromkeys([0, n] if n < 2 or task.mix else [n]))
 
 
 def refine(task, s, how):
-    """--round N: every round up to N that is not finished: curate what it needs, then train on it. What is there is
-    skipped or resumed; flags that a finished round was not made with are refused before any work.
+    """--round N: every round up to N that is not finished: curate what it needs, then train on it. What is
+    there is skipped or resumed; flags that a finished round was not made with are refused before any work.
 
-    PAPER: silent on where a round's training starts; Table 4 counts each stage's clips as a whole set (9k + 3.4k, 9k +
-    5k, 5k). So every round trains from the image editor: a model that goes on from the one that made its targets
-    drifts a bit further in every round.
+    PAPER: silent on where a round's training starts; Table 4 counts each stage's clips as a whole set (9k +
+    3.4k, 9k + 5k, 5k). So every round trains from the image editor: a model that goes on from the one that
+    made its targets drifts a bit further in every round.
     """
     def bring_up_to(n, out):
         steps = [] if s.train_on else curation_steps(task, s, n)
@@ -981,10 +1017,11 @@ def refine(task, s, how):
     for n, out in todo.items():
         bring_up_to(n, out)
 
-# ---- stage writer: LLaVA-OneVision learns to write instructions like those of image-editing data ---------------
+# ---- stage writer: LLaVA-OneVision learns to write instructions like those of image-editing data -----------
 
 def writer_pairs(folder, most):
-    """[(pair of curate.read_pairs, answer)] of the pairs whose texts the writer's own check accepts; says how many."""
+    """[(pair of curate.read_pairs, answer)] of the pairs whose texts the writer's own check accepts; says
+    how many."""
     found, pairs = list(islice(curate.read_pairs(folder), most)), []
     for pair in found:
         task = pair["task"] if pair["task"] in WRITER_TASKS else guess_task(pair["instruction"])
@@ -1000,30 +1037,28 @@ def writer_pairs(folder, most):
 def stage_writer(out, s, how):
     """LoRA on every matrix of the decoder: source image -> task, instruction, both captions (section 3.3).
 
-    PAPER: says only that the model was fine-tuned on image-editing data. Here an image is shown as a clip of one frame:
-    the form in which the writer then meets real clips, at 197 tokens instead of up to 7,290. `fit` sees the trained
-    matrices alone, so that its checkpoints are small. Writes <out>/writer.safetensors for `curate.py write --lora`.
+    PAPER: says only that the model was fine-tuned on image-editing data. Here an image is shown as a clip of
+    one frame: the form in which the writer then meets real clips, at 197 tokens instead of up to 7,290. `fit`
+    sees the trained matrices alone, so that its checkpoints are small. Writes <out>/writer.safetensors for
+    `curate.py write --lora`.
     """
     if not s.pairs_from:
         raise UserError("train.py writer: needs --pairs-from, a folder or file of image pairs")
     pairs = [] if finished(out) else writer_pairs(s.pairs_from, s.samples)
-    settings = asdict(s) | dict(llava=portable(s.llava), pairs_from=portable(s.pairs_from))
-    if is_done(out, settings, how, found=len(pairs)):
+    if is_done(out, asdict(s), how, found=len(pairs)):
         return
     net = LlavaOneVision.from_pretrained(s.llava, device=how.device)
     torch.manual_seed(s.seed)
     # "." may not stand in a parameter's name
     lora = torch.nn.ParameterDict({name.replace(".", "/"): p for name, p in add_lora(net, s.rank).items()})
-    broken = {}
 
-    def sample(k):                                                 # an image that does not open gives way to the next one
+    def sample(k):                                         # an image that does not open gives way to the next
         for at in range(k, k + len(pairs)):
             pair, answer = pairs[row_of(at, len(pairs), s.seed)]
             try:
                 return pair["load"]()[0][None], answer
             except UserError as error:
-                if str(error) not in broken:
-                    print(broken.setdefault(str(error), f"left out: {error}"))
+                print(f"left out: {error}")
         raise UserError(f"--pairs-from {s.pairs_from}: none of {len(pairs)} images can be read")
 
     def loss_fn(number, generator):
@@ -1034,10 +1069,10 @@ def stage_writer(out, s, how):
     if how.rank == 0:
         save_lora(net, out / "writer.safetensors")
         write_json(out / "config.json", dict(llava=s.llava, rank=s.rank))
-        print(f"{out / 'writer.safetensors'}: pass it as --lora to curate.py write --writer llava --llava {s.llava}")
+        print(f"{out / 'writer.safetensors'}: for --lora of curate.py write --writer llava --llava {s.llava}")
     wait_for_all()
 
-# ---- measured where the truth is known: after training, and the paper's tables ---------------------------------
+# ---- measured where the truth is known: after training, and the paper's tables -----------------------------
 
 def report(source, how, n, n_frames):
     """The closing table of a run: the bare frames of held-out drawn scenes against their true edit."""
@@ -1049,7 +1084,8 @@ def report(source, how, n, n_frames):
 
 @dataclass
 class Row:
-    """Of a table: a round trained with every seed on some folders; or, without settings, an untrained editor."""
+    """Of a table: a round trained with every seed on some folders; or, without settings, an untrained
+    editor."""
     name: str
     settings: Round | None
     folders: tuple = ()
@@ -1058,7 +1094,7 @@ class Row:
 
 def table_rows(command, task, s, how):
     """Equal steps in every row, and in table 2 equally many clips."""
-    if command == "table2":                                        # other data of the same sources, for the same model
+    if command == "table2":                                        # other data of the same sources
         (_, images, image), _, (_, _, video) = curation_steps(task, s, 0)
         every, first = images.with_name("images-unfiltered"), dict(filter=False, candidates=1)
         rows = {"trajectory-guided, filtered": "round0", "trajectory-guided, unfiltered": "round0-unfiltered",
@@ -1069,17 +1105,19 @@ def table_rows(command, task, s, how):
         least = min(len(curate.read_rows(task.data / folder, kept=True)) for folder in rows.values())
         return [Row(name, replace(s, samples=least), (folder,)) for name, folder in rows.items()]
     if command == "table3":
-        return [Row(f"{'SMA' if sma else 'no SMA'}, {'EPM' if epm else 'no EPM'}", replace(s, sma=sma, epm=epm), ("round0",))
-                for sma in (False, True) for epm in (False, True)]
-    return [Row("image editor, frame by frame", None, mode="image"), Row("image editor, FFG-V2V", None, mode="ffg"),
-            Row("round 0", s, ("round0",)), Row("round 1", s, ("round0", "round1")),      # the paper's stages I to III
-            Row("round 2, with synthetic data", s, ("round0", "round2")), Row("round 2, real only", s, ("round2",))]
+        return [Row(f"{'' if sma else 'no '}SMA, {'' if epm else 'no '}EPM", replace(s, sma=sma, epm=epm),
+                    ("round0",)) for sma in (False, True) for epm in (False, True)]
+    return [Row("image editor, frame by frame", None, mode="image"),           # the paper's stages I to III
+            Row("image editor, FFG-V2V", None, mode="ffg"),
+            Row("round 0", s, ("round0",)), Row("round 1", s, ("round0", "round1")),
+            Row("round 2, with synthetic data", s, ("round0", "round2")),
+            Row("round 2, real only", s, ("round2",))]
 
 
 def measured(out, row, domain, s, how, n):
     """`drawn_scores` of a row's run; what stands in `out` is not measured again."""
     source, motion = (out, None) if row.settings else (s.weights, s.motion if row.mode == "ffg" else False)
-    file = out / f"{domain}-{n}-{editor_of(source)['editor']}.json"
+    file = out / f"{domain}-{n}-{editor_mark(source)}.json"
     if how.rank == 0 and not file.is_file():
         ed = VideoEditor.from_pretrained(source, motion=motion, device=how.device)
         write_json(file, drawn_scores(ed, n, domain, N_FRAMES, row.mode))
@@ -1088,12 +1126,13 @@ def measured(out, row, domain, s, how, n):
 
 
 def table(command, task, s, how):
-    """Train every row of a table with --seeds seeds and measure it on held-out clips of 16 frames, both domains.
+    """Train every row of a table with --seeds seeds and measure it on held-out clips of 16 frames, both
+    domains.
 
-    Every seed edits the same clips, so intervals are over clips, each with all of its seeds; differences to the first
-    row are taken clip by clip.
+    Every seed edits the same clips, so intervals are over clips, each with all of its seeds; differences to
+    the first row are taken clip by clip.
     """
-    columns, lines, first = ["success", "truth_gain", "flicker"], [], {}
+    columns, lines, first = ("success", "truth_gain", "flicker"), [], {}
     for row in table_rows(command, task, s, how):
         name = row.name.replace(",", "").replace(" ", "-")
         outs = [task.runs / command / f"{name}-{seed}" for seed in range(task.seeds if row.settings else 1)]
@@ -1101,50 +1140,54 @@ def table(command, task, s, how):
             folders = tuple(str(task.data / folder) for folder in row.folders)
             stage_video(out, replace(row.settings, seed=seed, train_on=folders), how, {})
         for domain in ("synthetic", "real"):
-            scores = [clip for out in outs for clip in measured(out, row, domain, s, how, task.n)]
-            clips, values = [clip["id"] for clip in scores], np.array([[clip[k] for k in columns] for clip in scores])
-            mean = {clip: values[np.array(clips) == clip].mean(0) for clip in clips}
-            first.setdefault(domain, mean)
-            gains = [dict(zip(columns, x - first[domain][clip])) for clip, x in zip(clips, values)]
-            lines += [table_row(f"{row.name}, {domain} [95 %]", scores, columns, clips),
-                      table_row("− first row", gains, columns, clips, "+")]
+            clips = [clip for out in outs for clip in measured(out, row, domain, s, how, task.n)]
+            ids = [clip["id"] for clip in clips]
+            base = first.setdefault(domain, clips)
+            more = [{key: clip[key] - np.mean([x[key] for x in base if x["id"] == clip["id"]]) for key in columns}
+                    for clip in clips]
+            lines += [table_row(f"{row.name}, {domain} [95 %]", clips, columns, ids),
+                      table_row("− first row", more, columns, ids, "+")]
     if how.rank == 0:
-        print(f"{command}: held-out clips of {N_FRAMES} frames", table_head("row", columns), *lines, sep="\n", flush=True)
+        print(table_head(f"{command}, clips of {N_FRAMES} frames", columns), *lines, sep="\n", flush=True)
 
-# ---- a round as a picture, a run as one folder -----------------------------------------------------------------
+# ---- a round as a picture, a run as one folder -------------------------------------------------------------
 
 def plot(run, size=300):
-    """run/training.svg from its log: gamma of every motion module over steps (Figure 4e), EPM's bias of every site, and
-    what its mean gives as attention at the end (Figure 5: rows listen, white is 1)."""
+    """run/training.svg from its log: gamma of every motion module over steps (Figure 4e), EPM's bias of
+    every site, and what its mean gives as attention at the end (Figure 5: rows listen, white is 1)."""
     with reading(run / "log.jsonl", "pass --round N, or --out with the folder of a round"):
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        panels = {"gamma": [row["gamma"] for row in rows], "EPM's bias": [row.get("epm", {}) for row in rows]}
-        end, matrix = rows[-1]["step"], torch.tensor(rows[-1].get("epm_matrix", []))
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -20 {3 * size} {size + 20}">']
-    for i, (title, curves) in enumerate(panels.items()):
-        low, high = (f([y for row in curves for y in row.values()] + [0]) for f in (min, max))
-        svg.append(f'<text x="{i * size}" y="-5">{title}, {low:.3f} to {high:.3f}, {end} steps</text>')
+        panels = [row["gamma"] for row in rows], [row.get("epm", {}) for row in rows]
+        attention = torch.tensor(rows[-1].get("epm_matrix", [])).softmax(-1)
+    svg = []
+    for i, curves in enumerate(panels):
+        top = max([abs(y) for curve in curves for y in curve.values()], default=0) + 1e-9
+        title = f"{('gamma', 'EPM')[i]}, up to {top:.3f}, {rows[-1]['step']} steps"
+        svg.append(f'<text x="{i * size}" y="-5">{title}</text>')
         for k, name in enumerate(curves[0]):
-            points = [f"{(i + row['step'] / end) * size:.0f},{size * (high - curve[name]) / (high - low):.0f}"
-                      for row, curve in zip(rows, curves)]
-            svg.append(f'<polyline fill="none" stroke="hsl({40 * k},70%,40%)" points="{" ".join(points)}"/>')
-    for y, line in enumerate(matrix.softmax(-1).tolist()):
-        svg += [f'<rect x="{2 * size + 16 * x}" y="{16 * y}" width="16" height="16" fill="hsl(0,0%,{100 * share:.0f}%)"/>'
-                for x, share in enumerate(line)]
-    write_text(run / "training.svg", "\n".join([*svg, "</svg>"]))
+            x = [(i + row["step"] / rows[-1]["step"]) * size for row in rows]
+            y = [size * (1 - curve[name] / top) / 2 for curve in curves]
+            points = " ".join(f"{a:.0f},{b:.0f}" for a, b in zip(x, y))
+            svg.append(f'<polyline fill="none" stroke="hsl({40 * k},70%,40%)" points="{points}"/>')
+    for (y, x), share in np.ndenumerate(attention):
+        svg.append(f'<rect x="{2 * size + 16 * x}" y="{16 * y}" width="16" height="16" '
+                   f'fill="hsl(0,0%,{100 * share:.0f}%)"/>')
+    view = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -20 {3 * size} {size + 20}">'
+    write_text(run / "training.svg", "\n".join([view, *svg, "</svg>"]))
     print(f"{run / 'training.svg'}: {len(rows)} points")
 
 
 def export(source, to):
-    """An editor as one folder in hub layout, float16, what it is made of from its own folder, its base's, and so on:
-    what `--model tiny` loads."""
+    """An editor as one folder in hub layout, float16, what it is made of from its own folder, its base's,
+    and so on: what `--model tiny` loads."""
     if not finished(source):
         raise UserError(f"{source}: no finished run there to export; train it first")
     folders, about = repository(source), {}
     for folder in reversed(folders):                               # a run's own words come before its base's
-        about |= read_json(folder / "model_index.json").get("instructvedit", {})
-    for name in sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()}):
-        for path in sorted(part(folders, name).iterdir()):
+        if (folder / "model_index.json").is_file():
+            about |= read_json(folder / "model_index.json").get("instructvedit", {})
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "clip", "viclip"):
+        for path in next((sorted((x / name).iterdir()) for x in folders if (x / name).is_dir()), []):
             if path.suffix == ".safetensors":
                 save_tensors(to / name / path.name, read_tensors(path), torch.float16)
             else:
@@ -1155,7 +1198,7 @@ def export(source, to):
     write_json(to / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about})
     print(f"{to}: {sum(path.stat().st_size for path in to.rglob('*') if path.is_file()) / 1e6:.1f} MB")
 
-# ---- commands --------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------------------
 
 # the networks of `tiny`: how one is trained, its settings, what must be there before
 NETWORKS = {"vae": (stage_vae, Vae(steps=2500, lr=2e-3, batch=64, ema=0.995), []),
@@ -1166,74 +1209,75 @@ NETWORKS = {"vae": (stage_vae, Vae(steps=2500, lr=2e-3, batch=64, ema=0.995), []
 
 
 def train_network(name, s, how, task):
-    """One of NETWORKS, where it is not finished: on the data drawn by this world, from the networks that it needs."""
-    stage, _, needs = NETWORKS[name]
-    weights = getattr(s, "weights", "")
-    origin = dict(world=world_folder(task.data).name) | (editor_of(weights) if weights else {})
-    for other in needs if not weights else []:
-        if not finished(task.runs / other):
-            raise UserError(f"{task.runs / other}: no finished network there; run `python train.py {other}` first")
-        origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
-    if not is_done(task.runs / name, asdict(s) | origin, how):
-        stage(task.runs / name, s, how, task.data)
+    """One of NETWORKS, where it is not finished: on the data drawn by this world, from the networks that
+    it needs. They take minutes, so one process is enough, but for motion modules."""
+    (stage, _, needs), weights = NETWORKS[name], getattr(s, "weights", "")
+    origin = dict(world=world_folder(task.data).name) | (dict(editor=editor_mark(weights)) if weights else {})
+    how = how if name == "motion" else replace(how, n_ranks=1)
+    if how.rank < how.n_ranks:
+        for other in needs if not weights else []:
+            if not finished(task.runs / other):
+                raise UserError(f"{task.runs / other}: not finished; run `python train.py {other}` first")
+            origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
+        if not is_done(task.runs / name, asdict(s) | origin, how):
+            stage(task.runs / name, s, how, task.data)
 
 
 def networks(task, s, how):
-    """What a round, or an image editor without one, needs and is not there: with default settings. Whoever wants others
-    trains it by its own command before."""
-    needs = [name for name in NETWORKS if name != "motion"] if Path(s.weights) == task.runs / "image" else []
-    for name in needs:
-        if how.rank == 0 and not finished(task.runs / name):       # minutes, so one process is enough
-            train_network(name, NETWORKS[name][1], replace(how, n_ranks=1), task)
-    wait_for_all()
-    if task.round is not None and Path(s.motion) == task.runs / "motion" and not finished(task.runs / "motion"):
-        train_network("motion", replace(NETWORKS["motion"][1], weights=s.weights), how, task)
+    """What a round, or an image editor without one, needs and is not there: with default settings. Whoever
+    wants others trains it by its own command before."""
+    for name, (_, own, _) in NETWORKS.items():
+        wanted = s.weights == str(task.runs / "image")
+        if name == "motion":
+            wanted = task.round is not None and s.motion == str(task.runs / name)
+            own = replace(own, weights=s.weights)
+        if wanted and not finished(task.runs / name):
+            train_network(name, own, how, task)
+        wait_for_all()
 
 
-def parse(argv):
-    """(command, what to do, settings of the stage, How) of a command line."""
-    defaults = {name: settings for name, (_, settings, _) in NETWORKS.items()} | {"writer": WRITER}
-    commands = [*defaults, "video", "table2", "table3", "table4", "plot", "export"]
-    command = argv[0] if argv and argv[0] in commands else ""
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    stages = {name: settings for name, (_, settings, _) in NETWORKS.items()} | {"writer": WRITER}
+    others = "video", "table2", "table3", "table4", "plot", "export"
+    command = argv[0] if argv and argv[0] in (*stages, *others) else ""
     p = Parser(prog=f"train.py {command}", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--device", type=known_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    for settings in (defaults.get(command, ROUND["tiny"]), Task(), How()):
+    for settings in (stages.get(command, ROUND["tiny"]), Task(), How()):
         add_flags(p, settings)
     args = p.parse_args(argv[1:] if command else argv)
+
     task = from_flags(Task(), args)
     task.data, task.runs = task.data or ROOT / "data" / task.model, task.runs or ROOT / "runs" / task.model
-    s = from_flags(defaults.get(command, ROUND[task.model]), args)
+    rank, n_ranks = join_processes(args.device)
+    how = replace(from_flags(How(), args), device=args.device, rank=rank, n_ranks=n_ranks)
+    s = from_flags(stages.get(command, ROUND[task.model]), args)
     if isinstance(s, Round):                                       # what round 0 starts from
         tiny = task.model == "tiny"
         s.weights = s.weights or (str(task.runs / "image") if tiny else "sd15")
         s.motion = s.motion or (str(task.runs / "motion") if tiny else SD15_MOTION)
-    rank, n_ranks = join_processes(args.device)
-    return command, task, s, replace(from_flags(How(), args), device=args.device, rank=rank, n_ranks=n_ranks)
-
-
-def main(argv=None):
-    command, task, s, how = parse(sys.argv[1:] if argv is None else argv)
-    name = "image" if command in ("", "plot", "export") else command
-    name = name if task.round is None and name != "video" else f"round{task.round or 0}"
+    is_round = task.round is not None or command == "video"
+    name = f"round{task.round or 0}" if is_round else command if command in stages else "image"
     out = task.out or task.runs / name
+
     if command in NETWORKS:
         train_network(command, s, how, task)
-    elif command == "video":
-        stage_video(out, replace(s, train_on=s.train_on or round_folders(task, task.round or 0)), how, {})
     elif command == "writer":
         stage_writer(out, s, how)
+    elif command == "video":
+        stage_video(out, replace(s, train_on=s.train_on or round_folders(task, task.round or 0)), how, {})
     elif command == "plot":
         plot(out)
     elif command == "export":
         export(out, task.to)
     elif command:
         table(command, task, s, how)
-    elif task.round is None:
-        networks(task, s, how)
-    else:
+    elif is_round:
         refine(task, s, how)
-    if task.n and command in ("", "image") and how.rank == 0:
-        report(out, how, task.n, 1 if task.round is None else N_FRAMES)
+    else:
+        networks(task, s, how)
+    if task.n and command in ("", "image") and rank == 0:
+        report(out, how, task.n, N_FRAMES if is_round else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 

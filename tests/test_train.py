@@ -3,7 +3,6 @@ import json
 import math
 import os
 import random
-import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ import curate
 import model
 import train
 import world
-from model import EPM, ROOT, SD15_MOTION, UNet, UserError, VideoEditor, read_json
+from model import EPM, ROOT, UNet, UserError, VideoEditor, read_json
 from sample import write_video
 from teachers import LlavaOneVision, writer_loss
 from train import How, Round, Training
@@ -248,10 +247,9 @@ def test_another_world_is_drawn_anew_and_its_latents_are_not_the_old_ones(tmp_pa
     before, after = (load_file(x / "text_encoder" / "model.safetensors")[words].float() for x in (train.TINY, tmp_path / "r" / "image"))
     assert 0 < (after - before).norm() < 0.1 * before.norm()
     [folder] = (tmp_path / "d").glob("world-*")
-    frames = np.load(folder / "pairs-32px-00000.npy")
     train.draw_file(tmp_path / "again", "pairs", 0, 4, 32)
-    assert np.array_equal(np.load(tmp_path / "again.npy"), frames)
-    assert (folder / "pairs-32px-00000.jsonl").read_text() == (tmp_path / "again.jsonl").read_text()
+    for end in (".safetensors", ".json"):
+        assert (folder / f"pairs-32px-00000{end}").read_bytes() == (tmp_path / f"again{end}").read_bytes()
     real = train.fingerprint
     monkeypatch.setattr(train, "fingerprint", lambda *paths: "0" * 8 if paths == (ROOT / "world.py",) else real(*paths))
     with pytest.raises(UserError, match="made with world world-.* .now world-00000000."):
@@ -269,7 +267,7 @@ def test_batches_hold_about_the_same_number_of_pixels_at_any_aspect():
     record = dict(task="style", source="a", target="b", instruction="c")
     sizes = []
     for hw in ((96, 96), (96, 168), (168, 96)):
-        shards = [(np.zeros((500, 2, *hw, 3), np.uint8), [record] * 500)]
+        shards = [(torch.zeros(500, 2, *hw, 3, dtype=torch.uint8), [record] * 500)]
         pairs, texts = train.random_batch(shards, 24, torch.Generator().manual_seed(0), odds={"style": 2})
         sizes.append(len(pairs) * hw[0] * hw[1])
         assert [len(x) for x in texts] == [len(pairs)] * 3
@@ -707,9 +705,9 @@ def test_the_writer_learns_resumes_equal_and_its_file_is_read_back(tmp_path, cap
 
 def test_the_closing_table_is_of_bare_frames_of_held_out_scenes(monkeypatch):
     asked = []
-    monkeypatch.setattr(train, "print_bare", lambda ed, n, domains, n_frames, guidance: asked.append((ed.name, n, domains, n_frames)))
+    monkeypatch.setattr(train, "print_bare", lambda ed, *which: asked.append((ed.name, *which)))
     train.report("tiny", How(), 5, 16)
-    assert asked == [("tiny", 5, ["synthetic"], 16)]
+    assert asked == [("tiny", 5, ["synthetic"], 16, {})]
 
 
 RANGES = [("", "--round -1"), ("video", "--batch 0"), ("video", "--lr-new -1"), ("vae", "--lr 0"), ("image", "--t-bias 0"), ("image", "--optimizer sgd"),
@@ -727,16 +725,9 @@ def test_values_out_of_range_name_the_flag(command, given, tmp_path):
 def test_random_command_lines_end_in_one_line(tmp_path):
     rng, words = random.Random(0), "--steps 1 --n 0 --round 0 --weights none --motion x/y/z --train-on nowhere --out data --lr 1e999 --epm --no-sma video " \
         "plot export writer table2 table3 motion vea --pairs-from nowhere --images-from nowhere --to '' --seed -1 --curate-cut=--x --bf16".split()
-    wrong = 0
     for k in range(60):
         argv = [rng.choice(["video", "plot", "export", "writer", "table4", "--round", "motion"]), *rng.sample(words, rng.randrange(1, 8)), "--weights",
                 str(tmp_path / "no"), *map(str, flags(tmp_path))]
-        try:
-            train.parse(argv)
-        except UserError as error:
-            wrong += 1
-            assert "\n" not in str(error)
-            continue
-        with pytest.raises((UserError, SystemExit)):
+        with pytest.raises(UserError) as error:
             train.main(argv)
-    assert wrong > 10
+        assert "\n" not in str(error.value)
