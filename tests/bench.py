@@ -489,8 +489,8 @@ def main():
     name = torch.cuda.get_device_name(device) if gpu else platform.machine()
     dtype = "bfloat16" if gpu else "float32"
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
-    print(f"{name}, {threads}, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, {dtype}; median and best "
-          f"of {args.runs} calls. Peak GB counts weights, CPU s all threads"
+    print(f"{name}, {threads}, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, {dtype}; median and "
+          f"best of {args.runs} calls. Peak GB counts weights, CPU s all threads"
           + ("" if DIFFUSERS else "; diffusers is not installed: nothing to compare with"))
     if args.long:
         return bench_long(device, args.size or 64, args.steps or 2)
