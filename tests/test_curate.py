@@ -44,7 +44,7 @@ def hub(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def load_editors_once():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(C.VideoEditor, "from_pretrained", lru_cache(VideoEditor.from_pretrained))

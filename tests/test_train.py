@@ -294,7 +294,7 @@ def test_contrastive_loss_takes_equal_texts_as_equally_right():
 SMALL = Round(steps=2, lr=2e-4, batch=2, guided_loss=False)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def small(tmp_path_factory):
     """An image editor of random weights, half of IP2P's levels, and motion modules for it: SMALL starts from them."""
     folder = tmp_path_factory.mktemp("small")
