@@ -263,7 +263,8 @@ def run_step(to, settings, sources, load, work, how, group=1):
     """
     begin(to, settings, how.force)
     mine, unread, done = my_share(sources), set(), 0
-    print(f"{to}: {len(sources)} sources, {shutil.disk_usage(to).free / 1e9:.1f} GB free")
+    free = shutil.disk_usage(to).free / 1e9
+    print(f"{to}: {len(sources)} sources, {free:.1f} GB free{', perhaps too few' if free < 5 else ''}")
     for members in tqdm([mine[k:k + group] for k in range(0, len(mine), group)], desc=to.name):
         left = [source for source in members if not (to / source["id"]).is_dir()]
         if not left or how.limit and done >= how.limit:
@@ -368,13 +369,11 @@ def draw_candidates(ed, name, n, seed, first=None):
     rows = []
     for k in range(n):
         rng = Random(f"candidate {seed} {name} {k}")
-        rows.append({"seed": rng.getrandbits(31)})
+        row = {"seed": rng.getrandbits(31)}
         spans = zip(ed.guidance, (TEXT_RANGE, SOURCE_RANGE))
-        rows[k]["guidance"] = [round(own * rng.uniform(*span), 3) for own, span in spans]
-    rows[0]["guidance"] = list(ed.guidance)
-    if first:
-        rows[0] |= {"guidance": first["guidance"]}
-        rows = [row | {"seed": first["seed"]} for row in rows]
+        row["guidance"] = [round(own * rng.uniform(*span), 3) for own, span in spans]
+        rows.append(row | {"seed": first["seed"]} if first else row)
+    rows[0]["guidance"] = list(first["guidance"] if first else ed.guidance)
     return rows
 
 
@@ -482,7 +481,8 @@ def finish_clip(tools, source, frames, z_src, z0, rows, truth=None):
 def images(to, s, how):
     """step 2: many edits of each image, scored; the best is kept with its trajectory
 
-    Paper, section 3.2: 30 samples of 20 steps under various text and source guidance, six scores.
+    Paper, section 3.2: 30 samples of 20 steps under various text and source guidance, six scores; of 50 K
+    images 25 K were kept, and of their clips 9 K.
     """
     tools = open_tools(s, how, IMAGE_WEIGHTS)
     ed, scorers = tools.ed, tools.scorers
@@ -545,10 +545,13 @@ def clips(to, s, how):
     def load(source):
         return read_image(Path(s.images) / source["id"] / "source.png")
 
+    def made_with(source):                      # what `videos` edits the clip with
+        return {key: source[key] for key in ("seed", "guidance")}
+
     def by_code(source, image):
         animate = s.animate or ("world" if "scene" in source["origin"] else "camera")
         row = unscored(animate=animate, origin=source["origin"] | {"image": source["id"]})
-        return [row], {"source.mp4": to_video(move(animate, source, image))}
+        return [row | made_with(source)], {"source.mp4": to_video(move(animate, source, image))}
 
     def by_teacher(loaded):
         jobs = []
@@ -560,9 +563,10 @@ def clips(to, s, how):
             for k, clip in enumerate(video.split(N_FRAMES)):
                 span = {"image": source["id"], "frames": [k * N_FRAMES, (k + 1) * N_FRAMES]}
                 fault = clip_fault(video, image) or clip_fault(clip, clip[0])
-                rows.append(unscored(fault, animate="cogvideox", origin=source["origin"] | span))
+                row = unscored(fault, animate="cogvideox", origin=source["origin"] | span) | made_with(source)
                 if k:
-                    rows[k] |= {"id": ident(source["id"], k), "order": source["order"] + [k]}
+                    row |= {"id": ident(source["id"], k), "order": source["order"] + [k]}
+                rows.append(row)
             yield rows, {"source.mp4": video[None]}
 
     step = partial(run_step, to, settings_of(s), read_rows(s.images, kept=True), load)
@@ -579,26 +583,24 @@ def videos(to, s, how):
     Paper, section 3.2. --mode image edits frame by frame without the trajectory, for Table 2's comparison.
     """
     tools = open_tools(s, how, VIDEO_WEIGHTS, False if s.motion == "none" else s.motion or None)
-    ed, edited = tools.ed, {row["id"]: row for row in read_rows(s.images, kept=True)}
+    ed = tools.ed
 
     def load(source):
         image_id = source["origin"]["image"]
-        with reading(f"--images {s.images}", "pass the images that the clips were made of"):
-            row = edited[image_id]
         image = read_image(Path(s.images) / image_id / "source.png")
         path = read_tensors(Path(s.images) / image_id / "trajectory.safetensors")["trajectory"].float()
         if source["animate"] == "cogvideox":
             start, _ = source["origin"]["frames"]
             frames = np.stack([*video_frames(Path(s.clips) / image_id / "source.mp4", start, N_FRAMES)])
         else:
-            frames = move(source["animate"], row, image)            # exact pixels, which mp4 does not hold
-        return row, image, path, frames
+            frames = move(source["animate"], source, image)         # exact pixels, which mp4 does not hold
+        return image, path, frames
 
     def work(source, loaded):
-        row, image, path, frames = loaded
+        image, path, frames = loaded
         path = [z[None, None].to(ed.device) for z in path]          # steps + 1 of (1, 1, c, h, w)
         anchor = ed.encode(to_video(image[None])), path
-        rows, z_src, paths = edit(tools, source, frames, len(path) - 1, s.mode, row, anchor)
+        rows, z_src, paths = edit(tools, source, frames, len(path) - 1, s.mode, source, anchor)
         truth = world.true_clip(source["origin"], frames, FPS) if source["animate"] == "world" else None
         return finish_clip(tools, source, frames, z_src, paths[-1], rows, truth)
 
@@ -662,8 +664,7 @@ WRITE_GROUP = 4         # clips that the language model sees at once
 
 
 def write(to, s, how):
-    """stage II: an instruction and captions for every clip: by LLaVA-OneVision, as in the paper, tiny CLIP,
-    or a file"""
+    """stage II: an instruction and captions for every clip, by LLaVA-OneVision, tiny CLIP, or from a file"""
     sources, settings, group = read_rows(s.clips, kept=True), settings_of(s), 1
     load = partial(pixels, size=s.size, multiple=8)
     if s.writer == "llava":
@@ -753,8 +754,10 @@ def read_texts(path):
 
 
 def real(to, s, how):
-    """stages II, III: the written clips, edited by the previous round's model (paper, sections 3.3 and
-    4.1)"""
+    """stages II, III: the written clips, edited by the previous round's model
+
+    Paper, sections 3.3 and 4.1: of 16 K clips 3,402 and 5,048 were kept.
+    """
     tools = open_tools(s, how, VIDEO_WEIGHTS)
     ed = tools.ed
 
@@ -968,7 +971,7 @@ def read_insv2v(where):
 def find_videos(where):
     """[(name, file or folder of frames)] of YouTube-VOS, MOSE, LVOS, MeViS (JPEGImages/<video>/*.jpg, below
     any split), of a folder of videos, or of a folder of folders of frames."""
-    depths = "JPEGImages", "*/JPEGImages", "*/*/JPEGImages"
+    depths = ("JPEGImages", "*/JPEGImages", "*/*/JPEGImages")
     roots = sorted(p for depth in depths for p in where.glob(depth))
     roots = [where] if where.name == "JPEGImages" else roots
     folders = [p for root in roots or [where] for p in sorted(root.glob("*/"))]
@@ -1012,7 +1015,7 @@ def find_shots(small):
     recoloured = np.abs(np.diff(counts, axis=0)).sum(1) / 2         # share of pixels with another colour
     cuts = [0]
     for i, x in enumerate(change):
-        around = np.r_[change[max(0, i - 6):i], change[i + 1:i + 7], 0 * change[:0]]
+        around = np.r_[change[max(0, i - 6):i], change[i + 1:i + 7]]
         usual = np.median(around) if len(around) else 0
         if x > 0.08 and x > (2.5 if recoloured[i] > 0.25 else 3) * usual:
             cuts.append(i + 1)
@@ -1209,8 +1212,8 @@ COMMANDS = {"calibrate": (Calibrate, calibrate), "look": (Look, look), "scene": 
 
 def main(argv=None):
     parser = Parser(description="Make and look at training data.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (settings, function) in (STEPS | COMMANDS).items():
+    commands, every = parser.add_subparsers(dest="command", required=True), STEPS | COMMANDS
+    for name, (settings, function) in every.items():
         text = function.__doc__.split("\n")[0]
         p = commands.add_parser(name, help=text, description=text)
         add_flags(p, settings())
@@ -1221,7 +1224,7 @@ def main(argv=None):
         else:
             p.add_argument("path", type=Path, help="folder of a data set; of scene: OUT")
     args = parser.parse_args(argv)
-    settings, function = (STEPS | COMMANDS)[args.command]
+    settings, function = every[args.command]
     s = from_flags(settings(), args)
     if args.command in COMMANDS:
         return function(args.path, s)

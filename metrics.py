@@ -184,7 +184,9 @@ class CLIP(nn.Module):
         Raises UserError for missing, partial or foreign files.
         """
         net, folder = open_network(cls, source, device, dtype)
-        net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
+        with reading(folder, "is it CLIP's or PickScore's?"):
+            net.tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt")
+            need(net.preprocess.crop == net.image_size, f"crop_size is not {net.image_size}")
         return net
 
     def encode_image(self, pixel_values):
@@ -391,8 +393,9 @@ class ViCLIP(nn.Module):
             net = build(cls, folder / "config.json", cfg)
         load_weights(net, read_tensors(path), f"{folder.name}/{path.name}", device=device, dtype=dtype)
         bpe = folder / "bpe_simple_vocab_16e6.txt.gz"                   # or, for `tiny`, CLIP's two files
-        net.tokenizer = (Tokenizer.from_bpe_gz(bpe, pad=0) if bpe.is_file() else
-                         Tokenizer(folder / "vocab.json", folder / "merges.txt", pad=0))
+        with reading(folder, "does its vocabulary belong to it?"):
+            net.tokenizer = (Tokenizer.from_bpe_gz(bpe, pad=0) if bpe.is_file() else
+                             Tokenizer(folder / "vocab.json", folder / "merges.txt", pad=0))
         return net.eval()
 
     def encode_video(self, video):
@@ -997,21 +1000,32 @@ def read_source(item):
     return {"source": thin(frames), "length": len(frames)}
 
 
-def edit_and_score(items, read, ed, rows, scorers, out, edits_at=None):
+def readable(items, read):
+    """Yields every item with what read(item) gives; says which cannot be read."""
+    for item in items:
+        try:
+            yield item | read(item)
+        except UserError as error:
+            tqdm.write(f"left out: {item['id']}: {error}", sys.stdout)
+
+
+def edit_and_score(items, read, ed, rows, scorers, out, made_by, edits_at=None):
     """Every item's edit in every row as <out>/<row>/<id>/00000.jpg, …, the submission layout, and its scores
     in <out>/scores/<id>.json. Folders appear whole, and edits that are there are kept; scores are taken anew
     where scorers or edits are others.
 
     read(item) -> {"source": frames, where it is known "truth" and "mask"}; rows: {name: options of
-    `edit_pictures`}, the first the one that matters. edits_at: a folder of edits, so that none is made.
-    Returns {id: {row: scores}} and says what it leaves out.
+    `edit_pictures`}, the first the one that matters; made_by: the settings that edits depend on. edits_at: a
+    folder of edits, so that none is made. Returns {id: {row: scores}} and says what it leaves out.
     """
     done, networks = {}, [path for path in scorers.paths.values() if Path(path).is_dir()]
-    for item in tqdm(items, desc=out.name, unit="clip"):
-        file = out / f"scores/{item['id']}.json"
-        places = {row: (edits_at or out / row) / item["id"] for row in rows}
+    for role in scorers.paths:
+        scorers.open(role)
+    for clip in readable(tqdm(items, desc=out.name, unit="clip"), read):
+        begin(out, made_by)
+        file = out / f"scores/{clip['id']}.json"
+        places = {row: (edits_at or out / row) / clip["id"] for row in rows}
         try:
-            clip = item | read(item)
             for row, place in places.items():
                 if ed and not place.is_dir():
                     write_frames(place, edit_clip(ed, rows[row], clip), ".png" if "truth" in clip else ".jpg")
@@ -1021,9 +1035,9 @@ def edit_and_score(items, read, ed, rows, scorers, out, edits_at=None):
             if known.get("made_of") != made_of:
                 known = {"made_of": made_of, "scores": score_edits(ed, clip, edits, scorers)}
                 write_json(file, known)
-            done[item["id"]] = known["scores"]
+            done[clip["id"]] = known["scores"]
         except UserError as error:
-            tqdm.write(f"left out: {item['id']}: {error}", sys.stdout)
+            tqdm.write(f"left out: {clip['id']}: {error}", sys.stdout)
     print(f"{len(done)} of {len(items)} clips scored")
     if not done:
         raise UserError(f"{out}: no clip could be scored")
@@ -1200,12 +1214,10 @@ def open_editor(args):
     return ed, rows, {"editor": ed.fingerprint, "size": ed.size} | options
 
 
-def results(what, name, made_by, out=None):
-    """The folder of a benchmark's results, of which settings.json tells what they depend on."""
+def results(what, name, made_by):
+    """Where the results of a benchmark go, by the settings that they depend on."""
     digits = zlib.crc32(json.dumps(made_by, sort_keys=True).encode())
-    out = out or ROOT / f"results/{what}/{Path(name).name}-{digits:08x}"
-    begin(out, made_by)
-    return out
+    return ROOT / f"results/{what}/{Path(name).name}-{digits:08x}"
 
 
 def filtered_by(ed):
@@ -1242,8 +1254,8 @@ def main_tgve(argv):
         name, made_by = ed.name, made_by | editor
         items = [item for item in items if item["instruction"]]
         print(f"{len(items)} clips have an instruction in the prompts")
-    out = results(what, name, made_by, args.out)
-    done = edit_and_score(items, read_source, ed, rows, scorers, out, args.outputs)
+    out = args.out or results(what, name, made_by)
+    done = edit_and_score(items, read_source, ed, rows, scorers, out, made_by, args.outputs)
     report([*table(items, done, out.name, PAPER[what]), ""], ed, scorers, out)
 
 
@@ -1377,10 +1389,11 @@ def main_shapes(argv):
     elif options["detail"] and not args.no_image_control:
         rows["without detail"] = options | {"detail": False}
     items, scorers = drawn_items(n, args.clips, domains), scorers_of(args)
-    out = results("sweep" if grid else "shapes", ed.name, made_by, args.out)
+    out = args.out or results("sweep" if grid else "shapes", ed.name, made_by)
     for how in rows.values():
         how["seed"] *= 1_000_003                                        # to which a clip's number is added
-    done = edit_and_score(items, partial(draw, n_frames=args.frames, size=ed.size), ed, rows, scorers, out)
+    read = partial(draw, n_frames=args.frames, size=ed.size)
+    done = edit_and_score(items, read, ed, rows, scorers, out, made_by)
     lines = [*table(items, done, out.name), "", SUCCESS]
     if args.agreement:
         lines += ["", "Spearman's correlation with the gain in PSNR to the truth", "",
@@ -1427,8 +1440,8 @@ def main_footage(argv):
             truth = world.quantise(world.EFFECTS[item["task"]](source / 255, np.arange(len(source)) / 10, 0))
         return {"source": source, "truth": truth, "mask": np.full(source.shape[:3], item["known"])}
     made_by |= {"clips": fingerprint(*clips.values()), "frames": args.frames}
-    out = results("footage", ed.name, made_by, args.out)
-    done = edit_and_score(items, read, ed, rows, scorers, out)
+    out = args.out or results("footage", ed.name, made_by)
+    done = edit_and_score(items, read, ed, rows, scorers, out, made_by)
     report([*table(items, done, out.name), "", SUCCESS], ed, scorers, out)
 
 

@@ -42,8 +42,8 @@ from sample import edit_stream, known_device, video_writer  # noqa: E402
 TINY, GOLDENS = ROOT / "assets" / "tiny", ROOT / "tests" / "goldens"
 DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 TRANSFORMERS = importlib.util.find_spec("transformers") is not None
-COLUMNS = ("what", "a second", "s", "min", "CPU s", "peak GB", "compared with", "s", "min", "CPU s", "peak GB",
-           "ratio", "CPU ratio")
+TIMES = "s", "min", "CPU s", "peak GB"
+COLUMNS = "what", "a second", *TIMES, "compared with", *TIMES, "ratio", "CPU ratio"
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -488,9 +488,9 @@ def main():
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else platform.machine()
     dtype = "bfloat16" if gpu else "float32"
-    print(f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads, load {os.getloadavg()[0]:.1f}; "
-          f"torch {torch.__version__}, {dtype}; median and best of {args.runs} calls. Peak GB counts weights, "
-          "CPU s all threads"
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
+    print(f"{name}, {threads}, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, {dtype}; median and "
+          f"best of {args.runs} calls. Peak GB counts weights, CPU s all threads"
           + ("" if DIFFUSERS else "; diffusers is not installed: nothing to compare with"))
     if args.long:
         return bench_long(device, args.size or 64, args.steps or 2)

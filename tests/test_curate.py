@@ -285,7 +285,7 @@ def test_where_the_first_sources_cannot_be_read_it_is_the_disk(hub, tmp_path):
 def test_a_full_disk_is_said_before_hours_of_work(hub, made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(C.shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000_000))
     images(hub, tmp_path / "x", "--limit", 1)
-    assert "0.0 GB free" in capsys.readouterr().out
+    assert "0.0 GB free, perhaps too few" in capsys.readouterr().out
 
 
 # ---- stage I ---------------------------------------------------------------------------------------------

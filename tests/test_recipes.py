@@ -155,20 +155,18 @@ def test_clips_have_32_frames(hub, tmp_path):
         assert video.shape[1] == 32 and torch.isfinite(video).all()
 
 
-SMA = """    if not is_round:
-        ed.unet.set_gamma"""
-LORA = '''    if not is_round:
-        for name, m in list(ed.unet.named_modules()):
-            if isinstance(m, torch.nn.Linear) and ".attn1." in name and "motion_modules" not in name:
-                ed.unet.set_submodule(name, LoRA(m, rank=2))
+WHAT_IS_TRAINED = "    for name, p in ed.unet.to(ed.device).named_parameters():\n"
+LORA = '''    for name, m in list(ed.unet.named_modules()):
+        if isinstance(m, torch.nn.Linear) and ".attn1." in name and "motion_modules" not in name:
+            ed.unet.set_submodule(name, LoRA(m, rank=2))
 '''
 
 
 def test_a_round_trains_lora_on_the_unets_attention(hub, clips, tmp_path):
     with changed(tmp_path,
                  ("train", "(FIELDS, LLAVA,", "(FIELDS, LLAVA, LoRA, merge_lora,"),
-                 ("train", SMA, LORA + SMA.split("\n")[1]),
-                 ("train", 'or ".epm." in name or', 'or ".epm." in name or ".lora_" in name or'),
+                 ("train", WHAT_IS_TRAINED, LORA + WHAT_IS_TRAINED),
+                 ("train", 'or ".epm." in name\n', 'or ".epm." in name or ".lora_" in name\n'),
                  ("train", "        config = ed.unet.config | dict(motion",
                   "        merge_lora(ed.unet)\n        config = ed.unet.config | dict(motion")) as tools:
         run, _ = train_round(tools, hub, clips, tmp_path)
@@ -237,11 +235,12 @@ def films(tmp_path_factory):
 
 
 def test_another_layout_of_videos_is_read(films, tmp_path):
+    start = 'or of a folder of folders of frames."""\n'
     reader = '''    if (where / "films.json").is_file():
         names = [f"{name}/video.bin" for name in read_json(where / "films.json", list)]
         return [(name, where / name) for name in names]
-    depths = ('''
-    with changed(tmp_path, ("curate", "    depths = (", reader)) as tools:
+'''
+    with changed(tmp_path, ("curate", start, start + reader)) as tools:
         do(tools.curate, "cut --from {films} --to {to}/cut", films=films, to=tmp_path)
         assert {row["origin"]["file"] for row in tools.curate.read_rows(tmp_path / "cut")} == {
             "film3/video.bin", "film4/video.bin"}
