@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image as Picture
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as BPETokenizer
 from tokenizers import models, pre_tokenizers, trainers
@@ -791,10 +792,11 @@ def stage_motion(out, s, how, data):
     """
     weights = s.weights or out.parent / "image"
     ed = VideoEditor.from_pretrained(weights, motion=False, device=how.device, dtype="float32")
-    for turn in range(2):                                        # the first process draws, the others find it
-        if turn == min(how.rank, 1):
-            drawn = world_set(data, "motion", s.samples, s.size)
-            shards = latents_of(ed, drawn, world_folder(data) / f"motion-{s.size}px")
+    if how.rank > 0:                                               # the first draws, the others find it there
+        wait_for_all()
+    drawn = world_set(data, "motion", s.samples, s.size)
+    shards = latents_of(ed, drawn, world_folder(data) / f"motion-{s.size}px")
+    if how.rank == 0:
         wait_for_all()
     clips = [clip for z, _ in shards for clip in z][:s.samples]
     torch.manual_seed(s.seed)
@@ -1143,7 +1145,7 @@ def table(command, task, s, how):
             clips = [clip for out in outs for clip in measured(out, row, domain, s, how, task.n)]
             ids = [clip["id"] for clip in clips]
             base = first.setdefault(domain, clips)
-            more = [{key: clip[key] - np.mean([x[key] for x in base if x["id"] == clip["id"]]) for key in columns}
+            more = [{k: clip[k] - np.mean([x[k] for x in base if x["id"] == clip["id"]]) for k in columns}
                     for clip in clips]
             lines += [table_row(f"{row.name}, {domain} [95 %]", clips, columns, ids),
                       table_row("− first row", more, columns, ids, "+")]
@@ -1153,28 +1155,24 @@ def table(command, task, s, how):
 # ---- a round as a picture, a run as one folder -------------------------------------------------------------
 
 def plot(run, size=300):
-    """run/training.svg from its log: gamma of every motion module over steps (Figure 4e), EPM's bias of
-    every site, and what its mean gives as attention at the end (Figure 5: rows listen, white is 1)."""
+    """run/training.png from its log: gamma, modules down and steps to the right (Figure 4e); EPM's bias, sites
+    down; what its mean gives as attention at the end, rows listen (Figure 5)."""
     with reading(run / "log.jsonl", "pass --round N, or --out with the folder of a round"):
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        panels = [row["gamma"] for row in rows], [row.get("epm", {}) for row in rows]
-        attention = torch.tensor(rows[-1].get("epm_matrix", [])).softmax(-1)
-    svg = []
-    for i, curves in enumerate(panels):
-        top = max([abs(y) for curve in curves for y in curve.values()], default=0) + 1e-9
-        title = f"{('gamma', 'EPM')[i]}, up to {top:.3f}, {rows[-1]['step']} steps"
-        svg.append(f'<text x="{i * size}" y="-5">{title}</text>')
-        for k, name in enumerate(curves[0]):
-            x = [(i + row["step"] / rows[-1]["step"]) * size for row in rows]
-            y = [size * (1 - curve[name] / top) / 2 for curve in curves]
-            points = " ".join(f"{a:.0f},{b:.0f}" for a, b in zip(x, y))
-            svg.append(f'<polyline fill="none" stroke="hsl({40 * k},70%,40%)" points="{points}"/>')
-    for (y, x), share in np.ndenumerate(attention):
-        svg.append(f'<rect x="{2 * size + 16 * x}" y="{16 * y}" width="16" height="16" '
-                   f'fill="hsl(0,0%,{100 * share:.0f}%)"/>')
-    view = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -20 {3 * size} {size + 20}">'
-    write_text(run / "training.svg", "\n".join([view, *svg, "</svg>"]))
-    print(f"{run / 'training.svg'}: {len(rows)} points")
+        keys = [key for key in ("gamma", "epm") if key in rows[0]]
+        panels = {key: np.array([list(row[key].values()) for row in rows]).T for key in keys}
+        if "epm" in panels:
+            panels["attention"] = torch.tensor(rows[-1]["epm_matrix"]).softmax(dim=1).numpy()
+        need("gamma" in panels, "no log of a round")
+    picture = Picture.new("L", (len(panels) * size, size))
+    for i, (name, x) in enumerate(panels.items()):
+        low, high = x.min(), x.max()
+        grey = Picture.fromarray((255 * (x - low) / max(high - low, 1e-9)).astype(np.uint8))
+        picture.paste(grey.resize((size, size), Picture.Resampling.NEAREST), (i * size, 0))
+        print(f"{name}: black {low:.4f}, white {high:.4f}, after {rows[-1]['step']} steps")
+    with aside(run / "training.png") as half:
+        picture.save(half, "PNG")
+    print(run / "training.png")
 
 
 def export(source, to):
