@@ -315,7 +315,7 @@ def odd_flags(argv, known, rng):
         if argv[at - 1] not in ("--out", "--to"):                   # they say where this test looks
             argv[at] = rng.choice(ODD)
     elif what < .8:
-        argv += [rng.choice(known), rng.choice(ODD)]
+        argv += [rng.choice(known or ["--size"]), rng.choice(ODD)]
     elif what < .9:
         argv[at:at] = [rng.choice(["--unknown", "--", "-x", "extra", ""])]
     elif argv[at] not in ("--out", "--to") and argv[at - 1] not in ("--out", "--to"):
