@@ -265,7 +265,7 @@ def test_another_world_is_drawn_anew_and_its_latents_are_not_the_old_ones(tmp_pa
     before, after = (load_file(x / "text_encoder" / "model.safetensors")[words].float() for x in (train.TINY, tmp_path / "r" / "image"))
     assert 0 < (after - before).norm() < 0.1 * before.norm()
     [folder] = (tmp_path / "d").glob("world-*")
-    train.draw_file(tmp_path / "again", "pairs", 0, 2, 32)
+    train.draw_file(tmp_path / "again.safetensors", "pairs", 0, 2, 32)
     for end in (".safetensors", ".json"):
         assert (folder / f"pairs-32px-00000{end}").read_bytes() == (tmp_path / f"again{end}").read_bytes()
     real = train.fingerprint
