@@ -123,7 +123,11 @@ def aside(path):
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")      # two processes may write the same
     try:
+        part.touch()
+        mode = part.stat().st_mode                                 # as the umask says
+        part.unlink()
         yield part
+        part.chmod(mode)                                           # safetensors makes private files
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)                               # of a full disk
@@ -295,14 +299,14 @@ def find_tensors(folder):
     """Tensors of a hub-layout sub-folder: one file, or shards with an index. Returns (tensors, file name)."""
     folder = Path(folder)
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            with reading(index):
-                shards = sorted(set(read_json(index)["weight_map"].values()))
-            return {k: v for shard in shards for k, v in read_tensors(folder / shard).items()}, index.name
-        for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
-            if (folder / (stem + suffix)).is_file():
-                return read_tensors(folder / (stem + suffix)), stem + suffix
+        for ending in ("safetensors.index.json", "safetensors", "safetensors.index.fp16.json",
+                       "fp16.safetensors", "bin.index.json", "bin"):
+            file = folder / f"{stem}.{ending}"
+            if file.is_file():
+                with reading(file):
+                    index = {"": file.name} if file.suffix != ".json" else read_json(file)["weight_map"]
+                    shards = [read_tensors(folder / shard) for shard in sorted(set(index.values()))]
+                return {k: v for shard in shards for k, v in shard.items()}, file.name
     raise UserError(f"{folder}: no weights; needs diffusion_pytorch_model.safetensors or model.safetensors")
 
 
@@ -942,8 +946,10 @@ class UNet(nn.Module):
                 m.gamma = nn.Parameter(torch.full(m.gamma.shape, float(gamma), device="cpu"))
 
     def add_epm(self, sites="all", frames=N_FRAMES, start=-10.0):
-        """Insert fresh EPM at every spatial self-attention site, or (sites="inner") at all but the top
-        level's. start: its bias between frames before training."""
+        """Insert fresh EPM at every spatial self-attention site.
+
+        sites "inner": at all but the top level's. start: its bias between frames before training.
+        """
         self.epm_config = {"sites": sites, "frames": frames}
         top = self.config["block_out_channels"][0]
         for block in self.blocks():
@@ -1059,7 +1065,8 @@ class VideoEditor:
     PARTS = "unet", "vae", "text_encoder", "tokenizer", "scheduler"
     FILES = ["model_index.json"] + [f"{folder}/{file}" for folder in PARTS for file in (
         "config.json", "*_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-        "diffusion_pytorch_model.safetensors", "model.safetensors")]
+        "tokenizer.json", "*.index.json", "*-of-*.safetensors", "diffusion_pytorch_model.safetensors",
+        "model.safetensors")]
     VIDEO = "motion", "epm", "same_noise"           # what a video editor's unet/config.json says besides
     SLICE = 4                                       # frames that the VAE takes at a time: bounds memory
 
@@ -1224,10 +1231,10 @@ class VideoEditor:
     @torch.no_grad()
     def sample(self, z_src, instruction, z_T, steps=None, s_txt=None, s_src=None, mode="auto", anchor=None,
                z0_ref=None, on_step=None, keep=None):
-        """Denoise z_T (K, F, c, h, w) into the edited latents z0 of that shape, scaled: K edits of one clip
-        in one batch, each from its own noise, given source latents z_src (1, F, c, h, w) and an instruction.
+        """Denoise z_T (K, F, c, h, w) into the edited latents z0 of that shape, scaled: K edits in one batch.
 
-        steps; s_txt, s_src, guidance scales, a number or K: by default the checkpoint's own. anchor: for mode
+        z_src (1, F, c, h, w): latents of the one source clip; each edit starts from its own noise. steps;
+        s_txt, s_src, guidance scales, a number or K: by default the checkpoint's own. anchor: for mode
         "ffg", source latents (1, 1, c, h, w) and steps + 1 latents (1 or K, 1, c, h, w) of its edit, as
         `anchor` makes them of the first frame where not given. z0_ref (1, R, c, h, w): final latents of the
         first R frames, known from the previous window; they steer the others by InsV2V's noise correction
@@ -1269,8 +1276,10 @@ class VideoEditor:
         return z
 
     def anchor(self, z_src, instruction, z_T, steps=None, s_txt=None, s_src=None):
-        """FFG-V2V's first-frame trajectory: z_src (1, 1, c, h, w), z_T (K, 1, c, h, w) -> (z_src, [latents of
-        every step and the end])."""
+        """FFG-V2V's first-frame trajectory: (z_src, [latents (K, 1, c, h, w) of every step and the end]).
+
+        z_src (1, 1, c, h, w), z_T (K, 1, c, h, w).
+        """
         trajectory = []
         self.sample(z_src, instruction, z_T, steps, s_txt, s_src, "image", keep=trajectory)
         return z_src, trajectory
@@ -1295,17 +1304,31 @@ class VideoEditor:
         return self.decode(self.sample(z_src, instruction, z_T.to(self.device), steps, s_txt, s_src, mode))
 
 
-def open_tokenizer(folder):
-    """Its padding token is the repository's own: "!" in Stable Diffusion 2, the end token in 1."""
-    path = folder / "special_tokens_map.json"
-    pad = read_json(path).get("pad_token") if path.is_file() else None
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    return Tokenizer(folder / "vocab.json", folder / "merges.txt", pad)
+def open_tokenizer(folder, pad=None):
+    """CLIP's Tokenizer of vocab.json and merges.txt, or of tokenizer.json, all that transformers 5 writes.
+
+    pad: an id or a token; by default the repository's own: "!" in Stable Diffusion 2, the end token in 1.
+    """
+    folder = Path(folder)
+    with reading(folder, "is it CLIP's tokenizer?"):
+        for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+            if pad is None and path.is_file():
+                pad = read_json(path).get("pad_token")
+                pad = pad.get("content") if isinstance(pad, dict) else pad
+        need(pad is None or isinstance(pad, (int, str)), f"pad_token {pad}: needs a token")
+        vocab, merges, path = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
+        if path.is_file() and not (vocab.is_file() and merges.is_file()):
+            bpe = read_json(path)["model"]                         # older files join a pair by a blank
+            vocab = bpe["vocab"]
+            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
+        return Tokenizer(vocab, merges, pad)
 
 
 def load_motion(unet, source, gamma, device, dtype):
-    """Published motion modules into `unet`: a MotionAdapter repository, directory or file, or AnimateDiff's
-    .ckpt. Returns the weight file."""
+    """Published motion modules into `unet`; returns the weight file.
+
+    source: a MotionAdapter repository, directory or file, or AnimateDiff's .ckpt, also of a whole training.
+    """
     file = Path(source)
     if file.is_file():
         tensors = read_tensors(file)
@@ -1314,19 +1337,23 @@ def load_motion(unet, source, gamma, device, dtype):
         tensors, name = find_tensors(folder)
         file = folder / name
     with reading(file, "is it an AnimateDiff adapter?"):
-        need(any("motion_modules" in k for k in tensors), "holds no motion modules")
+        tensors = {k: v for k, v in tensors.items() if "motion_modules" in k}
+        need(tensors, "holds no motion modules")
         # a .ckpt has no config: its tensors tell the rest, the U-Net how many heads and groups
         heads, config = unet.config["attention_head_dim"], file.with_name("config.json")
-        positions = [v.shape[1] for k, v in tensors.items() if k.endswith(".pe")]
+        tables = [v for k, v in tensors.items() if k.endswith(".pe")]              # (1, F, C)
+        for table in tables:
+            plain = frame_positions(*table.shape[1:], "cpu", torch.float32)
+            need((table - plain).abs().max() < 0.01, "its frame positions are not the plain sinusoid")
         cfg = {"motion_num_attention_heads": heads[0] if isinstance(heads, list) else heads,
                "motion_norm_num_groups": unet.config["norm_num_groups"],
-               "motion_max_seq_length": positions[0] if positions else 32,
+               "motion_max_seq_length": tables[0].shape[1] if tables else 32,
                "use_motion_mid_block": any("mid_block" in k for k in tensors)}
         with torch.device("meta"):
             unet.add_motion(cfg | (read_json(config) if config.is_file() else {}), gamma)
     rename = [("module.", ""), (".temporal_transformer", ""), (".ff_norm", ".norm3"),
               (".attention_blocks.0", ".attn1"), (".norms.0", ".norm1"),
               (".attention_blocks.1", ".attn2"), (".norms.1", ".norm2")]
-    load_weights(unet, tensors, file, rename=rename, drop=(".pe", "animatediff_config"), absent=["gamma"],
+    load_weights(unet, tensors, file, rename=rename, drop=[".pe"], absent=["gamma"],
                  only="motion_modules", device=device, dtype=dtype)
     return file

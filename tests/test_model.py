@@ -9,6 +9,7 @@ distance between float32 and float64.
 import errno
 import functools
 import json
+import os
 import pickle
 import random
 import shutil
@@ -112,6 +113,24 @@ def test_the_padding_token_is_the_repositorys(copy, image_editor):
         end = int((plain == ed.tokenizer.end).int().argmax())
         assert torch.equal(ed.tokenize(["snow"])[:, :end + 1], plain[:, :end + 1])
         assert (ed.tokenize(["snow"])[:, end + 1:] == ed.tokenizer.vocab["!"]).all()
+
+
+def test_a_tokenizer_as_transformers_5_writes_it_gives_the_same_ids(copy, image_editor):
+    strings, plain = read(IP2P / "cases.json")["token_strings"], golden(IP2P)[0]["tokens.hf5"]
+    folder = copy() / "tokenizer"
+    for pad in (None, "!", {"content": "!"}):
+        for written in (lambda merge: merge, " ".join):            # a pair is a list today, and was one text
+            shutil.rmtree(folder)
+            folder.mkdir()
+            fast = json.loads(image_editor.tokenizer.fast.to_str())
+            fast["model"]["merges"] = [written(merge) for merge in fast["model"]["merges"]]
+            model.write_json(folder / "tokenizer.json", fast)
+            model.write_json(folder / "tokenizer_config.json", {"pad_token": pad})
+            tok = model.open_tokenizer(folder)
+            assert tok.pad == (tok.vocab["!"] if pad else tok.end)
+            assert torch.equal(model.open_tokenizer(folder, tok.end)(strings), plain)
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
+    assert str(folder) in refused(model.open_tokenizer, folder)
 
 
 def test_text_attention_is_causal(image_editor):
@@ -219,19 +238,19 @@ def test_full_size_names_and_shapes_equal_the_published_file(name, build):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("kind", ["shards", "bin"])
+@pytest.mark.parametrize("kind", [".safetensors.index.json", ".safetensors.index.fp16.json", ".bin"])
 def test_shards_and_pickles_load_like_one_safetensors_file(copy, kind):
     folder = copy()
     want, file = load(folder).unet.state_dict(), folder / "unet" / WEIGHTS
     tensors = load_file(file)
     file.unlink()
-    if kind == "bin":
+    if kind == ".bin":
         torch.save(tensors, file.with_suffix(".bin"))
     else:
         parts = {f"part-{i}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
         for part, some in parts.items():
             save_file(some, file.parent / part)
-        model.write_json(f"{file}.index.json", {"weight_map": {k: part for part, some in parts.items() for k in some}})
+        model.write_json(file.parent / f"{file.stem}{kind}", {"weight_map": {k: part for part, some in parts.items() for k in some}})
     assert all(torch.equal(v, want[k]) for k, v in load(folder).unet.state_dict().items())
 
 
@@ -591,6 +610,19 @@ def test_motion_of_another_unet_or_of_none_is_refused():
     assert "holds no motion modules; is it an AnimateDiff adapter?" in refused(load, OTHER, motion=IP2P / "vae")
 
 
+def test_motion_modules_are_taken_out_of_a_whole_training_and_other_frame_positions_refused(video_editor, tmp_path):
+    state = torch.load(CKPT, weights_only=True)["state_dict"]
+    torch.save({"epoch": 3, "state_dict": {"module." + k: v for k, v in (state | load_file(IP2P / "unet" / WEIGHTS)).items()}},
+               tmp_path / "whole.ckpt")
+    ours, theirs = load(motion=tmp_path / "whole.ckpt").unet.state_dict(), video_editor.unet.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    adapter = load_file(ADAPTERS[0] / WEIGHTS)
+    save_file({k: v.half() for k, v in adapter.items()}, tmp_path / "half.safetensors")
+    load(motion=tmp_path / "half.safetensors")
+    save_file({k: v[:, [0, *range(v.shape[1] - 1)]] if k.endswith(".pe") else v for k, v in adapter.items()}, tmp_path / "late.safetensors")
+    assert "late.safetensors: its frame positions are not" in refused(load, motion=tmp_path / "late.safetensors")
+
+
 @pytest.mark.parametrize("file, key, value, says", [
     ("scheduler/scheduler_config.json", "prediction_type", "sample", "prediction_type sample; known is"),
     ("scheduler/scheduler_config.json", "beta_schedule", "squaredcos_cap_v2", "known is .'scaled_linear', 'linear'"),
@@ -730,6 +762,17 @@ def test_a_file_written_aside_is_there_whole_or_not_at_all(tmp_path):
         model.write_json(file, data)
         assert model.read_json(file, list) == data and list(tmp_path.iterdir()) == [file]
     assert "a.json: holds a list, where a dict is needed" in refused(model.read_json, file)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_what_is_written_follows_the_umask(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        model.write_json(tmp_path / "a.json", {})
+        model.save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+    finally:
+        os.umask(old)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
 def test_settings_of_a_folder_are_kept_and_others_refused_by_name(tmp_path):
