@@ -20,6 +20,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import zipfile
 import zlib
@@ -270,12 +271,23 @@ PLAIN_SETTINGS = dict(
     class_embed_type=None, addition_embed_type=None, shift_factor=0, latents_mean=None, latents_std=None)
 
 
+def check_sizes(cfg):
+    """Inside `reading`: no number of a network's config may ask for what takes hours, or make no sense."""
+    for key, value in cfg.items():
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, dict):
+                check_sizes(x)
+            elif isinstance(x, (int, float)) and re.search("layers|head|group|channel|size|dim|eps|max", key):
+                need(0 <= x <= (200 if "layers" in key else 1e6), f"{key} {x}: no network has that many")
+
+
 def build(network, path, cfg=None):
     """network(cfg), else of the config at `path`; UserError where that lacks something or is unknown."""
     with reading(path):
         cfg = cfg or read_json(path)
         for key, known in PLAIN_SETTINGS.items():
             need(cfg.get(key) in (known, None), f"{key} {cfg.get(key)}; known is {known}")
+        check_sizes(cfg)
         return network(cfg)
 
 
@@ -1053,6 +1065,10 @@ def read_scheduler(path):
         cfg = read_json(path)
         for key, known in SCHEDULER.items():
             need(cfg.get(key, known[0]) in known, f"{key} {cfg.get(key)}; known is {known}")
+        n, offset = cfg.get("num_train_timesteps", 1000), cfg.get("steps_offset", 1)
+        need(1 <= n <= 100_000 and 0 <= offset < n, f"{n} time steps, from {offset}")
+        abar = noise_levels(cfg)
+        need(0 < abar[-1] <= abar[0] < 1, f"noise levels from {abar[0]} to {abar[-1]}")
     return cfg
 
 
@@ -1132,6 +1148,10 @@ class VideoEditor:
         self.size, self.steps = int(about.get("size", 512)), int(about.get("steps", 20))
         self.guidance = float(s_txt), float(s_src)
         self.deadband = float(about.get("deadband", 0))            # see `settle`
+        need(8 <= self.size <= 8192, f"size {self.size}")
+        need(all(map(math.isfinite, (*self.guidance, self.deadband))), "guidance and deadband: need numbers")
+        n = self.scheduler_for(1).T
+        need(1 <= self.steps <= n, f"steps {self.steps}: needs 1 to {n}")
         self.words = set(about.get("words", ())) or None
         self.examples = [str(text) for text in about.get("examples", ())]
 
@@ -1145,7 +1165,9 @@ class VideoEditor:
         c_in, c_out = self.unet.config["in_channels"], self.unet.config["out_channels"]
         need((c_in, c_out) == (2 * c, c), f"the U-Net takes {c_in} channels and gives {c_out}; an editor "
              f"takes {2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
-        self.scheduler_for(1)
+        need(0 < self.vae.scaling_factor < 1e6, f"the VAE's scaling_factor is {self.vae.scaling_factor}")
+        n = len(self.text_encoder.text_model.embeddings["position_embedding"].weight)
+        need(n >= 77, f"the text encoder has {n} positions, a text 77")
 
     # ---- pieces --------------------------------------------------------------------------------------------
 
@@ -1349,8 +1371,10 @@ def load_motion(unet, source, gamma, device, dtype):
                "motion_norm_num_groups": unet.config["norm_num_groups"],
                "motion_max_seq_length": tables[0].shape[1] if tables else 32,
                "use_motion_mid_block": any("mid_block" in k for k in tensors)}
+        cfg |= read_json(config) if config.is_file() else {}
+        check_sizes(cfg)
         with torch.device("meta"):
-            unet.add_motion(cfg | (read_json(config) if config.is_file() else {}), gamma)
+            unet.add_motion(cfg, gamma)
     rename = [("module.", ""), (".temporal_transformer", ""), (".ff_norm", ".norm3"),
               (".attention_blocks.0", ".attn1"), (".norms.0", ".norm1"),
               (".attention_blocks.1", ".attn2"), (".norms.1", ".norm2")]

@@ -639,12 +639,43 @@ def test_motion_modules_are_taken_out_of_a_whole_training_and_other_frame_positi
     ("tokenizer/vocab.json", "<|endoftext|>", 5000000, "the tokenizer has tokens up to 5000000"),
     ("model_index.json", "instructvedit", {"guidance": 3}, "copy: "), ("model_index.json", "instructvedit", [], "model_index.json: "),
     ("model_index.json", "instructvedit", {"base": 5}, "model_index.json: base"),
+    ("model_index.json", "instructvedit", {"size": -8}, "copy: size -8"), ("model_index.json", "instructvedit", {"deadband": float("nan")}, "copy: "),
+    ("model_index.json", "instructvedit", {"steps": 5000}, "copy: steps 5000: needs 1 to 1000"),
+    ("scheduler/scheduler_config.json", "beta_start", None, "config.json: "), ("scheduler/scheduler_config.json", "beta_end", 2, "config.json: noise"),
+    ("scheduler/scheduler_config.json", "beta_start", -1, "config.json: "), ("scheduler/scheduler_config.json", "steps_offset", -1, "config.json: 1000 time"),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", 10 ** 9, "config.json: 1000000000 time steps"),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", "x", "scheduler_config.json: "),
+    ("text_encoder/config.json", "num_hidden_layers", 10 ** 9, "text_encoder/config.json: num_hidden_layers 1000000000: no network"),
+    ("unet/config.json", "layers_per_block", 10 ** 6, "unet/config.json: layers_per_block"), ("unet/config.json", "layers_per_block", [2], "unet/config.json: "),
+    ("unet/config.json", "attention_head_dim", -1, "attention_head_dim -1"), ("unet/config.json", "cross_attention_dim", 1e30, "cross_attention_dim 1e.30"),
+    ("unet/config.json", "norm_num_groups", -2, "norm_num_groups -2"), ("unet/config.json", "norm_eps", float("nan"), "norm_eps nan"),
+    ("unet/config.json", "motion", {"motion_max_seq_length": None}, "unet/config.json: "), ("unet/config.json", "motion", [3], "unet/config.json: "),
+    ("unet/config.json", "motion", {"motion_num_attention_heads": -8}, "motion_num_attention_heads -8"),
+    ("unet/config.json", "epm", {"colour": 1}, "unet/config.json: .*colour"), ("unet/config.json", "epm", None, "unet/config.json: "),
+    ("vae/config.json", "scaling_factor", 0, "copy: the VAE's scaling_factor is 0"), ("vae/config.json", "latent_channels", True, "vae/"),
     ("model_index.json", "instructvedit", {"base": "no/where"}, "no/where: not in the local cache")])
 def test_a_setting_that_would_change_results_or_cannot_be_built_is_named(copy, file, key, value, says):
     folder = copy(file, **{key: value})
     with pytest.raises(UserError, match=says) as error:
         load(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("depth", [400, 1000, 100_000])
+@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/special_tokens_map.json", "model_index.json"])
+def test_json_nested_very_deep_is_one_line(copy, file, depth):
+    folder = copy()
+    plain = file in ("model_index.json", "scheduler/scheduler_config.json")
+    if plain and depth == 400:                                      # what is unknown to us does no harm
+        copy(file, a=json.loads("[" * depth + "]" * depth))
+        load(folder)
+        return
+    if plain or depth > 400:
+        (folder / file).write_text('{"a": ' * depth + "1" + "}" * depth)
+    else:
+        (folder / file).write_text('{"pad_token": ' + "[" * depth + "]" * depth + "}")
+    said = refused(load, folder)
+    assert str(folder) in said and len(said) < 500
 
 
 def test_stable_diffusion_itself_is_no_editor(copy):
