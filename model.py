@@ -192,8 +192,9 @@ def hub_dir(source, patterns=None):
     source = str(source)
     if Path(source).is_dir():
         return Path(source)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UserError(f"{source}: no such directory; pass one in hub layout or a hub id like {SD15}")
+    if Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise UserError(f"{source}: {'a file' if Path(source).exists() else 'no such directory'}; pass a "
+                        f"directory in hub layout or a hub id like {SD15}")
     from huggingface_hub import snapshot_download         # slow to import, and a local model needs none of it
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
@@ -209,17 +210,24 @@ def repository(source, patterns=None):
 
     source: what VideoEditor.from_pretrained takes. A trained run holds what was trained; its model_index.json
     names the base that gives the rest: {"instructvedit": {"base": ...}}, a path from ROOT or a hub id.
+    A file in the original layout (see `read_original`) takes configs and tokenizer from the folder it lies
+    in, if that is in hub layout, else from InstructPix2Pix.
     patterns: the hub's files, by default those of an editor.
     """
     folders = []
     while source:
         source = {"tiny": ROOT / "assets/tiny", "sd15": SD15}.get(str(source), source)
+        if Path(source).is_file():
+            folders.append(Path(source))
+            patterns = [name for name in VideoEditor.FILES if not name.endswith(".safetensors")]
+            beside = Path(source).parent
+            source = beside if (beside / "unet").is_dir() else SD15
         folder = hub_dir(source, patterns or VideoEditor.FILES)
         if folder in folders:
             raise UserError(f"{folders[-1]}/model_index.json: names {source} as its base, whose base it is")
         folders.append(folder)
         source = read_index(folder).get("base")
-        if source and (ROOT / source).is_dir():
+        if source and (ROOT / source).exists():
             source = ROOT / source
     return folders
 
@@ -234,9 +242,9 @@ def read_index(folder):
 
 
 def portable(source):
-    """How a run names its base: folders inside ROOT by their path from there, others whole; hub ids."""
+    """How a run names its base: paths inside ROOT by their path from there, others whole; hub ids."""
     path = Path(source).resolve()
-    if not path.is_dir():
+    if not path.exists():
         return str(source)
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
@@ -277,8 +285,9 @@ def check_sizes(cfg):
         for x in value if isinstance(value, list) else [value]:
             if isinstance(x, dict):
                 check_sizes(x)
-            elif isinstance(x, (int, float)) and re.search("layers|head|group|channel|size|dim|eps|max", key):
+            elif isinstance(x, int | float) and re.search("layers|head|group|channel|size|dim|max_|eps", key):
                 need(0 <= x <= (200 if "layers" in key else 1e6), f"{key} {x}: no network has that many")
+                need(type(x) is int or re.search("eps|scale", key), f"{key} {x}: needs a whole number")
 
 
 def build(network, path, cfg=None):
@@ -356,12 +365,15 @@ def load_weights(module, tensors, what, rename=(), drop=(), absent=(), only="", 
     print(f"{what}: {len(theirs)} tensors{note}", file=sys.stderr)
 
 
-def open_network(network, folder, device, dtype, cfg=None, rename=(), drop=()):
-    """network(cfg), else of the folder's config.json, with the weights beside it, ready for inference."""
+def open_network(network, folder, device, dtype, cfg=None, rename=(), drop=(), file=None):
+    """network(cfg), else of the folder's config.json, with the weights beside it, ready for inference.
+
+    file: an editor in one file, which gives the weights instead; see `read_original`.
+    """
     with torch.device("meta"):
         net = build(network, folder / "config.json", cfg)
-    tensors, file = find_tensors(folder)
-    load_weights(net, tensors, folder / file, rename, drop, device=device, dtype=dtype)
+    tensors, name = find_tensors(folder) if file is None else (read_original(file, net), "")
+    load_weights(net, tensors, file or folder / name, rename, drop, device=device, dtype=dtype)
     return net.eval().requires_grad_(False)
 
 
@@ -1110,10 +1122,11 @@ class VideoEditor:
             if motion is not None:                                 # the image editor in it
                 config = {k: v for k, v in config.items() if k not in cls.VIDEO}
                 drop = "motion_modules", ".epm."
-            self.unet = open_network(UNet, unet, self.device, self.dtype, config, drop=drop)
-            self.vae = open_network(VAE, vae, self.device, vae_dtype, rename=VAE.LEGACY)
+            self.unet = open_network(UNet, unet, self.device, self.dtype, config, drop=drop,
+                                     file=self.whole(unet))
+            self.vae = open_network(VAE, vae, self.device, vae_dtype, rename=VAE.LEGACY, file=self.whole(vae))
             self.text_encoder = open_network(TextEncoder, text, self.device, self.dtype,
-                                             drop=["position_ids"])
+                                             drop=["position_ids"], file=self.whole(text))
             self.tokenizer = open_tokenizer(words)
             self.scheduler = read_scheduler(schedule / "scheduler_config.json")
             self.read_numbers()
@@ -1132,12 +1145,17 @@ class VideoEditor:
         self.multiple = self.vae.factor
         self.default_mode = "video" if "motion" in config else "ffg"
         self.same_noise = config.get("same_noise", False)      # trained on one noise for all frames of a clip
-        self.fingerprint = fingerprint(*read_from)
+        self.fingerprint = fingerprint(*read_from, *[f for f in self.folders if f.is_file()])
         # what is trained from here needs the folder that gave the text encoder; the runs before it gave only
         # a U-Net, and may be deleted
-        giver = self.folders.index(text.parent)
+        giver = self.folders.index(self.whole(text) or text.parent)
         self.base = read_index(self.folders[giver - 1])["base"] if giver else portable(source)
         return self
+
+    def whole(self, folder):
+        """The editor in one file whose weights stand for those in `folder`, or None."""
+        before = self.folders[:self.folders.index(folder.parent)]
+        return next((file for file in before if file.is_file()), None)
 
     def read_numbers(self):
         """What a checkpoint says of itself, a run's own words before its base's; else SD's usual values."""
@@ -1344,6 +1362,57 @@ def open_tokenizer(folder, pad=None):
             vocab = bpe["vocab"]
             merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
         return Tokenizer(vocab, merges, pad)
+
+
+# names in the original Stable Diffusion's files -> ours; those of numbered blocks are worked out
+ORIGINAL_UNET = (
+    (r"time_embed\.0", "time_embedding.linear_1"), (r"time_embed\.2", "time_embedding.linear_2"),
+    (r"input_blocks\.0\.0", "conv_in"), (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
+    (r"middle_block\.1", "mid_block.attentions.0"), (r"middle_block\.0", "mid_block.resnets.0"),
+    (r"middle_block\.2", "mid_block.resnets.1"), (r"in_layers\.0", "norm1"), (r"in_layers\.2", "conv1"),
+    (r"emb_layers\.1", "time_emb_proj"), (r"out_layers\.0", "norm2"), (r"out_layers\.3", "conv2"),
+    ("skip_connection", "conv_shortcut"))
+ORIGINAL_VAE = (
+    (r"mid\.block_1", "mid_block.resnets.0"), (r"mid\.block_2", "mid_block.resnets.1"),
+    (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"), (r"mid\.attn_1", "mid_block.attentions.0"),
+    (r"\.([qkv])\.", r".to_\1."), ("proj_out", "to_out.0"), ("norm_out", "conv_norm_out"),
+    ("nin_shortcut", "conv_shortcut"), (r"\.(down|up)sample\.", r".\1samplers.0."))
+
+
+def read_original(file, net):
+    """{our name: tensor} for a UNet, VAE or TextEncoder, from an editor in one file of the original layout.
+
+    Of the U-Net the running mean of its training, where the file has it, as InstructPix2Pix's own code takes.
+    """
+    def unet_block(m):                      # each level: n resnets and a resampler down, n + 1 resnets up
+        way = {"in": "down", "out": "up"}[m[1]]
+        level, i = divmod(int(m[2]) - (way == "down"), net.config["layers_per_block"] + 1)
+        kind = "resnets" if m[3] == "0" else "attentions"
+        return f"{way}_blocks.{level}." + (f"{way}samplers.0.conv" if m[4] else f"{kind}.{i}")
+
+    def vae_block(m):                       # the way up is numbered from its end
+        i = int(m[2]) if m[1] == "down" else len(net.config["block_out_channels"]) - 1 - int(m[2])
+        return f"{m[1]}_blocks.{i}." + m[3].replace("block", "resnets")
+
+    start, rules = "cond_stage_model.transformer.", ()
+    if isinstance(net, UNet):
+        start = "model.diffusion_model."
+        rules = (*ORIGINAL_UNET, (r"^(in|out)put_blocks\.(\d+)\.(\d)(\.op|\.conv(?=\.))?", unet_block))
+    if isinstance(net, VAE):
+        start = "first_stage_model."
+        rules = ((r"(down|up)\.(\d+)\.(block|downsample|upsample)", vae_block), *ORIGINAL_VAE)
+    tensors, found = read_tensors(file), {}
+    for k, v in tensors.items():
+        if k.startswith(start):
+            v = tensors.get("model_ema." + k.removeprefix("model.").replace(".", ""), v)
+            k = k.removeprefix(start)
+            for old, new in rules:
+                k = re.sub(old, new, k)
+            # the VAE's attention was of 1x1 convolutions
+            found[k] = v[..., 0, 0] if isinstance(net, VAE) and "attentions" in k and v.ndim == 4 else v
+    with reading(file, "--weights takes a whole editor, in Stable Diffusion's original layout or a folder"):
+        need(found, f"holds no {start}*, but {', '.join(sorted(tensors)[:2])}")
+    return found
 
 
 def load_motion(unet, source, gamma, device, dtype):

@@ -290,6 +290,74 @@ def test_a_trained_run_brings_what_was_trained_and_its_base_the_rest(tmp_path):
         load(later)
 
 
+def original_names(folder):
+    """Tensors of a hub-layout editor under the original layout's names, said the other way round, block by block."""
+    def turned(key, pairs):
+        for old, new in pairs:
+            key = key.replace(old, new)
+        return key
+    unet, n = read(folder / "unet" / "config.json"), read(folder / "unet" / "config.json")["layers_per_block"] + 1
+    levels, vae, state = len(unet["block_out_channels"]), len(read(folder / "vae" / "config.json")["block_out_channels"]), {}
+    blocks = [("conv_in.", "input_blocks.0.0."), ("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"),
+              ("conv_norm_out.", "out.0."), ("conv_out.", "out.2."), ("mid_block.resnets.0", "middle_block.0"),
+              ("mid_block.attentions.0", "middle_block.1"), ("mid_block.resnets.1", "middle_block.2")]
+    for level in range(levels):
+        last = 2 if "CrossAttn" in unet["up_block_types"][level] else 1
+        blocks += [(f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{(level + 1) * n}.0.op"),
+                   (f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{level * n + n - 1}.{last}.conv")]
+        for i in range(n):
+            for kind, number in (("resnets", 0), ("attentions", 1)):
+                blocks += [(f"down_blocks.{level}.{kind}.{i}.", f"input_blocks.{1 + level * n + i}.{number}."),
+                           (f"up_blocks.{level}.{kind}.{i}.", f"output_blocks.{level * n + i}.{number}.")]
+    resnet = [(".norm1.", ".in_layers.0."), (".conv1.", ".in_layers.2."), ("time_emb_proj", "emb_layers.1"), (".norm2.", ".out_layers.0."),
+              (".conv2.", ".out_layers.3."), ("conv_shortcut", "skip_connection")]
+    for k, v in load_file(folder / "unet" / WEIGHTS).items():
+        state["model.diffusion_model." + turned(k, blocks + (resnet if "resnets" in k else []))] = v
+    blocks = [(f"up_blocks.{i}.", f"up.{vae - 1 - i}.") for i in range(vae)] + [("down_blocks.", "down."), ("mid_block.resnets.0", "mid.block_1"),
+              ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"), ("mid_block.attentions.0", "mid.attn_1")]
+    parts = [(".resnets.", ".block."), ("samplers.0.", "sample."), ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut")]
+    attention = [(".query.", ".q."), (".key.", ".k."), (".value.", ".v."), (".proj_attn.", ".proj_out."), ("to_out.0", "proj_out"), ("to_", "")]
+    for k, v in load_file(folder / "vae" / WEIGHTS).items():
+        v = v[:, :, None, None] if "attentions" in k and v.ndim == 2 else v
+        state["first_stage_model." + turned(k, blocks + parts + (attention if "attentions" in k else []))] = v.contiguous()
+    for k, v in load_file(folder / "text_encoder" / "model.safetensors").items():
+        state["cond_stage_model.transformer." + k] = v
+    return state | {"alphas_cumprod": torch.ones(3)}
+
+
+@pytest.mark.parametrize("folder", [IP2P, OTHER])
+def test_an_editor_in_one_file_of_the_original_layout_is_what_is_opened(folder, tmp_path, monkeypatch):
+    state, want = original_names(folder), load(folder)
+    assert {"model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "first_stage_model.decoder.up.0.block.0.norm1.weight",
+            "model.diffusion_model.output_blocks.2.1.conv.weight" if folder == IP2P else "alphas_cumprod"} <= state.keys()
+    hub = tmp_path / "hub"
+    shutil.copytree(folder, hub, ignore=shutil.ignore_patterns("expected*", "motion"))
+    for name in ("one.safetensors", "one.ckpt"):
+        other = {k: v + 1 if k.endswith("bias") else v for k, v in state.items()}      # than those in the folder's own files
+        if name == "one.ckpt":
+            mean = {"model_ema." + k[6:].replace(".", ""): v for k, v in other.items() if k.startswith("model.")}
+            torch.save({"state_dict": state | {k: v for k, v in other.items() if not k.startswith("model.")} | mean}, hub / name)
+        else:
+            save_file(other, hub / name)
+        ed = load(hub / name)
+        for net in ("unet", "vae", "text_encoder"):
+            old, new = getattr(want, net).state_dict(), getattr(ed, net).state_dict()
+            assert all(torch.equal(v, old[k] + 1 if k.endswith("bias") else old[k]) for k, v in new.items()), net
+        assert ed.fingerprint != want.fingerprint and ed.base == str(hub / name)
+    monkeypatch.chdir(tmp_path)
+    model.write_json(tmp_path / "run" / "model_index.json", {"instructvedit": {"base": ed.base}})      # a run from it
+    run = load("run")
+    assert run.base == ed.base and all(torch.equal(v, new[k]) for k, v in run.text_encoder.state_dict().items())
+    assert load("hub/one.ckpt").fingerprint == ed.fingerprint
+    assert "one.ckpt: a file; pass a directory" in refused(model.hub_dir, "hub/one.ckpt")
+
+
+def test_a_file_that_is_no_whole_editor_says_what_it_holds(copy):
+    folder = copy()
+    save_file({"lora_unet_down.alpha": torch.zeros(1)}, folder / "lora.safetensors")
+    assert "lora.safetensors: holds no model.diffusion_model.*, but lora_unet_down.alpha; --weights takes" in refused(load, folder / "lora.safetensors")
+
+
 def test_the_embedded_editor_is_found_from_anywhere_and_its_runs_name_it_shortly(tmp_path, monkeypatch):
     model.write_json(tmp_path / "model_index.json", {"instructvedit": {"base": "assets/tiny"}})
     monkeypatch.chdir(tmp_path)
