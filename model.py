@@ -9,6 +9,7 @@ Contents, in reading order
     U-Net        ResnetBlock, EPM, Attention, Transformer, MotionModule (with SMA), UNet
     sampling     DDIM
     editor       VideoEditor: text, VAE, U-Net and three-branch guidance
+    others' files open_tokenizer, read_original, load_motion, merge_lora_file
 
 Shapes: video (B, F, 3, H, W) in [-1, 1]; latents z (B, F, c, h, w); N = B*F where frames are folded into the
 batch; tokens (N, L, D) with L = h*w. Attribute names are the keys of the published files (diffusers layout),
@@ -287,7 +288,7 @@ def check_sizes(cfg):
                 check_sizes(x)
             elif isinstance(x, int | float) and re.search("layers|head|group|channel|size|dim|max_|eps", key):
                 need(0 <= x <= (200 if "layers" in key else 1e6), f"{key} {x}: no network has that many")
-                need(type(x) is int or re.search("eps|scale", key), f"{key} {x}: needs a whole number")
+                need(type(x) is int or re.search("eps|scale|use_", key), f"{key} {x}: needs a whole number")
 
 
 def build(network, path, cfg=None):
@@ -1385,7 +1386,7 @@ def read_original(file, net):
     Of the U-Net the running mean of its training, where the file has it, as InstructPix2Pix's own code takes.
     """
     def unet_block(m):                      # each level: n resnets and a resampler down, n + 1 resnets up
-        way = {"in": "down", "out": "up"}[m[1]]
+        way = "down" if m[1] == "in" else "up"
         level, i = divmod(int(m[2]) - (way == "down"), net.config["layers_per_block"] + 1)
         kind = "resnets" if m[3] == "0" else "attentions"
         return f"{way}_blocks.{level}." + (f"{way}samplers.0.conv" if m[4] else f"{kind}.{i}")
@@ -1450,3 +1451,32 @@ def load_motion(unet, source, gamma, device, dtype):
     load_weights(unet, tensors, file, rename=rename, drop=[".pe"], absent=["gamma"],
                  only="motion_modules", device=device, dtype=dtype)
     return file
+
+
+def merge_lora_file(unet, path, strength=1.0):
+    """Add a LoRA, in kohya's, peft's or diffusers' names, to the weights: W + strength alpha / rank up down.
+
+    Parts for the text encoder are left out, with a note; what is unknown otherwise is a UserError.
+    """
+    def short(name):                                  # kohya has "_" for ".", older files no 0 after to_out
+        return name.replace(".", "_").removesuffix("_0")
+
+    layers = {short(name): m for name, m in unet.named_modules() if hasattr(m, "weight")}
+    pattern = (r"(lora_unet_|unet\.|base_model\.model\.)?(.+)([._]lora)(_A|_down|\.down)"
+               r"((?:\.default)?\.weight)")
+    tensors = read_tensors(path)
+    left = {k for k in tensors if not k.startswith(("lora_te", "text_encoder"))}
+    note = f"; not used, {len(tensors) - len(left)} of the text encoder" if len(left) < len(tensors) else ""
+    with reading(path, "is it a LoRA of Stable Diffusion 1.5's U-Net?"):
+        for m in filter(None, (re.fullmatch(pattern, k) for k in sorted(left))):
+            start, name, middle, half, end = m.groups(default="")
+            up = start + name + middle + half.replace("A", "B").replace("down", "up") + end
+            down, alpha = tensors[m[0]].float(), start + name + ".alpha"
+            layer = layers[short(name.replace(".processor", ""))]
+            scale = strength * float(tensors.get(alpha, len(down))) / len(down)
+            delta = scale * tensors[up].float().flatten(1) @ down.flatten(1)        # 3x3 convolutions as well
+            weight = layer.weight + delta.view_as(layer.weight).to(layer.weight)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            left -= {m[0], up, alpha}
+        need(not left, f"has unknown {len(left)} tensors, first {', '.join(sorted(left)[:2])}")
+    print(f"{path}: merged with strength {strength:g}{note}", file=sys.stderr)

@@ -691,6 +691,37 @@ def test_motion_modules_are_taken_out_of_a_whole_training_and_other_frame_positi
     assert "late.safetensors: its frame positions are not" in refused(load, motion=tmp_path / "late.safetensors")
 
 
+LORA = {"kohya": ("lora_unet_", "_", ".lora_down.weight", ".lora_up.weight"), "peft": ("unet.", ".", ".lora_A.weight", ".lora_B.weight"),
+        "trained by peft": ("base_model.model.", ".", ".lora_A.default.weight", ".lora_B.default.weight"),
+        "diffusers": ("unet.", ".", ".lora.down.weight", ".lora.up.weight")}
+
+
+@pytest.mark.parametrize("kind", [*LORA, "old diffusers"])
+def test_a_lora_is_merged_whatever_its_names_and_others_are_refused(tmp_path, image_editor, kind):
+    start, dot, a, b = LORA.get(kind, ("unet.", ".", "_lora.down.weight", "_lora.up.weight"))
+    site, file, state = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.", tmp_path / "a.safetensors", {}
+    names = [site + "to_q", site + "to_out.0"] + (["mid_block.resnets.0.conv1"] if kind == "kohya" else [])
+    unet, want = load().unet, dict(image_editor.unet.state_dict())
+    for name in names:
+        weight, alpha = want[name + ".weight"], 4 if kind == "kohya" else 2
+        down, up = torch.randn(2, *weight.shape[1:]), torch.randn(len(weight), 2, *[1] * (weight.ndim - 2))
+        said = name.replace("to_out.0", "to_out").replace("attn1.", "attn1.processor.") if kind == "old diffusers" else name
+        said = start + said.replace(".", dot)
+        state |= {said + a: down, said + b: up} | ({said + ".alpha": torch.tensor(4.0)} if kind == "kohya" else {})
+        want[name + ".weight"] = weight + 0.5 * alpha / 2 * torch.einsum("or,r...->o...", up.flatten(1), down)
+    save_file(state | {"lora_te_x.alpha": torch.ones(1)}, file)
+    model.merge_lora_file(unet, file, 0.5)
+    assert all(apart(v, want[k]) < 1e-5 for k, v in unet.state_dict().items())
+    for other in ({"unet.x.lora_A.weight": torch.ones(2, 2)}, {start + "y.dora_scale": torch.ones(1)}, {k: v[:, :1] for k, v in state.items() if v.ndim}):
+        save_file({k: v.contiguous() for k, v in other.items()}, tmp_path / "b.safetensors")
+        assert "b.safetensors: " in refused(model.merge_lora_file, unet, tmp_path / "b.safetensors")
+
+
+def test_configs_of_published_networks_are_plausible():
+    for file in [*GOLDENS.glob("*/**/config.json"), *GOLDENS.glob("*.json")]:
+        model.check_sizes(read(file).get("config", read(file)))
+
+
 @pytest.mark.parametrize("file, key, value, says", [
     ("scheduler/scheduler_config.json", "prediction_type", "sample", "prediction_type sample; known is"),
     ("scheduler/scheduler_config.json", "beta_schedule", "squaredcos_cap_v2", "known is .'scaled_linear', 'linear'"),
