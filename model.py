@@ -1356,11 +1356,11 @@ def open_tokenizer(folder, pad=None):
             if pad is None and path.is_file():
                 pad = read_json(path).get("pad_token")
                 pad = pad.get("content") if isinstance(pad, dict) else pad
-        need(pad is None or isinstance(pad, (int, str)), f"pad_token {pad}: needs a token")
+                need(pad is None or isinstance(pad, str), f"pad_token {pad}: needs a token")
         vocab, merges, path = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
         if path.is_file() and not (vocab.is_file() and merges.is_file()):
             bpe = read_json(path)["model"]                         # older files join a pair by a blank
-            vocab = bpe["vocab"]
+            vocab = dict(bpe["vocab"])
             merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
         return Tokenizer(vocab, merges, pad)
 

@@ -129,8 +129,13 @@ def test_a_tokenizer_as_transformers_5_writes_it_gives_the_same_ids(copy, image_
             tok = model.open_tokenizer(folder)
             assert tok.pad == (tok.vocab["!"] if pad else tok.end)
             assert torch.equal(model.open_tokenizer(folder, tok.end)(strings), plain)
-    (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
-    assert str(folder) in refused(model.open_tokenizer, folder)
+    model.write_json(folder / "tokenizer_config.json", {"pad_token": -1})
+    assert f"{folder}: pad_token -1" in refused(model.open_tokenizer, folder)
+    (folder / "tokenizer_config.json").unlink()
+    bpe = fast["model"]
+    for wrong in ({}, [], {"model": {"vocab": {}}}, {"model": bpe | {"vocab": -1}}, {"model": bpe | {"merges": [["a"]]}}):
+        (folder / "tokenizer.json").write_text(json.dumps(wrong))
+        assert str(folder) in refused(model.open_tokenizer, folder)
 
 
 def test_text_attention_is_causal(image_editor):
