@@ -223,6 +223,7 @@ def repository(source, patterns=None):
             patterns = [name for name in VideoEditor.FILES if not name.endswith(".safetensors")]
             beside = Path(source).parent
             source = beside if (beside / "unet").is_dir() else SD15
+            print(f"{folders[-1]}: with configs and tokenizer of {source}", file=sys.stderr)
         folder = hub_dir(source, patterns or VideoEditor.FILES)
         if folder in folders:
             raise UserError(f"{folders[-1]}/model_index.json: names {source} as its base, whose base it is")
@@ -448,7 +449,7 @@ def to_u8(images):
     """A tensor (..., 3, H, W) in [-1, 1], a PIL image or array, or a list -> list of (H, W, 3) uint8."""
     if torch.is_tensor(images):
         return [to_rgb(frame) for frame in images.reshape(-1, *images.shape[-3:])]
-    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+    if isinstance(images, Image.Image) or getattr(images, "ndim", 0) == 3:
         images = [images]
     return [np.asarray(im.convert("RGB") if isinstance(im, Image.Image) else im) for im in images]
 
@@ -1212,8 +1213,10 @@ class VideoEditor:
     def decode(self, z):
         """z (1, F, c, h, w), scaled -> video (1, F, 3, H, W) float32 in [-1, 1]."""
         dtype, z = next(self.vae.parameters()).dtype, z[0] / self.vae.scaling_factor
-        x = [self.vae.decode(y.to(self.device, dtype)).float() for y in z.split(self.SLICE)]
-        return torch.cat(x)[None].clamp(-1, 1)
+        x = torch.cat([self.vae.decode(y.to(self.device, dtype)).float() for y in z.split(self.SLICE)])
+        if not torch.isfinite(x).all():
+            raise UserError(f"{self.name}: the VAE gave NaN or Inf; is a weight file damaged?")
+        return x[None].clamp(-1, 1)
 
     def noise(self, n_frames, h, w, seed, first=0, mode="ffg"):
         """Starting noise (1, F, c, h, w) of frames first, first+1, ...: a frame's own, whatever its window.

@@ -866,6 +866,12 @@ def test_nan_in_sampling_names_the_step(image_editor):
     assert "sampling step 2 of 4 gave NaN or Inf" in said
 
 
+def test_nan_in_the_decoder_reaches_no_picture(copy):
+    ed = load(copy())
+    ed.vae.decoder.conv_out.weight = torch.nn.Parameter(torch.full_like(ed.vae.decoder.conv_out.weight, float("nan")))
+    assert "copy: the VAE gave NaN or Inf" in refused(ed.edit, clip(1), "make it snow", steps=1, mode="image")
+
+
 @pytest.mark.parametrize("error, says", [
     (UserError("--frames 40: too many"), "error: --frames 40: too many\n"),
     (OSError(errno.ENOSPC, "No space left on device", "out/log.jsonl"),
