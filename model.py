@@ -391,6 +391,9 @@ ACTIVATIONS = {
 }
 
 
+MOST_ROWS = 2 ** 15
+
+
 def attention(q, k, v, heads, mask=None, causal=False, scale=None):
     """softmax(q k^T * scale) v per head. q (N, Lq, C), k and v (N, Lk, C) -> (N, Lq, C); scale 1/sqrt(d)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))       # (N, heads, L, C/heads)
@@ -401,6 +404,9 @@ def attention(q, k, v, heads, mask=None, causal=False, scale=None):
 def fused_attention(q, k, v, mask=None, causal=False, scale=None):
     """PyTorch's fused attention, (N, heads, L, d)."""
     how, dtype = dict(is_causal=causal, scale=scale), q.dtype
+    if len(q) > MOST_ROWS and mask is None:                # a motion module's pixels: CUDA's grid ends at 65,535
+        parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)))
+        return torch.cat([fused_attention(*part, causal=causal, scale=scale) for part in parts])
     if q.device.type == "cpu" and dtype.itemsize == 2:          # a CPU's bfloat16 kernel is many times slower
         q, k, v, mask = (x if x is None or x.dtype == torch.bool else x.float() for x in (q, k, v, mask))
         with torch.autocast("cpu", enabled=False):
@@ -726,9 +732,11 @@ class EPM(nn.Module):
     def forward(self, x, n_frames):
         if n_frames > self.frames:
             raise UserError(f"--frames {n_frames}: the trained EPM knows {self.frames}; edit in windows")
-        y = self.conv2(F.silu(self.conv1(x))).mean(dim=(2, 3)).unflatten(0, (-1, n_frames))        # (B, F, c)
-        y = torch.cat([y, y[:, -1:].expand(-1, self.frames - n_frames, -1)], dim=1).flatten(1)
-        bias = self.fc2(F.silu(self.fc1(y))).unflatten(1, (self.frames, self.frames))
+        with torch.autocast(x.device.type, enabled=False):           # at -10 a step of bfloat16 is 1/16
+            y = self.conv2(F.silu(self.conv1(x.to(self.conv1.weight.dtype))))
+            y = y.mean(dim=(2, 3)).unflatten(0, (-1, n_frames))                                    # (B, F, c)
+            y = torch.cat([y, y[:, -1:].expand(-1, self.frames - n_frames, -1)], dim=1).flatten(1)
+            bias = self.fc2(F.silu(self.fc1(y))).unflatten(1, (self.frames, self.frames))
         return bias[:, :n_frames, :n_frames]
 
 

@@ -922,3 +922,13 @@ def test_settings_of_a_folder_are_kept_and_others_refused_by_name(tmp_path):
     assert "made with steps 5 (now 6); pass the same" in refused(model.begin, tmp_path / "x", {"steps": 6, "path": "a"})
     model.begin(tmp_path / "x", {"steps": 6}, force=True)
     assert read(tmp_path / "x" / "settings.json") == {"steps": 6}
+
+
+def test_more_rows_than_a_cuda_grid_holds_are_split_and_give_the_same(monkeypatch):
+    q, k, v = torch.randn(3, 7, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    whole, sizes = model.fused_attention(q, k, v), []
+    plain = model.F.scaled_dot_product_attention
+    monkeypatch.setattr(model, "MOST_ROWS", 3)
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention", lambda q, *a, **b: sizes.append(len(q)) or plain(q, *a, **b))
+    torch.testing.assert_close(model.fused_attention(q, k, v), whole)
+    assert sizes == [3, 3, 1]
