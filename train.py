@@ -50,9 +50,9 @@ import curate
 import world
 from metrics import CLIP, ViCLIP, drawn_scores, print_bare, table_head, table_row
 from model import (EPM, N_FRAMES, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, Tokenizer, Transformer,
-                   UNet, UserError, VideoEditor, aside, begin, fingerprint, finished, need, noise_levels,
-                   part, read_json, read_tensors, reading, repository, run, save_tensors,
-                   write_json, write_text)
+                   UNet, UserError, VideoEditor, aside, begin, find_tensors, fingerprint, finished, need,
+                   noise_levels, part, portable, read_json, read_tensors, reading, repository, resize, run,
+                   save_tensors, to_tensor, write_json, write_text)
 from sample import Parser, add_flags, from_flags, known_device, option
 from teachers import (FIELDS, LLAVA, WRITER_TASKS, LlavaOneVision, add_lora, guess_task, parse_answer,
                       save_lora, writer_loss)
@@ -97,7 +97,13 @@ class Viclip(Training):
 @dataclass
 class Image(Training):
     size: int = option(64, "short side of the frames, pixels", choices=SIZES)
-    weights: str = option("", "an editor to go on from, with a new schedule (default: from nothing)")
+    weights: str = option("", "an editor to go on from, with a new schedule, or Stable Diffusion (default: "
+                              "from nothing)")
+    shares: tuple[float, ...] = option((), "how often each of --images-from is drawn from (default: alike)")
+    cache: bool = option(True, "latents of given images lie on disk; else they are made when wanted")
+    train_text: bool = option(True, "the text encoder learns along")
+    no_text: str = option("source", "target where the instruction is dropped", choices=["source", "edit"])
+    images_from: tuple[str, ...] = ()   # Task's
     optimizer: str = option("muon", "of inner matrices; the rest has AdamW", choices=["muon", "adamw"])
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
     region_weight: float = option(3.0, "extra loss weight of a frame's smaller part, changed or kept", low=0)
@@ -161,9 +167,10 @@ class Task:
     data: Path | None = option(None, "where drawn, cached and curated clips lie (default: data/<model>)")
     runs: Path | None = option(None, "where runs go (default: runs/<model>)")
     round: int | None = option(None, "bring the model up to this one; video, plot, export: which one", low=0)
-    out: Path | None = option(None, "video, writer: where the run goes; plot, export: where it lies")
+    out: Path | None = option(None, "image, video, writer: where the run goes; plot, export: where it lies")
     to: Path = option(TINY, "export: target folder")
-    images_from: str = option("shapes", "round 0: source images, as curate.py images --from")
+    images_from: tuple[str, ...] = option(("shapes",), "round 0: source images, as curate.py images --from; "
+                                          "image: pairs to train on, several are mixed")
     images: int = option(240, "round 0: how many of them", low=1)
     real_from: str = option("shapes", "rounds 1, 2: real clips, as curate.py cut --from")
     real_clips: int = option(120, "rounds 1, 2: how many of them; of a folder how many videos", low=1)
@@ -185,6 +192,11 @@ ROUND = {"tiny": Round(steps=60, lr=2e-4),
          "sd15": Round(weights="sd15", motion=SD15_MOTION, steps=2000, lr=1e-5, lr_new=1e-4, batch=1,
                        accumulate=16, same_noise=0.0, t_bias=1.0, region_weight=0.0, no_text="edit",
                        guided_loss=False, epm_start=-10.0)}
+# InstructPix2Pix's own schedule, but for its batch of 1,024 pairs
+IMAGE = {"tiny": Image(steps=16_000, batch=32),
+         "sd15": Image(steps=10_000, lr=1e-4, batch=16, accumulate=4, size=256, samples=10 ** 7, optimizer="adamw",
+                       t_bias=1.0, region_weight=0.0, train_text=False, no_text="edit",
+                       weights="stable-diffusion-v1-5/stable-diffusion-v1-5")}
 WRITER = Writer(steps=2000, lr=1e-4)                               # ours; the paper names neither
 # where the rounds' curation differs from curate.py by itself: five sampling steps edit as well as twenty for
 # `tiny`, and of clips that differ in guidance alone there is nothing to choose
@@ -670,36 +682,134 @@ def write_editor(out, config, unet, about):
     write_json(out / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about})
 
 
-def stage_image(out, s, how, data):
-    """InstructPix2Pix on cached latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the
-    scheduler says.
+def widened(source, to, write=True):
+    """Stable Diffusion as InstructPix2Pix starts from it, in folder `to`: its U-Net takes the source's latents
+    besides, by weights of zero. `source` itself where that is an editor."""
+    unet = part(repository(source), "unet")
+    with reading(unet, "is it Stable Diffusion 1.5, or an editor of its kind?"):
+        config, (tensors, _) = read_json(unet / "config.json"), find_tensors(unet)
+        if config["in_channels"] != config["out_channels"]:
+            return source
+        first = tensors["conv_in.weight"]
+        tensors["conv_in.weight"] = torch.cat([first, torch.zeros_like(first)], dim=1)
+    if write:
+        write_network(to / "unet", config | dict(in_channels=2 * config["in_channels"]), tensors)
+        about = {"base": portable(source)}
+        write_json(to / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about})
+    return to
 
-    PAPER: the text encoder is CLIP's, frozen. tiny CLIP has seen too little for that: its states hold more of
-    a word's neighbours than of the word, so here it is trained along, from stage clip's weights.
 
-    PAPER: IP2P keeps the edited target where it drops the text, so its "no instruction" is an average of all
-    edits. Here a dropped instruction asks for nothing and its target is the source: an empty instruction then
-    returns the clip, and text guidance points from unchanged to edited. Errors count by `region_weights`.
+def drawn_pairs(ed, s, data):
+    """take(generator) -> (latents of pairs (N, 2, c, h, w), unscaled, [instruction]) of the drawn world.
 
     The real domain is left out on purpose: closing that gap is what the refinement rounds are for.
     """
-    if not s.weights:
-        fresh_editor(out, s.seed)
-    ed = VideoEditor.from_pretrained(s.weights or out, motion=False, device=how.device, dtype="float32")
     drawn = world_set(data, "pairs", s.samples, s.size)
     shards = latents_of(ed, drawn, world_folder(data) / f"pairs-{s.size}px", ["synthetic"])
-    unet = ed.unet.requires_grad_(True)
-    unet.text_encoder = ed.text_encoder.requires_grad_(True)       # one optimizer, one average for both
-    abar, scale = noise_levels(ed.scheduler).to(how.device), ed.vae.scaling_factor
     odds = {name: task.trained for name, task in world.TASKS.items()}
 
-    def loss_fn(number, generator):
+    def take(generator):
         pairs, (_, _, orders) = random_batch(shards, s.batch, generator, axis=3, odds=odds)
-        z_src, z_tgt = pairs.float().unbind(1)
+        return pairs.float(), orders
+    return take
+
+
+def encode_pair(ed, pair, size):
+    """The middle squares of a pair's pictures: latents (2, c, h, w), unscaled."""
+    squares = []
+    for rgb in pair["load"]():
+        with reading(f"pair {pair['id']}"):
+            need(rgb is not None, "has no edited picture")
+        side = min(rgb.shape[:2])
+        top, left = ((n - side) // 2 for n in rgb.shape[:2])
+        squares.append(resize(to_tensor(rgb[top:top + side, left:left + side]), size, size))
+    return ed.encode(torch.stack(squares)[None])[0]
+
+
+def encoded_pairs(ed, pairs, s, how, data):
+    """Latents of image pairs, made once, 500 pairs a file, mapped into memory: [(float16 (2, c, h, w),
+    instruction)]. Pictures that do not open are left out, and said."""
+    folder, rows = data / f"pairs-{s.size}px-{fingerprint(part(ed.folders, 'vae'))}", []
+    chunks = [pairs[i:i + 500] for i in range(0, len(pairs), 500)]
+    paths = [folder / f"{curate.ident(*(pair['id'] for pair in some))}.safetensors" for some in chunks]
+    for i, (path, some) in enumerate(tqdm(list(zip(paths, chunks)), desc="latents", unit="file")):
+        if i % how.n_ranks == how.rank and not path.is_file():
+            z, texts = [torch.zeros(0)], []
+            for pair in some:
+                try:
+                    z.append(encode_pair(ed, pair, s.size))
+                    texts.append(pair["instruction"])
+                except UserError as error:
+                    print(f"left out: {error}")
+            write_json(path.with_suffix(".json"), texts)
+            save_tensors(path, {"z": torch.stack(z[1:]) if texts else z[0]}, torch.float16)
+    wait_for_all()
+    for path in paths:
+        rows += zip(read_tensors(path)["z"], read_json(path.with_suffix(".json"), list))
+    return rows
+
+
+def given_pairs(ed, s, how, data):
+    """`drawn_pairs` of people's data sets, s.images_from, each as often as s.shares says."""
+    sets = [list(islice(curate.read_pairs(where), s.samples)) for where in s.images_from]
+    if s.cache:
+        sets = [encoded_pairs(ed, pairs, s, how, data) for pairs in sets]
+    for where, rows in zip(s.images_from, sets):
+        print(f"{where}: {len(rows)} image pairs")
+        if not rows:
+            raise UserError(f"--images-from {where}: no image pairs")
+    shares = torch.tensor(s.shares or [1.0] * len(sets))
+    if len(shares) != len(sets) or not shares.min() >= 0 or not shares.sum() > 0:
+        raise UserError(f"--shares {' '.join(map(str, s.shares))}: needs a number for each of {len(sets)} --images-from")
+
+    def row(rows, generator):                                  # a pair that does not open gives way to another
+        while True:
+            pair = rows[int(torch.randint(len(rows), (1,), generator=generator))]
+            try:
+                return pair if s.cache else (encode_pair(ed, pair, s.size).cpu(), pair["instruction"])
+            except UserError as error:
+                print(f"left out: {error}")
+
+    def take(generator):
+        which = torch.multinomial(shares, s.batch, replacement=True, generator=generator).tolist()
+        z, orders = zip(*[row(sets[k], generator) for k in which])
+        return torch.stack(z).float(), list(orders)
+    return take
+
+
+def stage_image(out, s, how, data):
+    """InstructPix2Pix on latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the scheduler says.
+
+    PAPER: step 1 trains it on UltraEdit's and InstructPix2Pix's pairs together (--images-from A B), from Stable
+    Diffusion; `tiny` starts from nothing, on drawn pairs.
+
+    PAPER: the text encoder is CLIP's, frozen. tiny CLIP has seen too little for that: its states hold more of
+    a word's neighbours than of the word, so `tiny` trains it along, from stage clip's weights.
+
+    PAPER: IP2P keeps the edited target where it drops the text, so its "no instruction" is an average of all
+    edits. In `tiny` a dropped instruction asks for nothing and its target is the source: an empty instruction
+    then returns the clip, and text guidance points from unchanged to edited. Errors count by `region_weights`.
+    """
+    if not s.weights:
+        fresh_editor(out, s.seed)
+    start = out
+    if s.weights:
+        start = widened(s.weights, out / "start", how.rank == 0)
+        wait_for_all()
+    ed = VideoEditor.from_pretrained(start, motion=False, device=how.device, dtype="float32")
+    take = given_pairs(ed, s, how, data) if s.images_from else drawn_pairs(ed, s, data)
+    unet = ed.unet.requires_grad_(True)
+    if s.train_text:                                               # one optimizer, one average for both
+        unet.text_encoder = ed.text_encoder.requires_grad_(True)
+    abar, scale = noise_levels(ed.scheduler).to(how.device), ed.vae.scaling_factor
+
+    def loss_fn(number, generator):
+        pairs, orders = take(generator)
+        z_src, z_tgt = pairs.unbind(1)
         drop = torch.rand(len(pairs), generator=generator)
         ctx = ed.encode_text(["" if x < 0.10 else order for x, order in zip(drop, orders)])
         drop = drop[:, None, None, None]
-        target = torch.where(drop < 0.05, z_src, z_tgt)
+        target = torch.where((drop < 0.05) & (s.no_text == "source"), z_src, z_tgt)
         u = torch.rand(len(pairs), generator=generator) ** s.t_bias
         t = (len(abar) * u).long().clamp(max=len(abar) - 1).to(how.device)      # float32's u may round to 1
         eps = torch.randn(target.shape, generator=generator)
@@ -711,12 +821,18 @@ def stage_image(out, s, how, data):
         return ((predicted - wanted).square().mean(dim=1) * weight).mean()      # weight (N, h, w)
 
     fit(unet, loss_fn, out, s, how)
-    del unet.text_encoder
-    config = read_json(part(ed.folders, "text_encoder") / "config.json")
-    write_network(out / "text_encoder", config, ed.text_encoder.state_dict(), "model.safetensors")
-    about = read_json(TINY / "model_index.json")["instructvedit"]  # how it samples
-    about |= dict(size=s.size, words=world.known_words(), examples=world.examples())
-    write_editor(out, unet.config, unet, about | ({"base": ed.base} if s.weights else {}))
+    about = dict(size=s.size)
+    if how.rank > 0:
+        return wait_for_all()
+    if s.train_text:
+        del unet.text_encoder
+        config = read_json(part(ed.folders, "text_encoder") / "config.json")
+        write_network(out / "text_encoder", config, ed.text_encoder.state_dict(), "model.safetensors")
+    if not s.images_from:                                          # how `tiny` samples, and what it knows
+        about = read_json(TINY / "model_index.json")["instructvedit"] | about
+        about |= dict(words=world.known_words(), examples=world.examples())
+    write_editor(out, unet.config, unet, about | ({"base": portable(s.weights)} if s.weights else {}))
+    wait_for_all()
 
 # ---- stage motion, and what it shares with stage video -----------------------------------------------------
 
@@ -947,7 +1063,8 @@ def curation_steps(task, s, n):
     images, clips, cut, written = f"{data}/images", f"{data}/clips", f"{data}/cut{n}", f"{data}/write{n}"
     if n == 0:
         editor = dict(weights=s.weights, images=images, clips=clips, motion=s.motion)
-        return [step(task, "images", images, weights=s.weights, source=task.images_from, n=task.images),
+        return [step(task, "images", images, weights=s.weights, source=task.images_from[0],
+                     n=task.images),
                 step(task, "clips", clips, images=images), step(task, "videos", f"{data}/round0", **editor)]
     before = str(task.runs / f"round{n - 1}")
     scorers = [folder / "clip" for folder in repository(s.weights) if (folder / "clip").is_dir()]
@@ -1186,7 +1303,7 @@ def export(source, to):
 NETWORKS = {"vae": (stage_vae, Vae(steps=2500, lr=2e-3, batch=64, ema=0.995), []),
             "clip": (stage_clip, Clip(batch=48, samples=60_000, ema=0.995), []),
             "viclip": (stage_viclip, Viclip(steps=1500, batch=16, samples=60_000, ema=0.995), ["clip"]),
-            "image": (stage_image, Image(steps=16_000, batch=32), ["vae", "clip", "viclip"]),
+            "image": (stage_image, IMAGE["tiny"], ["vae", "clip", "viclip"]),
             "motion": (stage_motion, Motion(steps=600, samples=2000), ["image"])}
 
 
@@ -1194,15 +1311,18 @@ def train_network(name, s, how, task):
     """One of NETWORKS, where it is not finished: on the data drawn by this world, from the networks that
     it needs. They take minutes, so one process is enough, but for motion modules."""
     (stage, _, needs), weights = NETWORKS[name], getattr(s, "weights", "")
-    origin = dict(world=world_folder(task.data).name) | (dict(editor=editor_mark(weights)) if weights else {})
-    how = how if name == "motion" else replace(how, n_ranks=1)
+    given = getattr(s, "images_from", ())
+    origin = {} if given else dict(world=world_folder(task.data).name)
+    origin |= dict(editor=editor_mark(weights)) if weights else {}
+    how = how if name == "motion" or given else replace(how, n_ranks=1)
+    out = task.out or task.runs / name
     if how.rank < how.n_ranks:
         for other in needs if not weights else []:
             if not finished(task.runs / other):
                 raise UserError(f"{task.runs / other}: not finished; run `python train.py {other}` first")
             origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
-        if not is_done(task.runs / name, asdict(s) | origin, how):
-            stage(task.runs / name, s, how, task.data)
+        if not is_done(out, asdict(s) | origin, how):
+            stage(out, s, how, task.data)
 
 
 def networks(task, s, how):
@@ -1233,7 +1353,12 @@ def main(argv=None):
     task.data, task.runs = task.data or ROOT / "data" / task.model, task.runs or ROOT / "runs" / task.model
     rank, n_ranks = join_processes(args.device)
     how = replace(from_flags(How(), args), device=args.device, rank=rank, n_ranks=n_ranks)
+    pairs = () if task.images_from == ("shapes",) else task.images_from
+    stages["image"] = replace(IMAGE[task.model], images_from=pairs)
     s = from_flags(stages.get(command, ROUND[task.model]), args)
+    if task.model == "sd15" and (command in ("vae", "clip", "viclip") or command == "image" and not pairs):
+        raise UserError(f"train.py {command} --model sd15: " + ("pass --images-from, folders or files of image pairs"
+                        if command == "image" else "is published; only tiny's is trained here"))
     if isinstance(s, Round):                                       # what round 0 starts from
         s.weights = s.weights or str(task.runs / "image")
         s.motion = s.motion or str(task.runs / "motion")

@@ -234,6 +234,70 @@ def test_every_network_of_tiny_trains_from_nothing_resumes_equal_and_is_then_lef
         call("image", "--samples", 2, "--steps", 2, *NETWORKS["image"], *flags(tmp_path))
 
 
+@pytest.fixture(scope="module")
+def image_pairs(tmp_path_factory):
+    """Two data sets of image pairs: a .jsonl, one of whose pictures is broken, and InstructPix2Pix's folders."""
+    made, rng = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
+    rows = []
+    for i in range(6):
+        picture = Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8)).resize((80, 60))
+        folder = made / "ip2p" / f"{i:07d}"
+        folder.mkdir(parents=True)
+        (folder / "prompt.json").write_text(json.dumps(dict(input="noise", edit="make it grey", output="grey noise")))
+        for k, edited in enumerate((picture, picture.convert("L").convert("RGB"))):
+            edited.save(made / f"{i}_{k}.png")
+            edited.save(folder / f"11_{k}.jpg")
+        rows.append(dict(source=f"{i}_0.png", target=f"{i}_1.png", instruction="make it grey", source_caption="noise",
+                         target_caption="grey noise"))
+    (made / "2_0.png").write_bytes(b"no picture")
+    (made / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [made / "pairs.jsonl", made / "ip2p"]
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory):
+    """Stable Diffusion in miniature: InstructPix2Pix without the source's channels."""
+    folder = tmp_path_factory.mktemp("sd")
+    shutil.copytree(IP2P, folder, dirs_exist_ok=True)
+    tensors, config = load_file(folder / "unet" / WEIGHTS), read_json(folder / "unet" / "config.json")
+    tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :4].contiguous()
+    save_file(tensors, folder / "unet" / WEIGHTS)
+    (folder / "unet" / "config.json").write_text(json.dumps(config | dict(in_channels=4)))
+    return folder
+
+
+def test_step_1_trains_an_editor_from_stable_diffusion_on_two_data_sets(tmp_path, monkeypatch, capsys, image_pairs, diffusion):
+    how = ["image", "--model", "sd15", "--images-from", *image_pairs, "--weights", diffusion, "--size", 64, "--batch", 2,
+           "--accumulate", 2, "--steps", 4, "--shares", 3, 1]
+    call(*how, *flags(tmp_path), "--out", tmp_path / "whole")
+    assert "pairs.jsonl: 5 image pairs" in capsys.readouterr().out
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        Cut(m, 3)
+        call(*how, *flags(tmp_path), "--out", tmp_path / "cut")
+    call(*how, *flags(tmp_path), "--out", tmp_path / "cut")
+    a, b = (load_file(tmp_path / name / "unet" / WEIGHTS) for name in ("whole", "cut"))
+    assert same(a, b) and not (tmp_path / "whole" / "text_encoder").exists()
+    assert a["conv_in.weight"].shape[1] == 8 and a["conv_in.weight"][:, 4:].abs().max() > 0
+    start = VideoEditor.from_pretrained(tmp_path / "whole" / "start", motion=False, device="cpu")
+    z, source = torch.randn(2, 1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    first = start.unet(torch.cat([z, source], 2), torch.tensor([500]), start.encode_text(["grey"]), "image")
+    assert torch.equal(first, start.unet(torch.cat([z, 0 * source], 2), torch.tensor([500]), start.encode_text(["grey"]), "image"))
+    ed = VideoEditor.from_pretrained(tmp_path / "whole", motion=ADAPTER, device="cpu")
+    assert ed.size == 64 and ed.default_mode == "ffg" and ed.words is None
+    call(*how, *flags(tmp_path), "--out", tmp_path / "wanted", "--no-cache")      # the broken picture gives way
+    assert "left out" in capsys.readouterr().out and model.finished(tmp_path / "wanted")
+
+
+def test_step_1_without_pairs_or_with_other_shares_is_refused(tmp_path, image_pairs):
+    with pytest.raises(UserError, match="--images-from"):
+        call("image", "--model", "sd15", *flags(tmp_path))
+    with pytest.raises(UserError, match="--shares 1.0"):
+        call("image", "--model", "sd15", "--images-from", *image_pairs, "--shares", 1, "--weights", IP2P, "--size", 64,
+             "--no-cache", *flags(tmp_path))
+    with pytest.raises(UserError, match="is published"):
+        call("vae", "--model", "sd15", *flags(tmp_path))
+
+
 def test_a_stage_without_its_networks_says_which_one_to_run(tmp_path):
     for name, first in (("viclip", "clip"), ("image", "vae"), ("motion", "image")):
         with pytest.raises(UserError, match=f"run `python train.py {first}` first"):
