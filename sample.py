@@ -438,7 +438,7 @@ def write_video(path, video, fps, audio=None):
 # ---- editing -----------------------------------------------------------------------------------------------
 
 def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_source=False, on_step=None,
-                **scales):
+                first=None, **scales):
     """Edit a clip of any length: iterable of source frames (3, H, W) in [-1, 1] -> generator of edited ones.
 
     Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12
@@ -449,15 +449,24 @@ def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_s
     with noise of each frame's own. With "ffg" the first frame already ties windows together, or else the one
     noise does, and the correction, which copies mean errors in place, made joins visible and clips worse from
     window to window.
+
+    first: the first frame as it was edited elsewhere, (3, H, W). The others follow its trajectory by FFG-V2V,
+    and the correction with it as the one reference of every window: without that they follow hardly.
     """
-    mode, together = ed.default_mode if mode == "auto" else mode, frames_interact(ed, mode)
-    frames, done, anchor = iter(frames), 0, None
-    known = deque(maxlen=WINDOW)                                    # (z_src, z0) of the last frames
+    mode = "ffg" if first is not None else ed.default_mode if mode == "auto" else mode
+    frames, done, anchor, together = iter(frames), 0, None, frames_interact(ed, mode)
+    known, n_known = deque(maxlen=WINDOW), REFERENCES               # (z_src, z0) of the last frames
+    if first is not None:
+        z_src, z_first = (ed.encode(x[None, None]) for x in (next(frames), first))
+        z_T = ed.noise(1, *z_src.shape[3:], seed, mode=mode)
+        anchor, together = ed.follow(z_src, z_first, z_T, steps), True
+        done, n_known, known = 1, 1, [(z_src, anchor[1][-1])]
+        yield (first, ed.decode(z_src * ed.vae.scaling_factor)[0, 0]) if with_source else first
     while True:
-        new = list(islice(frames, WINDOW - REFERENCES if done and together else WINDOW))
+        new = list(islice(frames, WINDOW - n_known if done and together else WINDOW))
         if not new:
             return
-        n_ref = min(done, WINDOW - len(new)) if together else 0
+        n_ref = min(done, WINDOW - len(new), len(known)) if together else 0
         refs = list(known)[len(known) - n_ref:]
         z_new = ed.encode(torch.stack(new)[None])                   # (1, F_new, c, h, w)
         z_src = torch.cat([z for z, _ in refs] + [z_new], dim=1)    # references come first
@@ -465,11 +474,12 @@ def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_s
         if mode == "ffg" and anchor is None:
             anchor = ed.anchor(z_src[:, :1], instruction, z_T[:, :1], steps, **scales)
         z0_ref = None
-        if refs and mode == "video" and not ed.same_noise:
+        if refs and (first is not None or mode == "video" and not ed.same_noise):
             z0_ref = torch.cat([z for _, z in refs], dim=1)
         z0 = ed.sample(z_src, instruction, z_T, steps, **scales, mode=mode, anchor=anchor, z0_ref=z0_ref,
                        on_step=on_step)[:, n_ref:]
-        known.extend(zip(z_new.split(1, dim=1), z0.split(1, dim=1)))
+        if first is None:
+            known.extend(zip(z_new.split(1, dim=1), z0.split(1, dim=1)))
         done += len(new)
         edited = ed.decode(z0)[0]
         yield from zip(edited, ed.decode(z_new * ed.vae.scaling_factor)[0]) if with_source else edited
@@ -541,17 +551,20 @@ def frame_mean(x, weight):
     return (w * x).sum((-2, -1), keepdim=True) / w.sum((-2, -1), keepdim=True)
 
 
-def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
+def edit_pictures(ed, pictures, size, instruction, detail=True, first=None, **options):
     """Edit rgb frames (H, W, 3) uint8 of any size and number -> generator of (edited rgb of that size, the
     model's frame of it and of the source (3, h, w) in [-1, 1]). size: (h, w) of the model's frame; detail:
-    carry the edit up to the source's resolution, else resize it; options as `edit_stream` takes them. What
-    the commands deliver.
+    carry the edit up to the source's resolution, else resize it; first: the first frame's edit, rgb of any
+    size, delivered as it is; options as `edit_stream` takes them. What the commands deliver.
     """
     frames, sources = tee((rgb, resize(to_tensor(rgb), *size)) for rgb in pictures)        # holds one window
-    edits = edit_stream(ed, (small for _, small in frames), instruction, **options, with_source=detail)
-    for edit, (rgb, small) in zip(edits, sources):
-        if detail:
-            edit, source_low = edit
+    given = None if first is None else resize(to_tensor(first), *size)
+    edits = edit_stream(ed, (small for _, small in frames), instruction, **options, with_source=detail, first=given)
+    for i, (edit, (rgb, small)) in enumerate(zip(edits, sources)):
+        edit, source_low = edit if detail else (edit, None)
+        if i == 0 and first is not None:
+            full = resize(to_tensor(first), *rgb.shape[:2])
+        elif detail:
             full = carry_detail(source_low[None], edit[None], to_tensor(rgb)[None].to(edit.device))[0]
         else:
             full = resize(edit, *rgb.shape[:2])
@@ -690,6 +703,7 @@ def parse(argv=None):
     add("--end", type=seconds, metavar="S", help="seconds into the clip (-1: to its end)")
     add("--fps", type=between(0.1, 240, number, -1), help="resample, e.g. to 8 or 30000/1001 (-1: as it is)")
     add("--frames", type=between(1, 10 ** 7, int, -1), default=-1, help="edit this many at most (-1: all)")
+    add("--first-frame", metavar="FILE", help="the first frame, edited with any tool; the clip follows it")
     # output
     add("--out", help="file to write, or an existing folder (default: beside the source)")
     add("--compare", action="store_true", help="also write source and edit side by side")
@@ -702,6 +716,8 @@ def parse(argv=None):
         raise UserError('instruction "": is empty; say what to change, e.g. "make it snow"')
     if args.grid and (args.compare or args.no_detail or args.mode != "auto"):
         raise UserError("--grid: edits the first frame alone; leave out --compare, --mode and --no-detail")
+    if args.first_frame and (args.grid or args.mode not in ("auto", "ffg")):
+        raise UserError("--first-frame: is followed in --mode ffg; leave out --grid and other modes")
     return args
 
 
@@ -822,6 +838,10 @@ def main(argv=None):
     n_frames = len(plan(clip, *span)[0])
     if clip.hdr:
         print(f"warning: {clip.path}: is HDR, its colours will look flat; convert it to SDR", file=sys.stderr)
+    first = args.first_frame and read_image(args.first_frame)
+    if first is not None and abs(math.log(first.shape[0] / first.shape[1] * clip.width / clip.height)) > 0.05:
+        raise UserError(f"--first-frame {args.first_frame}: is {first.shape[1]}x{first.shape[0]}; the clip's frames "
+                        f"are {clip.width}x{clip.height}, it must have their shape")
     paths = output_paths(clip, args.instruction, args.out, "_grid.png" if args.grid else ".mp4", args.compare)
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
@@ -840,7 +860,7 @@ def main(argv=None):
             print(f"{path}: choose a cell and pass its --text-cfg and --source-cfg")
             continue
         compare = comparison(path) if args.compare else None
-        how = options | dict(mode=args.mode, detail=not args.no_detail)
+        how = options | dict(mode="ffg" if args.first_frame else args.mode, detail=not args.no_detail, first=first)
         n = edit_file(ed, clip, span, size, instruction, path, compare, how)
         print(f"{path}: {n} frames in {time.time() - began:.1f} s, peak memory {peak_memory(ed.device)}"
               + (f"; side by side in {compare}" if compare else ""))

@@ -347,6 +347,31 @@ def test_windows_of_frames_that_do_not_interact_leave_no_trace(editor):
     assert torch.allclose(torch.stack(edited[1]), one_pass, atol=1e-4)
 
 
+@pytest.mark.parametrize("n", [1, 5, 33])
+def test_a_given_first_frame_is_delivered_and_every_window_follows_it(editor, monkeypatch, n):
+    seen, sampler = [], editor.sample
+
+    def watch(z_src, text, z_T, *args, anchor, z0_ref, **more):
+        seen.append((z_src.shape[1], z0_ref.shape[1]))
+        assert torch.equal(anchor[0], z_src[:, :1]) and torch.equal(anchor[1][-1], z0_ref) and len(anchor[1]) == 3
+        return sampler(z_src, text, z_T, *args, anchor=anchor, z0_ref=z0_ref, **more)
+
+    monkeypatch.setattr(editor, "sample", watch)                    # looks on, changes nothing
+    rgbs = np.random.default_rng(n).integers(0, 256, (n, 16, 24, 3), np.uint8)
+    first = 255 - rgbs[0]
+    edits = [rgb for rgb, *_ in edit_pictures(editor, rgbs, (8, 16), "invert it", steps=2, mode="ffg", first=first)]
+    assert len(edits) == n and np.abs(edits[0].astype(int) - (255 - rgbs[0])).max() <= 1
+    assert seen == {1: [], 5: [(5, 1)], 33: [(16, 1), (16, 1), (3, 1)]}[n]
+
+
+def test_a_first_frame_of_another_shape_or_mode_is_refused(tmp_path):
+    path = make_clip(tmp_path / "a.mp4", n=2)
+    Image.new("RGB", (64, 64)).save(tmp_path / "first.png")
+    for more in ([], ["--mode", "image"], ["--grid"]):
+        with pytest.raises(UserError, match="--first-frame"):
+            command(path, "make it snow", "--first-frame", tmp_path / "first.png", *more)
+
+
 def test_with_one_noise_for_all_frames_a_still_clip_stays_still_from_window_to_window(editor, monkeypatch):
     video = (torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1).expand(20, -1, -1, -1)
     for one_noise in (True, False):
