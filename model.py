@@ -1289,8 +1289,8 @@ class VideoEditor:
         s_txt, s_src, guidance scales, a number or K: by default the checkpoint's own. anchor: for mode
         "ffg", source latents (1, 1, c, h, w) and steps + 1 latents (1 or K, 1, c, h, w) of its edit, as
         `anchor` makes them of the first frame where not given. z0_ref (1, R, c, h, w): final latents of the
-        first R frames, known from the previous window; they steer the others by InsV2V's noise correction
-        over the first half of the steps. on_step(i) is called after each step; keep (a list) receives the
+        first R frames, known from the previous window or (mode "ffg") given; they steer the others by
+        InsV2V's noise correction, over the first half of the steps, given ones over all. on_step(i) is called after each step; keep (a list) receives the
         latents of every step and the end.
         """
         mode = self.default_mode if mode == "auto" else mode
@@ -1311,7 +1311,7 @@ class VideoEditor:
             else:
                 out = self.guided(z, z_src, t, ctx, s_txt, s_src, mode)
             eps = scheduler.to_eps(out, i, z)
-            if n_ref and i < steps / 2:                            # InsV2V's long-video sampling correction
+            if n_ref and (mode == "ffg" or i < steps / 2):         # InsV2V's long-video sampling correction
                 a = scheduler.levels[i]
                 delta = (z[:, :n_ref] - a.sqrt() * z0_ref) / (1 - a).sqrt() - eps[:, :n_ref]
                 others = delta.mean(dim=1, keepdim=True).expand_as(eps[:, n_ref:])
