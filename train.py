@@ -211,7 +211,7 @@ DOMAINS = ["synthetic"] * 4 + ["real"]
 
 
 def draw_file(path, kind, index, n, size):
-    """File `index` of a kind: path.safetensors with x, uint8, and path.json with a record a sample.
+    """File `index` of a kind: a .safetensors with x, uint8, and beside it a .json with a record a sample.
 
     pairs (n, 2, H, W, 3): source and target of an edit, some files wide or tall; clips (n, 2, 8, H, W, 3):
     the same in motion; motion (n, 16, H, W, 3): unedited.
@@ -231,7 +231,7 @@ def draw_file(path, kind, index, n, size):
     frames, records = zip(*samples)
     write_json(path.with_suffix(".json"), records)
     x = torch.from_numpy(np.stack(frames))
-    save_tensors(path.with_suffix(".safetensors"), {"x": x})       # last: a file is there whole or not at all
+    save_tensors(path, {"x": x})                                   # last: a file is there whole or not at all
 
 
 def world_folder(data):
@@ -242,15 +242,14 @@ def world_folder(data):
 def world_set(data, kind, n, size):
     """Draw what is missing of the first n samples, on all cores; returns [(uint8, mapped into memory,
     [record])] by file."""
-    per_file = KINDS[kind][2]
-    paths = [world_folder(data) / f"{kind}-{size}px-{i:05d}" for i in range(math.ceil(n / per_file))]
-    missing = [i for i, path in enumerate(paths) if not path.with_suffix(".safetensors").is_file()]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(draw_file, paths[i], kind, i, per_file, size) for i in missing]
+    per_file, folder = KINDS[kind][2], world_folder(data)
+    paths = [folder / f"{kind}-{size}px-{i:05d}.safetensors" for i in range(math.ceil(n / per_file))]
+    with ProcessPoolExecutor() as pool:
+        jobs = [pool.submit(draw_file, path, kind, i, per_file, size)
+                for i, path in enumerate(paths) if not path.is_file()]
         for job in tqdm(jobs, desc=f"drawing {kind}", unit="file", disable=not jobs):
             job.result()
-    return [(read_tensors(path.with_suffix(".safetensors"))["x"], read_json(path.with_suffix(".json"), list))
-            for path in paths]
+    return [(read_tensors(path)["x"], read_json(path.with_suffix(".json"), list)) for path in paths]
 
 
 def square(shards):
@@ -1271,8 +1270,7 @@ def plot(run, size=300):
         grey = Picture.fromarray((255 * (x - low) / max(high - low, 1e-9)).astype(np.uint8))
         picture.paste(grey.resize((size, size), Picture.Resampling.NEAREST), (i * size, 0))
         print(f"{name}: black {low:.4f}, white {high:.4f}, after {rows[-1]['step']} steps")
-    with aside(run / "training.png") as half:
-        picture.save(half, "PNG")
+    picture.save(run / "training.png")
     print(run / "training.png")
 
 
@@ -1311,18 +1309,19 @@ def train_network(name, s, how, task):
     """One of NETWORKS, where it is not finished: on the data drawn by this world, from the networks that
     it needs. They take minutes, so one process is enough, but for motion modules."""
     (stage, _, needs), weights = NETWORKS[name], getattr(s, "weights", "")
-    given = getattr(s, "images_from", ())
+    given, out = getattr(s, "images_from", ()), task.out or task.runs / name
     origin = {} if given else dict(world=world_folder(task.data).name)
     origin |= dict(editor=editor_mark(weights)) if weights else {}
-    how = how if name == "motion" or given else replace(how, n_ranks=1)
-    out = task.out or task.runs / name
-    if how.rank < how.n_ranks:
-        for other in needs if not weights else []:
-            if not finished(task.runs / other):
-                raise UserError(f"{task.runs / other}: not finished; run `python train.py {other}` first")
-            origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
-        if not is_done(out, asdict(s) | origin, how):
-            stage(out, s, how, task.data)
+    if name != "motion" and not given:
+        if how.rank > 0:
+            return
+        how = replace(how, n_ranks=1)
+    for other in needs if not weights else []:
+        if not finished(task.runs / other):
+            raise UserError(f"{task.runs / other}: not finished; run `python train.py {other}` first")
+        origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
+    if not is_done(out, asdict(s) | origin, how):
+        stage(out, s, how, task.data)
 
 
 def networks(task, s, how):
