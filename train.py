@@ -42,6 +42,7 @@ from PIL import Image as Picture
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as BPETokenizer
 from tokenizers import models, pre_tokenizers, trainers
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ import world
 from metrics import CLIP, ViCLIP, drawn_scores, print_bare, table_head, table_row
 from model import (EPM, N_FRAMES, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, Tokenizer, Transformer,
                    UNet, UserError, VideoEditor, aside, begin, fingerprint, finished, need, noise_levels,
-                   part, portable, read_json, read_tensors, reading, repository, run, save_tensors,
+                   part, read_json, read_tensors, reading, repository, run, save_tensors,
                    write_json, write_text)
 from sample import Parser, add_flags, from_flags, known_device, option
 from teachers import (FIELDS, LLAVA, WRITER_TASKS, LlavaOneVision, add_lora, guess_task, parse_answer,
@@ -181,8 +182,9 @@ class Task:
 # are 3 to 6 passes over the paper's clips. `tiny` is trained from nothing and its empty instruction returns
 # the source, see `stage_image`; IP2P's is an average of all edits, which its guidance scales count on.
 ROUND = {"tiny": Round(steps=60, lr=2e-4),
-         "sd15": Round(steps=2000, lr=1e-5, lr_new=1e-4, batch=1, accumulate=16, same_noise=0.0, t_bias=1.0,
-                       region_weight=0.0, no_text="edit", guided_loss=False, epm_start=-10.0)}
+         "sd15": Round(weights="sd15", motion=SD15_MOTION, steps=2000, lr=1e-5, lr_new=1e-4, batch=1,
+                       accumulate=16, same_noise=0.0, t_bias=1.0, region_weight=0.0, no_text="edit",
+                       guided_loss=False, epm_start=-10.0)}
 WRITER = Writer(steps=2000, lr=1e-4)                               # ours; the paper names neither
 # where the rounds' curation differs from curate.py by itself: five sampling steps edit as well as twenty for
 # `tiny`, and of clips that differ in guidance alone there is nothing to choose
@@ -197,7 +199,7 @@ DOMAINS = ["synthetic"] * 4 + ["real"]
 
 
 def draw_file(path, kind, index, n, size):
-    """File `index` of a kind: path.safetensors with x, uint8, and path.json with a record a sample.
+    """File `index` of a kind: a .safetensors with x, uint8, and beside it a .json with a record a sample.
 
     pairs (n, 2, H, W, 3): source and target of an edit, some files wide or tall; clips (n, 2, 8, H, W, 3):
     the same in motion; motion (n, 16, H, W, 3): unedited.
@@ -217,7 +219,7 @@ def draw_file(path, kind, index, n, size):
     frames, records = zip(*samples)
     write_json(path.with_suffix(".json"), records)
     x = torch.from_numpy(np.stack(frames))
-    save_tensors(path.with_suffix(".safetensors"), {"x": x})       # last: a file is there whole or not at all
+    save_tensors(path, {"x": x})                                   # last: a file is there whole or not at all
 
 
 def world_folder(data):
@@ -228,29 +230,28 @@ def world_folder(data):
 def world_set(data, kind, n, size):
     """Draw what is missing of the first n samples, on all cores; returns [(uint8, mapped into memory,
     [record])] by file."""
-    per_file = KINDS[kind][2]
-    paths = [world_folder(data) / f"{kind}-{size}px-{i:05d}" for i in range(math.ceil(n / per_file))]
-    missing = [i for i, path in enumerate(paths) if not path.with_suffix(".safetensors").is_file()]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(draw_file, paths[i], kind, i, per_file, size) for i in missing]
+    per_file, folder = KINDS[kind][2], world_folder(data)
+    paths = [folder / f"{kind}-{size}px-{i:05d}.safetensors" for i in range(math.ceil(n / per_file))]
+    with ProcessPoolExecutor() as pool:
+        jobs = [pool.submit(draw_file, path, kind, i, per_file, size)
+                for i, path in enumerate(paths) if not path.is_file()]
         for job in tqdm(jobs, desc=f"drawing {kind}", unit="file", disable=not jobs):
             job.result()
-    return [(read_tensors(path.with_suffix(".safetensors"))["x"], read_json(path.with_suffix(".json"), list))
-            for path in paths]
+    return [(read_tensors(path)["x"], read_json(path.with_suffix(".json"), list)) for path in paths]
 
 
 def square(shards):
     return [shard for shard in shards if shard[0].shape[2] == shard[0].shape[3]]
 
 
-def random_batch(shards, n, generator, axis=2, odds=None):
+def random_batch(shards, n, generator, axis=2, odds={}):
     """A random batch of one shard, so of one frame size (height and width at `axis`): n pairs at 1:1
     aspect and fewer of a wider or taller frame, so that every batch holds about the same number of pixels.
     odds: {task: how much more often than drawn}. Returns the pairs (N, 2, ...) and their [source captions,
     target captions, instructions]."""
     pairs, records = shards[int(torch.randint(len(shards), (1,), generator=generator))]
     short, long = sorted(pairs.shape[axis:axis + 2])
-    weights = torch.tensor([float(odds[record["task"]]) if odds else 1.0 for record in records])
+    weights = torch.tensor([float(odds.get(record["task"], 1)) for record in records])
     n = max(2, round(n * short / long))
     rows = torch.multinomial(weights, n, replacement=True, generator=generator).tolist()
     return pairs[rows], [[records[i][key] for i in rows] for key in ("source", "target", "instruction")]
@@ -291,14 +292,6 @@ def wait_for_all():
         dist.barrier()
 
 
-def mean_over_processes(tensors):
-    """Replace tensors by their means over all processes: one message, once a step."""
-    flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
-    for x, mean in zip(tensors, (flat / dist.get_world_size()).split([x.numel() for x in tensors])):
-        x.copy_(mean.view_as(x))
-
-
 def orthogonal(m, iterations=5):
     """m with its singular values near 1 (0.68 to 1.2), those of a hundredth of the largest and more:
     Newton-Schulz iterations, odd polynomial (3.4445, -4.775, 2.0315) of Jordan et al., "Muon", 2024. (out,
@@ -337,18 +330,15 @@ class Muon(torch.optim.AdamW):
         super().step()
 
 
-def is_inner_matrix(name, p):
-    """What Muon is for: not embeddings, first and last layers or vectors, which are AdamW's."""
-    return p.dim() > 1 and not any(word in name for word in ("embedding", "conv_in", "conv_out"))
-
-
 def parameter_groups(trained, s):
     """{name: parameter} -> groups of one rate each, the first the log's. SMA's and EPM's are in no
     published file, so they start from nothing: gamma is one number a module and needs more than the rate
-    at which EPM's matrices stay calm."""
+    at which EPM's matrices stay calm. Muon is for inner matrices: embeddings, first and last layers and
+    vectors are AdamW's."""
     groups = {(s.lr, 0.01, False): []}                             # rate, weight decay, whether Muon's
     for name, p in trained.items():
-        kind = s.lr, 0.01, s.optimizer == "muon" and is_inner_matrix(name, p)
+        inner = p.dim() > 1 and not any(word in name for word in ("embedding", "conv_in", "conv_out"))
+        kind = s.lr, 0.01, inner and s.optimizer == "muon"
         if name.endswith(".gamma") or ".epm." in name:
             kind = (10 if name.endswith(".gamma") else 1) * s.lr_new, 0.0, False
         groups.setdefault(kind, []).append(p)
@@ -418,8 +408,11 @@ def fit(net, loss_fn, out, s, how, probe=dict):
                 loss = loss_fn(number, generator) / s.accumulate
             loss.backward()
             mean += loss.detach()
-        if how.n_ranks > 1:
-            mean_over_processes([mean, *(p.grad for p in trained.values() if p.grad is not None)])
+        if how.n_ranks > 1:                                        # the mean of all processes, one message
+            shared = [mean, *(p.grad for p in trained.values() if p.grad is not None)]
+            flat = parameters_to_vector(shared)
+            dist.all_reduce(flat)
+            vector_to_parameters(flat / how.n_ranks, shared)
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         if not torch.isfinite(mean + norm):                  # of the means: every process stops, not just one
             raise UserError(f"{out.name}: loss is {mean.item()} and the gradient's norm {norm.item()} at "
@@ -436,7 +429,7 @@ def fit(net, loss_fn, out, s, how, probe=dict):
             row = dict(step=step + 1, loss=float(np.mean(losses)), lr=opt.param_groups[0]["lr"], ms=ms)
             log.append(row | probe())
             if how.rank == 0:
-                gb = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+                gb = torch.cuda.max_memory_allocated() / 1e9           # 0 without CUDA
                 speed = s.batch * s.accumulate * how.n_ranks * 1e3 / ms
                 print(f"step {step + 1:05d}/{s.steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | "
                       f"{ms:.0f} ms | {speed:.1f} samples/s | {gb:.1f} GB", flush=True)
@@ -466,7 +459,8 @@ def is_done(out, settings, how, **more):
     """Begins a run, or goes on with it; True where it is finished. One of other settings is refused by
     name: --force keeps a finished one as it is and lets another go on. more: what only an unfinished one
     is compared by."""
-    settings = {name: movable(x) for name, x in settings.items()}
+    # paths as seen from the checkout, which may be moved
+    settings = json.loads(json.dumps(settings, default=str).replace(f"{ROOT}/", ""))
     if not finished(out):
         begin(out, settings | more | dict(processes=how.n_ranks), how.force)
         return False
@@ -474,13 +468,6 @@ def is_done(out, settings, how, **more):
         begin(out, {name: settings.get(name, x) for name, x in stored(out).items()})
     print(f"{out}: finished")
     return True
-
-
-def movable(x):
-    """Folders in settings as seen from the checkout, which may be moved."""
-    if isinstance(x, (list, tuple)):
-        return [movable(y) for y in x]
-    return portable(x) if isinstance(x, str) and "/" in x else x
 
 
 def write_network(folder, config, tensors, name="diffusion_pytorch_model.safetensors"):
@@ -528,14 +515,21 @@ def train_tokenizer(folder):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), byte_level])
     letters = sorted(byte_level.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, show_progress=False,
+    ends = [letter + "</w>" for letter in letters]      # their order breaks ties; not given, it is by chance
+    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, show_progress=False, special_tokens=ends,
                                   end_of_word_suffix="</w>", initial_alphabet=letters)
     bpe.train_from_iterator(world.known_words(), trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges),
+    words = [*letters, *ends, *("".join(pair) for pair in merges),
              "<|startoftext|>", "<|endoftext|>"]                # the end has the largest id: CLIP pools there
     write_json(folder / "vocab.json", {word: i for i, word in enumerate(dict.fromkeys(words))})
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
+
+
+def copy_tokenizer(source, to):
+    to.mkdir(exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(source / name, to / name)
 
 
 def contrastive_loss(a, b, scale, texts):
@@ -560,8 +554,7 @@ def stage_clip(out, s, how, data):
     words of edits too."""
     config, pixels = (read_json(TINY / "clip" / name) for name in ("config.json", "preprocessor_config.json"))
     shards = square(world_set(data, "pairs", s.samples, config["vision_config"]["image_size"]))
-    if not (out / "merges.txt").is_file():                  # ties are broken by chance: kept by a resumed run
-        train_tokenizer(out)
+    train_tokenizer(out)
     tokenizer = Tokenizer(out / "vocab.json", out / "merges.txt")
     config["text_config"]["vocab_size"] = len(tokenizer.vocab)
     torch.manual_seed(s.seed)
@@ -596,8 +589,7 @@ def stage_viclip(out, s, how, data):
     Every other step sees stills, which its temporal positions allow (a still takes their mean): they cost an
     eighth and show far more scenes, so there are three times as many in a batch.
     """
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(out.parent / "clip" / name, out / name)
+    copy_tokenizer(out.parent / "clip", out)
     tokenizer = Tokenizer(out / "vocab.json", out / "merges.txt", pad=0)
     config = read_json(TINY / "viclip" / "config.json") | {"vocab_size": len(tokenizer.vocab)}
     stills = square(world_set(data, "pairs", s.samples, config["image_size"]))
@@ -653,15 +645,13 @@ def diffuse(z0, eps, abar, scheduler):
 def fresh_editor(out, seed):
     """An untrained image editor in hub layout, of the networks trained before: what stage image starts
     from."""
-    def copy(name, to, *but_not):
-        but_not = shutil.ignore_patterns("settings.json", "state.*", "log.jsonl", *but_not)
-        shutil.copytree(out.parent / name, out / to, ignore=but_not, dirs_exist_ok=True)
+    of_training = shutil.ignore_patterns("settings.json", "state.*", "log.jsonl")
     for name in ("vae", "clip", "viclip"):
-        copy(name, name)
-    copy("clip", "tokenizer", "*model*", "*config*")
+        shutil.copytree(out.parent / name, out / name, ignore=of_training, dirs_exist_ok=True)
     shutil.copytree(TINY / "scheduler", out / "scheduler", dirs_exist_ok=True)
-    clip = read_tensors(out / "clip" / "model.safetensors")
-    text = {name: x for name, x in clip.items() if name.startswith("text_model.")}
+    copy_tokenizer(out / "clip", out / "tokenizer")
+    text = {name: x for name, x in read_tensors(out / "clip" / "model.safetensors").items()
+            if name.startswith("text_model.")}
     config = read_json(out / "clip" / "config.json")["text_config"]
     write_network(out / "text_encoder", config, text, "model.safetensors")
     config = read_json(TINY / "unet" / "config.json")
@@ -874,17 +864,20 @@ def watch(unet):
     last batch, other frames less the own; and the mean over sites as a matrix, rows the frames that listen
     (Figure 5)."""
     sites = {name.removesuffix(".epm"): m for name, m in unet.named_modules() if isinstance(m, EPM)}
-    for m in sites.values():
-        m.register_forward_hook(lambda m, x, bias: setattr(m, "seen", bias.detach().float().mean(0).cpu()))
     own = torch.eye(N_FRAMES, dtype=torch.bool)
+
+    def keep(m, x, bias):
+        m.seen = bias.detach().float().mean(0).cpu()
+    for m in sites.values():
+        m.register_forward_hook(keep)
 
     def probe():
         row = dict(gamma={name.removesuffix(".gamma"): round(p.mean().item(), 5)
                           for name, p in unet.named_parameters() if name.endswith(".gamma")})
         if sites:
-            seen = {name: m.seen for name, m in sites.items()}
-            row["epm"] = {name: (x[~own].mean() - x[own].mean()).item() for name, x in seen.items()}
-            row["epm_matrix"] = torch.stack(list(seen.values())).mean(0).tolist()
+            row["epm"] = {name: (m.seen[~own].mean() - m.seen[own].mean()).item()
+                          for name, m in sites.items()}
+            row["epm_matrix"] = torch.stack([m.seen for m in sites.values()]).mean(0).tolist()
         return row
     return probe
 
@@ -892,12 +885,6 @@ def watch(unet):
 def editor_mark(source):
     """Tells an editor's weights from another's."""
     return fingerprint(part(repository(source), "unet"))
-
-
-def round_settings(s, curation):
-    """What a round's settings.json says. curation: what made its clips."""
-    adapter = fingerprint(s.motion) if Path(s.motion).exists() else s.motion
-    return asdict(s) | curation | dict(editor=editor_mark(s.weights), adapter=adapter)
 
 
 def stage_video(out, s, how, curation):
@@ -914,7 +901,9 @@ def stage_video(out, s, how, curation):
     if not finished(out):
         vae = read_json(part(repository(s.weights), "vae") / "config.json")
         clips = read_clips(s.train_on, vae["latent_channels"])[:s.samples]
-    if is_done(out, round_settings(s, curation), how, clips=len(clips)):
+    adapter = fingerprint(s.motion) if Path(s.motion).exists() else s.motion
+    settings = asdict(s) | curation | dict(editor=editor_mark(s.weights), adapter=adapter)
+    if is_done(out, settings, how, clips=len(clips)):
         return
     ed = video_editor(s, how)
     with torch.no_grad():
@@ -996,28 +985,23 @@ def round_folders(task, n):
 
 def refine(task, s, how):
     """--round N: every round up to N that is not finished: curate what it needs, then train on it. What is
-    there is skipped or resumed; flags that a finished round was not made with are refused before any work.
+    there is skipped or resumed. Finished rounds come first: flags that one was not made with are refused
+    before any work.
 
     PAPER: silent on where a round's training starts; Table 4 counts each stage's clips as a whole set (9k +
     3.4k, 9k + 5k, 5k). So every round trains from the image editor: a model that goes on from the one that
     made its targets drifts a bit further in every round.
     """
-    def bring_up_to(n, out):
+    runs = [task.runs / f"round{n}" for n in range(task.round + 1)]
+    for out in sorted(runs, key=finished, reverse=True):
+        n = runs.index(out)
         steps = [] if s.train_on else curation_steps(task, s, n)
         curation = {f"{name} {k}": v for name, _, settings in steps for k, v in asdict(settings).items()}
         if not finished(out):
+            networks(task, s, how)
             print(f"{out}: curating, then training")
             curate_all(steps, how)
         stage_video(out, replace(s, train_on=s.train_on or round_folders(task, n)), how, curation)
-
-    runs = {n: task.runs / f"round{n}" for n in range(task.round + 1)}
-    todo = {n: out for n, out in runs.items() if not finished(out)}
-    for n in runs.keys() - todo.keys():
-        bring_up_to(n, runs[n])
-    if todo:
-        networks(task, s, how)
-    for n, out in todo.items():
-        bring_up_to(n, out)
 
 # ---- stage writer: LLaVA-OneVision learns to write instructions like those of image-editing data -----------
 
@@ -1155,23 +1139,21 @@ def table(command, task, s, how):
 # ---- a round as a picture, a run as one folder -------------------------------------------------------------
 
 def plot(run, size=300):
-    """run/training.png from its log: gamma, modules down and steps to the right (Figure 4e); EPM's bias, sites
-    down; what its mean gives as attention at the end, rows listen (Figure 5)."""
+    """run/training.png from its log: gamma, modules down and steps to the right (Figure 4e); EPM's bias,
+    sites down; what its mean gives as attention at the end, rows listen (Figure 5)."""
     with reading(run / "log.jsonl", "pass --round N, or --out with the folder of a round"):
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        keys = [key for key in ("gamma", "epm") if key in rows[0]]
-        panels = {key: np.array([list(row[key].values()) for row in rows]).T for key in keys}
-        if "epm" in panels:
+        panels = {"gamma": np.transpose([list(row["gamma"].values()) for row in rows])}
+        if "epm" in rows[0]:
+            panels["epm"] = np.transpose([list(row["epm"].values()) for row in rows])
             panels["attention"] = torch.tensor(rows[-1]["epm_matrix"]).softmax(dim=1).numpy()
-        need("gamma" in panels, "no log of a round")
     picture = Picture.new("L", (len(panels) * size, size))
     for i, (name, x) in enumerate(panels.items()):
         low, high = x.min(), x.max()
         grey = Picture.fromarray((255 * (x - low) / max(high - low, 1e-9)).astype(np.uint8))
         picture.paste(grey.resize((size, size), Picture.Resampling.NEAREST), (i * size, 0))
         print(f"{name}: black {low:.4f}, white {high:.4f}, after {rows[-1]['step']} steps")
-    with aside(run / "training.png") as half:
-        picture.save(half, "PNG")
+    picture.save(run / "training.png")
     print(run / "training.png")
 
 
@@ -1211,14 +1193,16 @@ def train_network(name, s, how, task):
     it needs. They take minutes, so one process is enough, but for motion modules."""
     (stage, _, needs), weights = NETWORKS[name], getattr(s, "weights", "")
     origin = dict(world=world_folder(task.data).name) | (dict(editor=editor_mark(weights)) if weights else {})
-    how = how if name == "motion" else replace(how, n_ranks=1)
-    if how.rank < how.n_ranks:
-        for other in needs if not weights else []:
-            if not finished(task.runs / other):
-                raise UserError(f"{task.runs / other}: not finished; run `python train.py {other}` first")
-            origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
-        if not is_done(task.runs / name, asdict(s) | origin, how):
-            stage(task.runs / name, s, how, task.data)
+    if name != "motion":
+        if how.rank > 0:
+            return
+        how = replace(how, n_ranks=1)
+    for other in needs if not weights else []:
+        if not finished(task.runs / other):
+            raise UserError(f"{task.runs / other}: not finished; run `python train.py {other}` first")
+        origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
+    if not is_done(task.runs / name, asdict(s) | origin, how):
+        stage(task.runs / name, s, how, task.data)
 
 
 def networks(task, s, how):
@@ -1251,9 +1235,8 @@ def main(argv=None):
     how = replace(from_flags(How(), args), device=args.device, rank=rank, n_ranks=n_ranks)
     s = from_flags(stages.get(command, ROUND[task.model]), args)
     if isinstance(s, Round):                                       # what round 0 starts from
-        tiny = task.model == "tiny"
-        s.weights = s.weights or (str(task.runs / "image") if tiny else "sd15")
-        s.motion = s.motion or (str(task.runs / "motion") if tiny else SD15_MOTION)
+        s.weights = s.weights or str(task.runs / "image")
+        s.motion = s.motion or str(task.runs / "motion")
     is_round = task.round is not None or command == "video"
     name = f"round{task.round or 0}" if is_round else command if command in stages else "image"
     out = task.out or task.runs / name

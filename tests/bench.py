@@ -334,21 +334,26 @@ def operations(net, *inputs, **how):
     return counter.get_total_flops()
 
 
-def bench_cost(size, tflops, steps=20, branches=3):
-    """The paper's numbers (sections 3.2, 3.3, 4.1); what it does not give, candidates of a clip and training
-    steps, as here by default."""
+def full_size():
+    """The networks whose operations are counted, on the meta device."""
     unet, vae, _, motion = configs("sd15")
     with torch.device("meta"):
         net, coder = UNet(unet), VAE(vae)
         net.add_motion(motion)
         net.add_epm("all", N_FRAMES)
-    c, h = vae["latent_channels"], size // 8
+    return net, coder
+
+
+def bench_cost(net, coder, size, tflops, steps=20, branches=3):
+    """The paper's numbers (sections 3.2, 3.3, 4.1); what it does not give, candidates of a clip and training
+    steps, as here by default."""
+    c, h = coder.config["latent_channels"], size // 8
 
     def count(function, *shapes, **how):
         return operations(function, *(torch.empty(shape, device="meta") for shape in shapes), **how)
 
     def unet_call(n, mode):
-        return count(net, (1, n, 2 * c, h, h), (1,), (1, 77, unet["cross_attention_dim"]), mode=mode)
+        return count(net, (1, n, 2 * c, h, h), (1,), (1, 77, net.config["cross_attention_dim"]), mode=mode)
     image, ffg, video = unet_call(1, "image"), unet_call(N_FRAMES + 1, "ffg"), unet_call(N_FRAMES, "video")
     decoded, encoded = count(coder.decode, (1, c, h, h)), count(coder.encode, (1, 3, size, size))
     s = train.ROUND["sd15"]
@@ -497,8 +502,9 @@ def main():
     if args.teachers:
         return bench_teachers(args.runs, device)
     if args.cost:
+        networks = full_size()
         for size in (args.size,) if args.size else (256, 512):
-            bench_cost(size, args.tflops)
+            bench_cost(*networks, size, args.tflops)
         return
     for model in ("tiny", "sd15") if args.model == "both" else (args.model,):
         size = args.size or (64 if model == "tiny" else 512 if gpu else 128)

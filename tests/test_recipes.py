@@ -72,19 +72,20 @@ def images(tools, hub, to, n):
     return tools.curate.read_rows(to / "images")
 
 
-def curated(tools, hub, folder):
+def curated(tools, hub, images, folder):
     """A data set of one clip, as round 0 trains on."""
-    images(tools, hub, folder, n=1)
-    do(tools.curate, "clips --images {to}/images --to {to}/clips", to=folder)
-    do(tools.curate, "videos --weights {hub} --motion {motion} --images {to}/images --clips {to}/clips "
-       "--to {to}/round0 " + FEW, hub=hub, motion=MOTION, to=folder)
+    do(tools.curate, "clips --images {images} --to {to}/clips", images=images, to=folder)
+    do(tools.curate, "videos --weights {hub} --motion {motion} --images {images} --clips {to}/clips "
+       "--to {to}/round0 " + FEW, hub=hub, motion=MOTION, images=images, to=folder)
     return folder / "round0"
 
 
 @pytest.fixture(scope="module")
 def clips(hub, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
     with changed(tmp_path_factory.mktemp("tree")) as tools:
-        return curated(tools, hub, tmp_path_factory.mktemp("data"))
+        images(tools, hub, data, n=1)
+        return curated(tools, hub, data / "images", data)
 
 
 def train_round(tools, hub, clips, to):
@@ -144,9 +145,9 @@ def test_another_sampler_takes_ddims_place(hub, tmp_path):
     assert torch.isfinite(video).all() and (video - plain).abs().max() > 1e-3
 
 
-def test_clips_have_32_frames(hub, tmp_path):
+def test_clips_have_32_frames(hub, clips, tmp_path):
     with changed(tmp_path, ("model", "N_FRAMES = 16 ", "N_FRAMES = 32 ")) as tools:
-        data = curated(tools, hub, tmp_path)
+        data = curated(tools, hub, clips.parent / "images", tmp_path)
         file = next(data.glob("*/latents.safetensors"))
         assert len(load_file(file)["source"]) == 32 and tools.sample.WINDOW == 32
         run, log = train_round(tools, hub, data, tmp_path)
