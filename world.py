@@ -1247,6 +1247,8 @@ def same_turn(old, new):
     Nobody sees how far a plain disc is turned, so the direction of its new stripes is anybody's guess; of a
     square that spins one cannot tell which side was up. A little turn, without spin, shows on all but discs.
     """
+    if old.picture or new.picture:
+        return True
     shows, needs = (math.gcd(TURNS[s.kind], TURNS[s.texture]) for s in (old, new))
     if shows == 0:
         return needs == 0 or not (old.angle or old.spin)
@@ -1281,14 +1283,16 @@ def edit_object(scene, ask):
         text = ask.say("swap", o=name, a=article(describe(new)))
         known = known_behind(scene, s) and len(scene.pictures.cutouts[new.kind]) == 1
         return Change(text, put(scene, at, new), known, (s.kind, new.kind))
+    if s.picture and how == "swap":                 # a shape needs a colour
+        how = "both"
     kinds = [s.kind] if how == "recolor" else unused(KINDS, "kind", scene, ask.avoid)
     colours, behind = [s.colour], ()
     if how != "swap":
         colours, behind = unused(COLOURS, "colour", scene), scene.background.rgb
     kind, colour = _pick_pair(ask.rng, ask.split, kinds, colours, behind)
     new = replace(s, kind=kind, colour=colour, rgb=s.rgb if how == "swap" else COLOURS[colour])
-    if kind != s.kind:                              # a cut-out becomes a shape
-        new = replace(new, picture="", rgb=COLOURS[colour or "gray"], colour=colour or "gray")
+    if kind != s.kind:
+        new = replace(new, picture="")
     if how == "recolor":
         text, known = ask.say("recolor", o=name, c=colour), True
     else:
@@ -1300,7 +1304,7 @@ def edit_object(scene, ask):
 def edit_multiple(scene, ask):
     """Two edits in one instruction."""
     first, second = ask.rng.sample([t for t in possible_tasks(scene) if t != "multiple"], 2)
-    if len(scene.objects) == 1 and TASKS[first].needs == TASKS[second].needs == "object":
+    if len({s.kind for s in scene.objects}) == 1 and {TASKS[first].needs, TASKS[second].needs} <= {"object", "shape"}:
         second = ask.rng.choice(("effect", "background"))   # one object cannot take two edits
     a = TASKS[first].edit(scene, replace(ask, within=True))
     if second == "addition" and not free_places(a.target):
@@ -1444,12 +1448,16 @@ def true_region(source, truth, is_global):
     return np.abs(source.astype(int) - truth).max(-1) > (-1 if is_global else 10)
 
 
-def draw_pair(seed, domain, rng, height, width, n_frames=1, pictures=None):
-    """A scene and an edit of it: uint8 (2, H, W, 3), or (2, F, H, W, 3) of a clip, and their record. With
-    pictures three of four clean scenes are made of them."""
-    scene = draw_scene(seed, domain)
+def training_scene(seed, domain, pictures=None):
+    """A drawn scene; with pictures three of four clean ones are made of them."""
     if pictures and domain == "synthetic" and seed % 4:
-        scene = draw_picture_scene(seed, pictures)
+        return draw_picture_scene(seed, pictures)
+    return draw_scene(seed, domain)
+
+
+def draw_pair(seed, domain, rng, height, width, n_frames=1, pictures=None):
+    """A scene and an edit of it: uint8 (2, H, W, 3), or (2, F, H, W, 3) of a clip, and their record."""
+    scene = training_scene(seed, domain, pictures)
     tasks = possible_tasks(scene)
     edit = propose_edit(scene, seed, rng.choices(tasks, [TASKS[t].drawn for t in tasks])[0])
     t0 = rng.uniform(0, 4)
