@@ -169,6 +169,8 @@ class Task:
     round: int | None = option(None, "bring the model up to this one; video, plot, export: which one", low=0)
     out: Path | None = option(None, "image, video, writer: where the run goes; plot, export: where it lies")
     to: Path = option(TINY, "export: target folder")
+    photos: Path | None = option(None, "photographs, for the networks of tiny to see besides drawn scenes; with")
+    cutouts: Path | None = option(None, "things cut out of theirs: PNG with alpha, named as in fire-truck_2.png")
     images_from: tuple[str, ...] = option(("shapes",), "round 0: source images, as curate.py images --from; "
                                           "image: pairs to train on, several are mixed")
     images: int = option(240, "round 0: how many of them", low=1)
@@ -210,7 +212,25 @@ KINDS = {"pairs": ("world shard", 0, 500),                    # name and first o
 DOMAINS = ["synthetic"] * 4 + ["real"]
 
 
-def draw_file(path, kind, index, n, size):
+@dataclass(frozen=True)
+class Drawn:
+    """Where drawn data lies, and what it is drawn from besides code. The folder is named by both: another version
+    of the world draws anew."""
+    folder: Path
+    pictures: world.Pictures | None = None
+
+
+def drawn_data(data, photos, cutouts):
+    if bool(photos) != bool(cutouts):
+        raise UserError("--photos and --cutouts: pass both")
+    pictures = None
+    if photos:
+        with reading("--photos and --cutouts"):
+            pictures = world.find_pictures(photos, cutouts)
+    return Drawn(data / f"world-{fingerprint(ROOT / 'world.py', *filter(None, (photos, cutouts)))}", pictures)
+
+
+def draw_file(path, kind, index, n, size, pictures=None):
     """File `index` of a kind: a .safetensors with x, uint8, and beside it a .json with a record a sample.
 
     pairs (n, 2, H, W, 3): source and target of an edit, some files wide or tall; clips (n, 2, 8, H, W, 3):
@@ -224,28 +244,23 @@ def draw_file(path, kind, index, n, size):
     for i in range(n):
         seed, domain = first + index * n + i, DOMAINS[i % 5]
         if kind == "motion":
-            clip = world.render(world.draw_scene(seed, domain), N_FRAMES, *shape, t0=rng.uniform(0, 4))
+            clip = world.render(world.training_scene(seed, domain, pictures), N_FRAMES, *shape, t0=rng.uniform(0, 4))
             samples.append(((clip * 255 + .5).astype(np.uint8), dict(seed=seed, domain=domain)))
         else:
-            samples.append(world.draw_pair(seed, domain, rng, *shape, 8 if kind == "clips" else 1))
+            samples.append(world.draw_pair(seed, domain, rng, *shape, 8 if kind == "clips" else 1, pictures))
     frames, records = zip(*samples)
     write_json(path.with_suffix(".json"), records)
     x = torch.from_numpy(np.stack(frames))
     save_tensors(path, {"x": x})                                   # last: a file is there whole or not at all
 
 
-def world_folder(data):
-    """Named by the code that draws: another version of the world draws anew."""
-    return data / f"world-{fingerprint(ROOT / 'world.py')}"
-
-
-def world_set(data, kind, n, size):
+def world_set(drawn, kind, n, size):
     """Draw what is missing of the first n samples, on all cores; returns [(uint8, mapped into memory,
     [record])] by file."""
-    per_file, folder = KINDS[kind][2], world_folder(data)
-    paths = [folder / f"{kind}-{size}px-{i:05d}.safetensors" for i in range(math.ceil(n / per_file))]
+    per_file = KINDS[kind][2]
+    paths = [drawn.folder / f"{kind}-{size}px-{i:05d}.safetensors" for i in range(math.ceil(n / per_file))]
     with ProcessPoolExecutor() as pool:
-        jobs = [pool.submit(draw_file, path, kind, i, per_file, size)
+        jobs = [pool.submit(draw_file, path, kind, i, per_file, size, drawn.pictures)
                 for i, path in enumerate(paths) if not path.is_file()]
         for job in tqdm(jobs, desc=f"drawing {kind}", unit="file", disable=not jobs):
             job.result()
@@ -488,13 +503,13 @@ def write_network(folder, config, tensors, name="diffusion_pytorch_model.safeten
 
 # ---- stage vae ---------------------------------------------------------------------------------------------
 
-def stage_vae(out, s, how, data):
+def stage_vae(out, s, how, drawn):
     """Autoencoder: L1 + L2 on pixels and on their differences (edges), and a very small KL term (no
     adversary).
 
     On crops of 32 pixels: many small pictures teach faster than few large ones at the same cost.
     """
-    shards = world_set(data, "pairs", s.samples, s.size)
+    shards = world_set(drawn, "pairs", s.samples, s.size)
     config = read_json(TINY / "vae" / "config.json")
     torch.manual_seed(s.seed)
     vae = VAE(config)
@@ -521,7 +536,7 @@ def stage_vae(out, s, how, data):
 
 # ---- stage clip --------------------------------------------------------------------------------------------
 
-def train_tokenizer(folder):
+def train_tokenizer(folder, known):
     """CLIP's byte-pair format for the words of the shapes world: every known word becomes one token."""
     bpe = BPETokenizer(models.BPE(end_of_word_suffix="</w>"))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -530,7 +545,7 @@ def train_tokenizer(folder):
     ends = [letter + "</w>" for letter in letters]      # their order breaks ties; not given, it is by chance
     trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, show_progress=False, special_tokens=ends,
                                   end_of_word_suffix="</w>", initial_alphabet=letters)
-    bpe.train_from_iterator(world.known_words(), trainer)
+    bpe.train_from_iterator(known, trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     words = [*letters, *ends, *("".join(pair) for pair in merges),
              "<|startoftext|>", "<|endoftext|>"]                # the end has the largest id: CLIP pools there
@@ -560,13 +575,13 @@ def change(x):
     return target - source
 
 
-def stage_clip(out, s, how, data):
+def stage_clip(out, s, how, drawn):
     """CLIP on frames and captions, source and target of a pair in one batch (each is the other's hard
     negative), plus instructions on the direction from source to target, so that the text tower learns the
     words of edits too."""
     config, pixels = (read_json(TINY / "clip" / name) for name in ("config.json", "preprocessor_config.json"))
-    shards = square(world_set(data, "pairs", s.samples, config["vision_config"]["image_size"]))
-    train_tokenizer(out)
+    shards = square(world_set(drawn, "pairs", s.samples, config["vision_config"]["image_size"]))
+    train_tokenizer(out, world.known_words(drawn.pictures))
     tokenizer = Tokenizer(out / "vocab.json", out / "merges.txt")
     config["text_config"]["vocab_size"] = len(tokenizer.vocab)
     torch.manual_seed(s.seed)
@@ -593,7 +608,7 @@ def stage_clip(out, s, how, data):
 
 # ---- stage viclip ------------------------------------------------------------------------------------------
 
-def stage_viclip(out, s, how, data):
+def stage_viclip(out, s, how, drawn):
     """ViCLIP on drawn clips with stage clip's loss: captions on clips, source and target of a pair in one
     batch, plus captions' difference and instructions on the direction from source to target, which is what
     ViCLIP_dir asks for.
@@ -604,8 +619,8 @@ def stage_viclip(out, s, how, data):
     copy_tokenizer(out.parent / "clip", out)
     tokenizer = Tokenizer(out / "vocab.json", out / "merges.txt", pad=0)
     config = read_json(TINY / "viclip" / "config.json") | {"vocab_size": len(tokenizer.vocab)}
-    stills = square(world_set(data, "pairs", s.samples, config["image_size"]))
-    clips = world_set(data, "clips", s.clips, config["image_size"])
+    stills = square(world_set(drawn, "pairs", s.samples, config["image_size"]))
+    clips = world_set(drawn, "clips", s.clips, config["image_size"])
     torch.manual_seed(s.seed)
     net = ViCLIP(config)
     torch.nn.init.constant_(net.temp, 0.07)                        # the published 0.01 is where training ends
@@ -698,13 +713,13 @@ def widened(source, to, write=True):
     return to
 
 
-def drawn_pairs(ed, s, data):
+def drawn_pairs(ed, s, drawn):
     """take(generator) -> (latents of pairs (N, 2, c, h, w), unscaled, [instruction]) of the drawn world.
 
     The real domain is left out on purpose: closing that gap is what the refinement rounds are for.
     """
-    drawn = world_set(data, "pairs", s.samples, s.size)
-    shards = latents_of(ed, drawn, world_folder(data) / f"pairs-{s.size}px", ["synthetic"])
+    shards = world_set(drawn, "pairs", s.samples, s.size)
+    shards = latents_of(ed, shards, drawn.folder / f"pairs-{s.size}px", ["synthetic"])
     odds = {name: task.trained for name, task in world.TASKS.items()}
 
     def take(generator):
@@ -776,7 +791,7 @@ def given_pairs(ed, s, how, data):
     return take
 
 
-def stage_image(out, s, how, data):
+def stage_image(out, s, how, drawn):
     """InstructPix2Pix on latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the scheduler says.
 
     PAPER: step 1 trains it on UltraEdit's and InstructPix2Pix's pairs together (--images-from A B), from Stable
@@ -796,7 +811,7 @@ def stage_image(out, s, how, data):
         start = widened(s.weights, out / "start", how.rank == 0)
         wait_for_all()
     ed = VideoEditor.from_pretrained(start, motion=False, device=how.device, dtype="float32")
-    take = given_pairs(ed, s, how, data) if s.images_from else drawn_pairs(ed, s, data)
+    take = given_pairs(ed, s, how, drawn.folder.parent) if s.images_from else drawn_pairs(ed, s, drawn)
     unet = ed.unet.requires_grad_(True)
     if s.train_text:                                               # one optimizer, one average for both
         unet.text_encoder = ed.text_encoder.requires_grad_(True)
@@ -829,7 +844,7 @@ def stage_image(out, s, how, data):
         write_network(out / "text_encoder", config, ed.text_encoder.state_dict(), "model.safetensors")
     if not s.images_from:                                          # how `tiny` samples, and what it knows
         about = read_json(TINY / "model_index.json")["instructvedit"] | about
-        about |= dict(words=world.known_words(), examples=world.examples())
+        about |= dict(words=world.known_words(drawn.pictures), examples=world.examples())
     write_editor(out, unet.config, unet, about | ({"base": portable(s.weights)} if s.weights else {}))
     wait_for_all()
 
@@ -886,7 +901,7 @@ def clip_loss(unet, samples, scheduler, device, guidance=None):
     return total / len(samples)
 
 
-def stage_motion(out, s, how, data):
+def stage_motion(out, s, how, drawn):
     """The motion prior: fresh motion modules in the frozen image editor, on unedited clips (as AnimateDiff
     was made).
 
@@ -900,8 +915,8 @@ def stage_motion(out, s, how, data):
     ed = VideoEditor.from_pretrained(weights, motion=False, device=how.device, dtype="float32")
     if how.rank > 0:                                               # the first draws, the others find it there
         wait_for_all()
-    drawn = world_set(data, "motion", s.samples, s.size)
-    shards = latents_of(ed, drawn, world_folder(data) / f"motion-{s.size}px")
+    shards = world_set(drawn, "motion", s.samples, s.size)
+    shards = latents_of(ed, shards, drawn.folder / f"motion-{s.size}px")
     if how.rank == 0:
         wait_for_all()
     clips = [clip for z, _ in shards for clip in z][:s.samples]
@@ -1310,7 +1325,8 @@ def train_network(name, s, how, task):
     it needs. They take minutes, so one process is enough, but for motion modules."""
     (stage, _, needs), weights = NETWORKS[name], getattr(s, "weights", "")
     given, out = getattr(s, "images_from", ()), task.out or task.runs / name
-    origin = {} if given else dict(world=world_folder(task.data).name)
+    drawn = drawn_data(task.data, task.photos, task.cutouts)
+    origin = {} if given else dict(world=drawn.folder.name)
     origin |= dict(editor=editor_mark(weights)) if weights else {}
     if name != "motion" and not given:
         if how.rank > 0:
@@ -1321,7 +1337,7 @@ def train_network(name, s, how, task):
             raise UserError(f"{task.runs / other}: not finished; run `python train.py {other}` first")
         origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
     if not is_done(out, asdict(s) | origin, how):
-        stage(out, s, how, task.data)
+        stage(out, s, how, drawn)
 
 
 def networks(task, s, how):

@@ -339,8 +339,8 @@ def test_another_world_is_drawn_anew_and_its_latents_are_not_the_old_ones(tmp_pa
 
 
 def test_every_known_word_is_one_token_the_end_token_is_last_and_merges_have_one_order(tmp_path):
-    train.train_tokenizer(tmp_path)
-    train.train_tokenizer(tmp_path / "again")                                  # as a resumed run does
+    train.train_tokenizer(tmp_path, world.known_words())
+    train.train_tokenizer(tmp_path / "again", world.known_words())                                  # as a resumed run does
     for name in ("vocab.json", "merges.txt"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     tokenizer = model.Tokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt")

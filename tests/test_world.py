@@ -328,7 +328,7 @@ def test_a_new_kind_of_edit_is_one_entry(monkeypatch):
 
 def test_the_odds_of_tasks_are_positive_everywhere():
     for name, task in W.TASKS.items():
-        assert min(task.curated, task.drawn, task.trained) > 0 and task.needs in ("", "object", "room"), name
+        assert min(task.curated, task.drawn, task.trained) > 0 and task.needs in ("", "object", "shape", "room"), name
 
 
 # ---- pairs and clips for training, curation and tests
