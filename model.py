@@ -716,18 +716,23 @@ class EPM(nn.Module):
     """Editing-guided propagation (paper 3.3.2, eqs. 6-8): which frame should listen to which.
 
     x (N, C, h, w) -> bias (B, F, F) for attention from frame i (row) to frame j (column): two 3x3 convs,
-    global average pool to c channels a frame, frames joined, two-layer MLP. Starts at 0 on the diagonal and
-    `start` elsewhere, last weight 0, so that each frame at first attends to itself. Fixed to `frames` frames:
-    shorter clips are padded by repeating the last frame's features and read the matrix' top left corner.
+    global average pool to c channels a frame, frames joined, two-layer MLP. The bias is 0 on the diagonal and
+    -10 elsewhere, plus 100 times what the MLP says, which starts at 0: each frame at first attends to itself.
+    Fixed to `frames` frames: shorter clips are padded by repeating the last frame's features and read the
+    matrix' top left corner.
+
+    PAPER: 0 and -10 are the MLP's own start there (3.3.2). At -10 a gradient is e^-10 as strong, and no rate
+    at which the MLP stays calm opens it again; hence the constant beside it, and the gain.
     """
-    def __init__(self, channels, frames=N_FRAMES, c=32, hidden=128, start=-10.0):
+    START, GAIN = -10.0, 100.0
+
+    def __init__(self, channels, frames=N_FRAMES, c=32, hidden=128):
         super().__init__()
         self.frames = frames
         self.conv1, self.conv2 = nn.Conv2d(channels, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
         self.fc1, self.fc2 = nn.Linear(frames * c, hidden), nn.Linear(hidden, frames * frames)
         nn.init.zeros_(self.fc2.weight)
-        with torch.no_grad():                                      # PAPER: 0 and -10 are 3.3.2's start values
-            self.fc2.bias.copy_((start * (1 - torch.eye(frames))).flatten())
+        nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x, n_frames):
         if n_frames > self.frames:
@@ -736,7 +741,9 @@ class EPM(nn.Module):
             y = self.conv2(F.silu(self.conv1(x.to(self.conv1.weight.dtype))))
             y = y.mean(dim=(2, 3)).unflatten(0, (-1, n_frames))                                    # (B, F, c)
             y = torch.cat([y, y[:, -1:].expand(-1, self.frames - n_frames, -1)], dim=1).flatten(1)
-            bias = self.fc2(F.silu(self.fc1(y))).unflatten(1, (self.frames, self.frames))
+            said = self.fc2(F.silu(self.fc1(y))).unflatten(1, (self.frames, self.frames))
+            apart = 1 - torch.eye(self.frames, dtype=said.dtype, device=said.device)
+            bias = self.START * apart + self.GAIN * said
         return bias[:, :n_frames, :n_frames]
 
 
@@ -979,18 +986,15 @@ class UNet(nn.Module):
             if isinstance(m, MotionModule):                       # published files have none: never on "meta"
                 m.gamma = nn.Parameter(torch.full(m.gamma.shape, float(gamma), device="cpu"))
 
-    def add_epm(self, sites="all", frames=N_FRAMES, start=-10.0):
-        """Insert fresh EPM at every spatial self-attention site.
-
-        sites "inner": at all but the top level's. start: its bias between frames before training.
-        """
+    def add_epm(self, sites="all", frames=N_FRAMES):
+        """Insert fresh EPM at every spatial self-attention site, or (sites="inner") below the top level."""
         self.epm_config = {"sites": sites, "frames": frames}
         top = self.config["block_out_channels"][0]
         for block in self.blocks():
             for site in getattr(block, "attentions", []):
                 width = site.norm.num_channels
                 if sites == "all" or width > top:
-                    site.transformer_blocks[0].attn1.epm = EPM(width, frames, start=start)
+                    site.transformer_blocks[0].attn1.epm = EPM(width, frames)
 
     def forward(self, z, t, ctx, mode="video"):
         shape, n_frames = z.shape[:2], z.shape[1]

@@ -130,7 +130,7 @@ class Round(Training):
     sma: bool = option(True, "gamma is trained, from 0; else it stays at 1")
     epm: bool = option(True, "editing-guided propagation")
     epm_sites: str = option("all", "EPM at which self-attention sites", choices=["all", "inner"])
-    epm_start: float = option(-2.0, "EPM's bias between frames before training")
+    joint: bool = False                 # table 3's control: EPM stays at 0, every frame hears all frames alike
     same_noise: float = option(1.0, "share of clips whose frames have one noise", low=0, high=1)
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
     region_weight: float = option(3.0, "extra loss weight of a frame's smaller part, changed or kept", low=0)
@@ -171,10 +171,10 @@ class Task:
     to: Path = option(TINY, "export: target folder")
     photos: Path | None = option(None, "photographs, for the networks of tiny to see besides drawn scenes; with")
     cutouts: Path | None = option(None, "things cut out of theirs: PNG with alpha, named as in fire-truck_2.png")
-    images_from: tuple[str, ...] = option(("shapes",), "round 0: source images, as curate.py images --from; "
+    images_from: tuple[str, ...] = option((), "round 0: source images, as curate.py images --from (tiny: shapes); "
                                           "image: pairs to train on, several are mixed")
     images: int = option(240, "round 0: how many of them", low=1)
-    real_from: str = option("shapes", "rounds 1, 2: real clips, as curate.py cut --from")
+    real_from: str = option("", "rounds 1, 2: real clips, as curate.py cut --from (tiny: shapes)")
     real_clips: int = option(120, "rounds 1, 2: how many of them; of a folder how many videos", low=1)
     mix: bool = option(False, "from round 2 on the synthetic triples of round 0 as well")
     curate_images: str = option("", "rounds: more flags of curate.py images, quoted, after =")
@@ -192,8 +192,8 @@ class Task:
 # the source, see `stage_image`; IP2P's is an average of all edits, which its guidance scales count on.
 ROUND = {"tiny": Round(steps=60, lr=2e-4),
          "sd15": Round(weights="sd15", motion=SD15_MOTION, steps=2000, lr=1e-5, lr_new=1e-4, batch=1,
-                       accumulate=16, same_noise=0.0, t_bias=1.0, region_weight=0.0, no_text="edit",
-                       guided_loss=False, epm_start=-10.0)}
+                       accumulate=16, same_noise=0.5, t_bias=1.0, region_weight=0.0, no_text="edit",
+                       guided_loss=False)}
 # InstructPix2Pix's own schedule, but for its batch of 1,024 pairs
 IMAGE = {"tiny": Image(steps=16_000, batch=32),
          "sd15": Image(steps=10_000, lr=1e-4, batch=16, accumulate=4, size=256, samples=10 ** 7, optimizer="adamw",
@@ -203,7 +203,9 @@ WRITER = Writer(steps=2000, lr=1e-4)                               # ours; the p
 # where the rounds' curation differs from curate.py by itself: five sampling steps edit as well as twenty for
 # `tiny`, and of clips that differ in guidance alone there is nothing to choose
 CURATE = {"tiny": dict(images=dict(candidates=6, steps=5), videos=dict(candidates=1),
-                       real=dict(candidates=2, steps=5)), "sd15": {}}
+                       real=dict(candidates=2, steps=5)),
+          "sd15": dict(clips=dict(animate="cogvideox"), write=dict(writer="llava"))}
+TASK = {"tiny": Task(), "sd15": Task(model="sd15", images=50_000, real_clips=8000)}       # the paper's numbers
 
 # ---- the drawn data: files drawn once, shared by all stages ------------------------------------------------
 
@@ -362,15 +364,15 @@ def parameter_groups(trained, s):
     published file, so they start from nothing: gamma is one number a module and needs more than the rate
     at which EPM's matrices stay calm. Muon is for inner matrices: embeddings, first and last layers and
     vectors are AdamW's."""
-    groups = {(s.lr, 0.01, False): []}                             # rate, weight decay, whether Muon's
+    groups = {(s.lr, 0.01, False, 1e-8): []}                       # rate, weight decay, whether Muon's, eps
     for name, p in trained.items():
         inner = p.dim() > 1 and not any(word in name for word in ("embedding", "conv_in", "conv_out"))
-        kind = s.lr, 0.01, inner and s.optimizer == "muon"
-        if name.endswith(".gamma") or ".epm." in name:
-            kind = (10 if name.endswith(".gamma") else 1) * s.lr_new, 0.0, False
+        kind = s.lr, 0.01, inner and s.optimizer == "muon", 1e-8
+        if name.endswith(".gamma") or ".epm." in name:             # a shut EPM's gradients are below 1e-8
+            kind = (10 if name.endswith(".gamma") else 1) * s.lr_new, 0.0, False, 1e-12
         groups.setdefault(kind, []).append(p)
-    return [dict(params=params, lr=lr, weight_decay=decay, muon=muon)
-            for (lr, decay, muon), params in groups.items()]
+    return [dict(params=params, lr=lr, weight_decay=decay, muon=muon, eps=eps)
+            for (lr, decay, muon, eps), params in groups.items()]
 
 
 def save_state(path, **state):
@@ -390,7 +392,7 @@ def resume(path, trained, average, opt):
     if not path.is_file():
         return 0, []
     with reading(path, "put a whole copy there, or delete it to begin anew"):
-        state = torch.load(path, map_location="cpu", weights_only=True)   # a resumed run needs no more memory
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)     # eight ranks share it
         for name, p in trained.items():
             p.data.copy_(state["trained"][name])
             average[name].copy_(state["average"][name])
@@ -939,7 +941,11 @@ def stage_motion(out, s, how, drawn):
         u, t, eps = draw_noise(k, s, z.shape, train_steps)
         return z * ed.vae.scaling_factor, z * (u < 0.25), no_text, t, eps, one
 
+    gammas = [p for name, p in ed.unet.named_parameters() if name.endswith(".gamma")]
+
     def loss_fn(number, generator):
+        for gamma in gammas:                            # SMA injects motion; below 0 it would take it away
+            gamma.data.clamp_(min=GAMMA)
         samples = [sample(k) for k in range(number * s.batch, (number + 1) * s.batch)]
         return clip_loss(unet, samples, ed.scheduler, how.device)
 
@@ -968,9 +974,12 @@ def read_clips(folders, channels):
     return clips
 
 
+GAMMA = 5e-4            # SMA's start: the image editor within 0.1 %; at 0 the motion modules get no gradient
+
+
 def video_editor(s, how):
     """The video editor a round starts from, what is trained in it chosen: the image editor s.weights plus
-    the motion adapter, gamma 0 (it then is the image editor, exactly) and untrained EPM; or a round as it
+    the motion adapter, gamma near 0 (it then is the image editor, nearly) and untrained EPM; or a round as it
     is, to go on from it."""
     before = stored(Path(s.weights))
     is_round = "sma" in before
@@ -981,12 +990,15 @@ def video_editor(s, how):
     motion = None if is_round else s.motion
     ed = VideoEditor.from_pretrained(s.weights, motion=motion, device=how.device, dtype="float32")
     if not is_round:
-        ed.unet.set_gamma(0.0 if s.sma else 1.0)
+        ed.unet.set_gamma(GAMMA if s.sma else 1.0)
         if s.epm:
-            ed.unet.add_epm(s.epm_sites, N_FRAMES, s.epm_start)
+            ed.unet.add_epm(s.epm_sites)
     for name, p in ed.unet.to(ed.device).named_parameters():
         own = "motion_modules" in name or ".epm." in name
         p.requires_grad_(s.sma if name.endswith(".gamma") else own or s.trainable == "all")
+    for m in ed.unet.modules():
+        if isinstance(m, EPM) and s.joint:
+            m.requires_grad_(False).fc2.bias.copy_(-EPM.START / EPM.GAIN * (1 - torch.eye(m.frames)).flatten())
     return ed
 
 
@@ -998,7 +1010,7 @@ def watch(unet):
     own = torch.eye(N_FRAMES, dtype=torch.bool)
 
     def keep(m, x, bias):
-        m.seen = bias.detach().float().mean(0).cpu()
+        m.seen = bias.detach()
     for m in sites.values():
         m.register_forward_hook(keep)
 
@@ -1006,9 +1018,9 @@ def watch(unet):
         row = dict(gamma={name.removesuffix(".gamma"): round(p.mean().item(), 5)
                           for name, p in unet.named_parameters() if name.endswith(".gamma")})
         if sites:
-            row["epm"] = {name: (m.seen[~own].mean() - m.seen[own].mean()).item()
-                          for name, m in sites.items()}
-            row["epm_matrix"] = torch.stack([m.seen for m in sites.values()]).mean(0).tolist()
+            seen = {name: m.seen.float().mean(0).cpu() for name, m in sites.items()}
+            row["epm"] = {name: (x[~own].mean() - x[own].mean()).item() for name, x in seen.items()}
+            row["epm_matrix"] = torch.stack(list(seen.values())).mean(0).tolist()
         return row
     return probe
 
@@ -1077,13 +1089,13 @@ def curation_steps(task, s, n):
     images, clips, cut, written = f"{data}/images", f"{data}/clips", f"{data}/cut{n}", f"{data}/write{n}"
     if n == 0:
         editor = dict(weights=s.weights, images=images, clips=clips, motion=s.motion)
-        return [step(task, "images", images, weights=s.weights, source=task.images_from[0],
-                     n=task.images),
+        return [step(task, "images", images, weights=s.weights, n=task.images,
+                     source=(task.images_from or ["shapes"])[0]),
                 step(task, "clips", clips, images=images), step(task, "videos", f"{data}/round0", **editor)]
     before = str(task.runs / f"round{n - 1}")
     scorers = [folder / "clip" for folder in repository(s.weights) if (folder / "clip").is_dir()]
     clip = dict(clip=str(scorers[0])) if scorers else {}
-    return [step(task, "cut", cut, source=task.real_from, n=task.real_clips),
+    return [step(task, "cut", cut, source=task.real_from or "shapes", n=task.real_clips),
             step(task, "write", written, clips=cut, **clip),
             step(task, "real", f"{data}/round{n}", weights=before, source=written, round=n)]
 
@@ -1223,8 +1235,9 @@ def table_rows(command, task, s, how):
         least = min(len(curate.read_rows(task.data / folder, kept=True)) for folder in rows.values())
         return [Row(name, replace(s, samples=least), (folder,)) for name, folder in rows.items()]
     if command == "table3":
+        joint = Row("SMA, joint attention", replace(s, joint=True), ("round0",))        # with no bias to learn
         return [Row(f"{'' if sma else 'no '}SMA, {'' if epm else 'no '}EPM", replace(s, sma=sma, epm=epm),
-                    ("round0",)) for sma in (False, True) for epm in (False, True)]
+                    ("round0",)) for sma in (False, True) for epm in (False, True)] + [joint]
     return [Row("image editor, frame by frame", None, mode="image"),           # the paper's stages I to III
             Row("image editor, FFG-V2V", None, mode="ffg"),
             Row("round 0", s, ("round0",)), Row("round 1", s, ("round0", "round1")),
@@ -1353,6 +1366,21 @@ def networks(task, s, how):
         wait_for_all()
 
 
+def check_sd15(command, task, s):
+    """Refuse what --model sd15 cannot do, before hours of work."""
+    if command in ("vae", "clip", "viclip"):
+        raise UserError(f"train.py {command} --model sd15: is published; only tiny's is trained here")
+    if command.startswith("table"):
+        raise UserError(f"train.py {command} --model sd15: its rows are measured on drawn clips, which sd15 does "
+                        "not know; train them with `train.py video`, score them with `metrics.py tgve`")
+    needed = ["images_from"] if command in ("", "image") else []
+    if not command:
+        needed = [] if s.train_on else ["images_from", "real_from"][:1 + task.round]
+    for name in needed:
+        if not getattr(task, name):
+            raise UserError(f"--model sd15: pass --{name.replace('_', '-')}, as --help says")
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     stages = {name: settings for name, (_, settings, _) in NETWORKS.items()} | {"writer": WRITER}
@@ -1364,16 +1392,15 @@ def main(argv=None):
         add_flags(p, settings)
     args = p.parse_args(argv[1:] if command else argv)
 
-    task = from_flags(Task(), args)
+    task = from_flags(TASK[getattr(args, "model", "tiny")], args)
     task.data, task.runs = task.data or ROOT / "data" / task.model, task.runs or ROOT / "runs" / task.model
     rank, n_ranks = join_processes(args.device)
     how = replace(from_flags(How(), args), device=args.device, rank=rank, n_ranks=n_ranks)
-    pairs = () if task.images_from == ("shapes",) else task.images_from
-    stages["image"] = replace(IMAGE[task.model], images_from=pairs)
-    s = from_flags(stages.get(command, ROUND[task.model]), args)
-    if task.model == "sd15" and (command in ("vae", "clip", "viclip") or command == "image" and not pairs):
-        raise UserError(f"train.py {command} --model sd15: " + ("pass --images-from, folders or files of image pairs"
-                        if command == "image" else "is published; only tiny's is trained here"))
+    stages["image"] = replace(IMAGE[task.model], images_from=task.images_from)
+    s = stages.get(command, ROUND[task.model])          # n_ranks processes share a step
+    s = from_flags(replace(s, accumulate=max(1, s.accumulate // n_ranks)), args)
+    if task.model == "sd15" and (command or task.round is not None):
+        check_sd15(command, task, s)
     if isinstance(s, Round):                                       # what round 0 starts from
         s.weights = s.weights or str(task.runs / "image")
         s.motion = s.motion or str(task.runs / "motion")
