@@ -34,7 +34,8 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from model import N_FRAMES, ROOT, UserError, VideoEditor, aside, need, reading, resize, run, to_rgb, to_tensor
+from model import (N_FRAMES, ROOT, UserError, VideoEditor, aside, merge_lora_file, need, reading, resize, run, to_rgb,
+                   to_tensor)
 
 WINDOW, REFERENCES = N_FRAMES, 4    # frames per pass, and how many of them the previous pass has finished
 NAME_BYTES = 220            # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
@@ -65,7 +66,7 @@ class Clip:
     mirrored: bool = False          # and a flip after them
     pixel: Fraction = Fraction(1)   # width / height of one pixel
     audio: bool = False
-    interlaced: bool = False
+    filters: tuple = ()             # FFmpeg's, for decoded frames: (name, arguments)
     notes: tuple = ()               # what of it an edit cannot keep
     missing: str = ""               # why the file's end cannot be read
 
@@ -180,7 +181,8 @@ def probe_file(path):
     """Clip of a video file: reads all its packets, decodes one frame."""
     with open_video(path) as (container, stream):
         frame, packets, end, cut = read_packets(container, stream)
-        kind, tick, pixel = container.format.name, stream.time_base, stream.sample_aspect_ratio or Fraction(1)
+        kind, codec, tick = container.format.name, stream.codec_context.name, stream.time_base
+        pixel = stream.sample_aspect_ratio or Fraction(1)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         audio, alpha = bool(container.streams.audio), stream.metadata.get("alpha_mode") == "1"
         length, begin = ((t or 0) / av.time_base for t in (container.duration, container.start_time))
@@ -197,19 +199,26 @@ def probe_file(path):
         need(restart is None, f"its time stamps start anew after {float((restart or 0) * tick):.1f} s, like "
              "those of joined files; write it anew first (ffmpeg -i IN -c copy OUT.mp4)")
     alpha = alpha or convert(path, frame, "rgba")[..., 3].min() < 255
-    notes = {OPAQUE: alpha, "is HDR, its colours will look flat; convert it to SDR": frame.color_trc in (16, 18)}
+    notes, filters = [OPAQUE] if alpha else [], []
+    if frame.color_trc in (16, 18):                                 # PQ or HLG
+        notes.append("is HDR, its colours will look flat; convert it to SDR")
+    if frame.interlaced_frame:
+        filters.append(("bwdif", "send_frame:auto:interlaced"))
+    if codec in ("vp8", "vp9", "theora"):                           # say nothing of where; FFmpeg would say centre
+        filters.append(("setparams", "chroma_location=left"))
     one = max(1, round(1 / rate / tick))
     timed = [packet for packet in packets if packet.stamp is not None]
     timed = timed or [Packet(k * one, one, None, False, False) for k in range(len(packets))]    # a bare stream
     times = sorted({packet.stamp for packet in timed if not packet.empty})
-    last = max(packet.stamp + packet.duration for packet in timed) - times[-1]
+    final = max(timed, key=lambda packet: packet.stamp)
+    last = final.stamp + final.duration - times[-1]
     first, (turns, mirrored) = times[0], orientation(frame)
     width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
     return Clip(
         path, width, height, rate, tick, [t - first for t in times], last=last or one,
         stamped=kind != "avi" and all(packet.exact for packet in packets),     # avi counts packets, not times
         start=first * tick, turns=turns, mirrored=mirrored, pixel=1 / pixel if turns % 2 else pixel,
-        audio=audio, interlaced=frame.interlaced_frame, notes=tuple(note for note, true in notes.items() if true),
+        audio=audio, filters=tuple(filters), notes=tuple(notes),
         missing=f"cut short, it announces {length:.1f} s and ends at {end:.1f} s" if cut else "")
 
 
@@ -222,7 +231,7 @@ def decode(clip, since=0):
             container.seek(int((clip.start + since) * av.time_base))
         try:
             frames = chain.from_iterable(map(decoded, container.demux(stream)))
-            for k, frame in enumerate(deinterlace(frames, stream) if clip.interlaced else frames):
+            for k, frame in enumerate(through(clip.filters, frames, stream) if clip.filters else frames):
                 if clip.stamped and frame.pts is not None:
                     ticks = frame.pts - round(clip.start / clip.tick)
                 else:
@@ -238,11 +247,11 @@ def decode(clip, since=0):
         yield from decode(clip)
 
 
-def deinterlace(frames, stream):
-    """The frames with bwdif's guess at the rows of the other field, where they say that they are interlaced."""
+def through(filters, frames, stream):
+    """Decoded frames through FFmpeg's filters."""
     graph = av.filter.Graph()
-    ends = graph.add_buffer(template=stream), graph.add("bwdif", "send_frame:auto:interlaced"), graph.add("buffersink")
-    graph.link_nodes(*ends).configure()
+    graph.link_nodes(graph.add_buffer(template=stream), *(graph.add(name, how) for name, how in filters),
+                     graph.add("buffersink")).configure()
     for frame in chain(frames, [None]):
         graph.vpush(frame)
         with suppress(av.BlockingIOError, av.EOFError):
@@ -406,7 +415,7 @@ def mux_sound(clip, out, begin=0, end=None):
         shift, before = clip.start + begin, {}
         ours = [container.streams[i] for i in tracks]
         for packet in container.demux(ours) if ours else ():
-            track, copied = tracks[packet.stream_index]
+            track, copied = tracks[packet.stream.index]
             try:
                 found = [packet] if copied else packet.decode()     # a packet, or the frames in it
             except av.FFmpegError:
