@@ -1,8 +1,8 @@
 """Edit a video by instruction: python sample.py video.mp4 "make it snow"
 
 Contents:
-  reading    Clip, probe, shown, plan, read_frames, read_video, read_image    any file PyAV opens, a folder of frames
-  writing    audio_packets, video_writer, write_video                  H.264 in mp4, the source's sound copied
+  reading    Clip, probe, shown, plan, read_frames, read_video         any file PyAV opens, a folder of frames
+  writing    mux_sound, video_writer, write_video                      H.264 in mp4, the source's sound copied
   editing    edit_stream                                               any length in windows, constant memory
   detail     carry_detail, edit_pictures                               the edit at the source's resolution
   flags      option, add_flags, between, editor_flags, choose_model    for the scripts above this one, too
@@ -21,7 +21,7 @@ from collections import deque
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from itertools import chain, islice, pairwise, repeat, takewhile, tee
+from itertools import chain, islice, pairwise, product, repeat, takewhile, tee
 from itertools import count as counting
 from pathlib import Path
 from typing import NamedTuple, get_args, get_origin
@@ -34,8 +34,8 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from model import (N_FRAMES, ROOT, UserError, VideoEditor, aside, merge_lora_file, need, reading, resize, run, to_rgb,
-                   to_tensor)
+from model import (N_FRAMES, ROOT, UserError, VideoEditor, aside, merge_lora_file, need, reading, resize, run,
+                   to_rgb, to_tensor)
 
 WINDOW, REFERENCES = N_FRAMES, 4    # frames per pass, and how many of them the previous pass has finished
 NAME_BYTES = 220            # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
@@ -108,8 +108,8 @@ def upright(rgb, turns, mirrored):
 def read_image(file, name=None, mode="RGB"):
     """rgb of a path or file object, upright as its EXIF says; UserError where it is missing or broken."""
     with reading(name or file), Image.open(file) as picture:
-        need(picture.format == "MPO" or not getattr(picture, "is_animated", False),     # a phone's jpeg is MPO
-             "holds several pictures; save them as a gif or as a folder of png files")
+        one = picture.format == "MPO" or not getattr(picture, "is_animated", False)     # MPO: a phone's jpeg
+        need(one, "holds several pictures; save them as a gif or as a folder of png files")
         picture = ImageOps.exif_transpose(picture)
         need(picture.mode != "F", "holds floating point, of any range; save it with 8 or 16 bits")
         if picture.mode.startswith("I"):                          # 16 bits, which Pillow's convert would clip
@@ -204,11 +204,12 @@ def probe_file(path):
         notes.append("is HDR, its colours will look flat; convert it to SDR")
     if frame.interlaced_frame:
         filters.append(("bwdif", "send_frame:auto:interlaced"))
-    if codec in ("vp8", "vp9", "theora"):                           # say nothing of where; FFmpeg would say centre
+    if codec in ("vp8", "vp9", "theora"):                   # do not say where; FFmpeg takes centre
         filters.append(("setparams", "chroma_location=left"))
     one = max(1, round(1 / rate / tick))
     timed = [packet for packet in packets if packet.stamp is not None]
-    timed = timed or [Packet(k * one, one, None, False, False) for k in range(len(packets))]    # a bare stream
+    if not timed:                                                   # a bare stream
+        timed = [Packet(k * one, one, None, False, False) for k in range(len(packets))]
     times = sorted({packet.stamp for packet in timed if not packet.empty})
     final = max(timed, key=lambda packet: packet.stamp)
     last = final.stamp + final.duration - times[-1]
@@ -257,7 +258,7 @@ def through(filters, frames, stream):
         with suppress(av.BlockingIOError, av.EOFError):
             while True:
                 out = graph.vpull()
-                out.pts = out.pts and round(out.pts * out.time_base / stream.time_base)     # it counts half ticks
+                out.pts = out.pts and round(out.pts * out.time_base / stream.time_base)     # it halves ticks
                 yield out
 
 
@@ -344,8 +345,10 @@ def convert(path, frame, mode, width=None, height=None):
     """A decoded frame as an array; mode: "rgb24" or "rgba"."""
     hd = frame.width >= 1280 or frame.height > 576                  # as mpv guesses where no tag says which
     matrix = "itu709" if hd and frame.colorspace == 2 and not frame.format.is_rgb else None
-    with reading(path, f"its colours (matrix {int(frame.colorspace)}) cannot be converted; write it anew as BT.709"):
-        return frame.to_ndarray(format=mode, width=width, height=height, interpolation=EXACT, src_colorspace=matrix)
+    hint = f"its colours (matrix {int(frame.colorspace)}) cannot be converted; write it anew as BT.709"
+    with reading(path, hint):
+        return frame.to_ndarray(format=mode, width=width, height=height, interpolation=EXACT,
+                                src_colorspace=matrix)
 
 
 def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple=8):
@@ -385,20 +388,21 @@ def add_sound(out, source):
     name, rate, layout = source.codec_context.name, source.rate, source.layout.name
     need(rate and source.channels, "its rate and channels are not known")
     copied = name in MP4_AUDIO and (rate >= 16000 or not name.startswith("mp3"))   # slower mp3 is not for mp4
-    if rate not in (16000, 22050, 24000, 32000, 44100, 48000):
-        rate = 48000
     if source.channels == 1:
         layout = "mono"
     elif source.channels == 2 or layout.endswith("channels"):       # nobody says which: the first two
         layout = "stereo"
-    track = out.add_stream_from_template(source) if copied else out.add_stream("aac", rate=rate, layout=layout)
+    if copied:
+        track = out.add_stream_from_template(source)
+    else:
+        track = out.add_stream("aac", rate=48000, layout=layout)
     track.disposition = source.disposition
     track.metadata.update(source.metadata)                          # its language
     return track, copied
 
 
 def mux_sound(clip, out, begin=0, end=None):
-    """Write the clip's sound between begin and end (seconds; None: all of it), shifted to start at 0, to `out`.
+    """Write the clip's sound between begin and end (seconds; None: all of it) to `out`, where it starts at 0.
 
     Generator of seconds: a packet is written when the next is asked for; the tracks are there after the
     first. Packets that mp4 can hold are copied bit for bit, others encoded to AAC; the default track comes
@@ -411,7 +415,8 @@ def mux_sound(clip, out, begin=0, end=None):
             try:
                 tracks[source.index] = add_sound(out, source)
             except ValueError as error:                             # FFmpeg's "invalid" is one, too
-                print(f"warning: {clip.path}: sound track {source.index} is left out: {error}", file=sys.stderr)
+                print(f"warning: {clip.path}: sound track {source.index} is left out: {error}",
+                      file=sys.stderr)
         shift, before = clip.start + begin, {}
         ours = [container.streams[i] for i in tracks]
         for packet in container.demux(ours) if ours else ():
@@ -452,13 +457,12 @@ def to_yuv420(rgb):
     no tag says more: on every other pixel of a row, half way between two rows."""
     frame = av.VideoFrame.from_ndarray(rgb, "rgb24").reformat(
         format="yuv444p", dst_colorspace="itu709", dst_color_range="MPEG", interpolation=EXACT)
-    y, *colours = frame.to_ndarray()
-    planes = [y.ravel()]
-    for c in colours:
-        rows = np.pad(c[::2].astype(np.uint16) + c[1::2], ((0, 0), (1, 0)), mode="edge")
-        planes.append((rows[:, :-1:2] + 2 * rows[:, 1::2] + rows[:, 2::2] + 4) // 8)
-    flat = np.concatenate([plane.ravel().astype(np.uint8) for plane in planes])
-    return av.VideoFrame.from_ndarray(flat.reshape(-1, rgb.shape[1]), "yuv420p")
+    yuv = frame.to_ndarray()                                        # (3, H, W)
+    rows = yuv[1:, ::2].astype(np.uint16) + yuv[1:, 1::2]
+    rows = np.pad(rows, ((0, 0), (0, 0), (1, 0)), mode="edge")
+    colours = (rows[..., :-1:2] + 2 * rows[..., 1::2] + rows[..., 2::2] + 4) // 8
+    planes = np.concatenate([yuv[0].ravel(), colours.ravel()]).astype(np.uint8)
+    return av.VideoFrame.from_ndarray(planes.reshape(-1, rgb.shape[1]), "yuv420p")
 
 
 @contextmanager
@@ -486,7 +490,7 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
             def mux(packets):
                 nonlocal heard
                 for packet in packets:
-                    while heard <= packet.dts * tick:                       # sound keeps pace with the pictures
+                    while heard <= packet.dts * tick:               # sound keeps pace with the pictures
                         heard = next(sound, math.inf)
                     packet.duration = lengths.pop(packet.pts)
                     out.mux(packet)
@@ -632,7 +636,7 @@ def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
         else:
             full = resize(edit, *rgb.shape[:2])
         if not torch.isfinite(full).all():
-            raise UserError(f"{ed.name}: the edit holds NaN or Inf; try --dtype float32, or is a weight file damaged?")
+            raise UserError(f"{ed.name}: the edit holds NaN or Inf; is a weight file damaged?")
         yield to_rgb(full), edit.cpu(), small
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -677,9 +681,11 @@ def between(low, high=None, kind=float, off=None):
     """The type of a flag whose value lies in a range, NaN outside; `off` is allowed besides."""
     def read(text):
         value = kind(text)
-        if value != off and low is not None and not value >= low:
+        if value == off:
+            return value
+        if low is not None and not value >= low:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
-        if value != off and high is not None and not value <= high:
+        if high is not None and not value <= high:
             raise argparse.ArgumentTypeError(f"{text}: must be {high:g} at most")
         return value
     read.__name__ = kind.__name__                                   # argparse names it: invalid int value
@@ -768,8 +774,8 @@ def parse(argv=None):
     editor_flags(parser)
     add("--motion", help="motion modules instead of the model's own: hub id, directory or AnimateDiff .ckpt")
     add("--device", type=known_device, help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    add("--lora", type=lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="a LoRA for the U-Net, "
-        "merged on load, kohya's or peft's; several add up")
+    add("--lora", type=lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="a LoRA for "
+        "the U-Net, merged on load, kohya's or peft's; several add up")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, else float32")
     add("--mode", default="auto", choices=["auto", "image", "ffg", "video"], help="image: frame by frame; "
         "ffg: guided by the first frame, needs no training; video: trained video layers")
@@ -780,8 +786,9 @@ def parse(argv=None):
     add("--fps", type=between(0.1, 240, number, -1), help="resample, e.g. to 8 or 30000/1001 (-1: as it is)")
     add("--frames", type=between(1, 10 ** 7, int, -1), default=-1, help="edit this many at most (-1: all)")
     # what may change
-    add("--mask", metavar="FILE|DIR", help="picture or clip: only where it is white may the edit change anything")
-    add("--keep", metavar="FILE|DIR", help="picture or clip: where it is white the source stays as it is")
+    add("--mask", metavar="FILE|DIR", help="picture or clip: only where it is white may the edit change "
+        "a thing, elsewhere the source's pixels stay")
+    add("--keep", metavar="FILE|DIR", help="picture or clip: where it is white the source's pixels stay")
     # output
     add("--out", help="file to write, or an existing folder (default: beside the source)")
     add("--compare", action="store_true", help="also write source and edit side by side")
@@ -793,7 +800,7 @@ def parse(argv=None):
     if not all(text.strip() for text in args.instruction):
         raise UserError('instruction "": is empty; say what to change, e.g. "make it snow"')
     if args.grid and (args.compare or args.no_detail or args.mask or args.keep or args.mode != "auto"):
-        raise UserError("--grid: edits the first frame alone; leave out --compare, --mode, --no-detail and masks")
+        raise UserError("--grid: edits one frame alone; leave out --compare, --mode, --no-detail and masks")
     return args
 
 
@@ -844,13 +851,11 @@ def grid_sheet(ed, frame, instruction, path, options):
     height = round(frame.shape[-2] * width / frame.shape[-1])
     sheet = Image.new("RGB", (len(sources) * width, len(texts) * (height + top)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    cells = [(i, j) for i in range(len(texts)) for j in range(len(sources))]
-    for i, j in tqdm(cells, desc="grid", unit="edit"):
-        how = options | dict(s_txt=texts[i], s_src=sources[j], mode="image")
+    for k, (s_txt, s_src) in enumerate(tqdm(list(product(texts, sources)), desc="grid", unit="edit")):
+        how = options | dict(s_txt=s_txt, s_src=s_src, mode="image")
         edit = Image.fromarray(to_rgb(ed.edit(frame[None, None], instruction, **how)[0, 0]))
-        x, y = j * width, i * (height + top)
-        label = f"--text-cfg {texts[i]:g} --source-cfg {sources[j]:g}"
-        draw.text((x + 4, y + 2), label, fill="black", font=font)
+        x, y = k % len(sources) * width, k // len(sources) * (height + top)
+        draw.text((x + 4, y + 2), f"--text-cfg {s_txt:g} --source-cfg {s_src:g}", fill="black", font=font)
         sheet.paste(edit.resize((width, height), Image.Resampling.BICUBIC), (x, y + top))
     with aside(path) as part:
         sheet.save(part, format="PNG")
@@ -877,6 +882,11 @@ def may_change(clip, mask, keep, moments):
         free = (a & ~k).float()
         near = F.avg_pool2d(free, 2 * radius + 1, 1, radius, count_include_pad=False)
         yield (free * (2 * near - 1).clamp(min=0)).permute(1, 2, 0).numpy()
+
+
+def blend(rgb, edit, share):
+    """share (H, W, 1) in [0, 1] of the edit, the rest of the source's rgb; None: all of it."""
+    return edit if share is None else np.rint(rgb + share * (edit.astype(np.float32) - rgb)).astype(np.uint8)
 
 
 def edit_file(ed, clip, span, size, instruction, paths, masks, options):
@@ -907,7 +917,7 @@ def edit_file(ed, clip, span, size, instruction, paths, masks, options):
     with bar, writer(path, clip.width) as write, both as write_both:
         edits = edit_pictures(ed, (rgb for _, rgb in small), size, instruction, **options,
                               on_step=lambda i: bar.update())
-        frames = ((ticks, rgb, edit if share is None else np.rint(rgb + share * (edit * 1. - rgb)).astype(np.uint8))
+        frames = ((ticks, rgb, blend(rgb, edit, share))
                   for (edit, *_), (ticks, rgb), share in zip(edits, sources, shares))
         # a frame is shown until the next comes; the first from the start, even where that cannot be decoded
         for (ticks, rgb, edit), (later, *_) in pairwise(chain(frames, [(stop,)])):
@@ -956,8 +966,8 @@ def main(argv=None):
     print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} "
           f"on {ed.device}")
     if n_frames > 100 * WINDOW:
-        print(f"warning: that is {n_frames // WINDOW} passes of {options['steps']} steps at least, and takes as long "
-              "as the bar says; --end, --frames or a lower --fps make it less", file=sys.stderr)
+        print(f"warning: that is {n_frames // WINDOW} passes of {options['steps']} steps at least, and takes "
+              "as long as the bar says; --end, --frames or a lower --fps make it less", file=sys.stderr)
     for instruction, path in zip(args.instruction, paths):
         check_words(ed, instruction)
         if args.grid:
