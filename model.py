@@ -404,7 +404,7 @@ def attention(q, k, v, heads, mask=None, causal=False, scale=None):
 def fused_attention(q, k, v, mask=None, causal=False, scale=None):
     """PyTorch's fused attention, (N, heads, L, d)."""
     how, dtype = dict(is_causal=causal, scale=scale), q.dtype
-    if len(q) > MOST_ROWS and mask is None:                # a motion module's pixels: CUDA's grid ends at 65,535
+    if len(q) > MOST_ROWS and mask is None:        # a motion module's pixels: CUDA's grid ends at 65,535
         parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)))
         return torch.cat([fused_attention(*part, causal=causal, scale=scale) for part in parts])
     if q.device.type == "cpu" and dtype.itemsize == 2:          # a CPU's bfloat16 kernel is many times slower
@@ -1294,8 +1294,8 @@ class VideoEditor:
         "ffg", source latents (1, 1, c, h, w) and steps + 1 latents (1 or K, 1, c, h, w) of its edit, as
         `anchor` makes them of the first frame where not given. z0_ref (1, R, c, h, w): final latents of the
         first R frames, known from the previous window or (mode "ffg") given; they steer the others by
-        InsV2V's noise correction, over the first half of the steps, given ones over all. on_step(i) is called after each step; keep (a list) receives the
-        latents of every step and the end.
+        InsV2V's noise correction, over the first half of the steps, given ones over all. on_step(i) is called
+        after each step; keep (a list) receives the latents of every step and the end.
         """
         mode = self.default_mode if mode == "auto" else mode
         own = self.steps, *self.guidance

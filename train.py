@@ -130,7 +130,7 @@ class Round(Training):
     sma: bool = option(True, "gamma is trained, from 0; else it stays at 1")
     epm: bool = option(True, "editing-guided propagation")
     epm_sites: str = option("all", "EPM at which self-attention sites", choices=["all", "inner"])
-    joint: bool = False                 # table 3's control: EPM stays at 0, every frame hears all frames alike
+    joint: bool = False                 # table 3's control: EPM stays at 0, a frame hears all alike
     same_noise: float = option(1.0, "share of clips whose frames have one noise", low=0, high=1)
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
     region_weight: float = option(3.0, "extra loss weight of a frame's smaller part, changed or kept", low=0)
@@ -169,10 +169,10 @@ class Task:
     round: int | None = option(None, "bring the model up to this one; video, plot, export: which one", low=0)
     out: Path | None = option(None, "image, video, writer: where the run goes; plot, export: where it lies")
     to: Path = option(TINY, "export: target folder")
-    photos: Path | None = option(None, "photographs, for the networks of tiny to see besides drawn scenes; with")
-    cutouts: Path | None = option(None, "things cut out of theirs: PNG with alpha, named as in fire-truck_2.png")
-    images_from: tuple[str, ...] = option((), "round 0: source images, as curate.py images --from (tiny: shapes); "
-                                          "image: pairs to train on, several are mixed")
+    photos: Path | None = option(None, "a folder of photographs, for tiny to see; needs --cutouts")
+    cutouts: Path | None = option(None, "things to put on them: PNG with alpha, named as fire-truck_2.png")
+    images_from: tuple[str, ...] = option((), "round 0: source images, as curate.py images --from (tiny: "
+                                              "shapes); image: pairs to train on, several are mixed")
     images: int = option(240, "round 0: how many of them", low=1)
     real_from: str = option("", "rounds 1, 2: real clips, as curate.py cut --from (tiny: shapes)")
     real_clips: int = option(120, "rounds 1, 2: how many of them; of a folder how many videos", low=1)
@@ -196,8 +196,8 @@ ROUND = {"tiny": Round(steps=60, lr=2e-4),
                        guided_loss=False)}
 # InstructPix2Pix's own schedule, but for its batch of 1,024 pairs
 IMAGE = {"tiny": Image(steps=16_000, batch=32),
-         "sd15": Image(steps=10_000, lr=1e-4, batch=16, accumulate=4, size=256, samples=10 ** 7, optimizer="adamw",
-                       t_bias=1.0, region_weight=0.0, train_text=False, no_text="edit",
+         "sd15": Image(steps=10_000, lr=1e-4, batch=16, accumulate=4, size=256, samples=10 ** 7,
+                       optimizer="adamw", t_bias=1.0, region_weight=0.0, train_text=False, no_text="edit",
                        weights="stable-diffusion-v1-5/stable-diffusion-v1-5")}
 WRITER = Writer(steps=2000, lr=1e-4)                               # ours; the paper names neither
 # where the rounds' curation differs from curate.py by itself: five sampling steps edit as well as twenty for
@@ -205,7 +205,7 @@ WRITER = Writer(steps=2000, lr=1e-4)                               # ours; the p
 CURATE = {"tiny": dict(images=dict(candidates=6, steps=5), videos=dict(candidates=1),
                        real=dict(candidates=2, steps=5)),
           "sd15": dict(clips=dict(animate="cogvideox"), write=dict(writer="llava"))}
-TASK = {"tiny": Task(), "sd15": Task(model="sd15", images=50_000, real_clips=8000)}       # the paper's numbers
+TASK = {"tiny": Task(), "sd15": Task(model="sd15", images=50_000, real_clips=8000)}     # as in the paper
 
 # ---- the drawn data: files drawn once, shared by all stages ------------------------------------------------
 
@@ -216,8 +216,8 @@ DOMAINS = ["synthetic"] * 4 + ["real"]
 
 @dataclass(frozen=True)
 class Drawn:
-    """Where drawn data lies, and what it is drawn from besides code. The folder is named by both: another version
-    of the world draws anew."""
+    """Where drawn data lies, and what it is drawn from besides code. The folder is named by both: another
+    version of the world draws anew."""
     folder: Path
     pictures: world.Pictures | None = None
 
@@ -246,7 +246,8 @@ def draw_file(path, kind, index, n, size, pictures=None):
     for i in range(n):
         seed, domain = first + index * n + i, DOMAINS[i % 5]
         if kind == "motion":
-            clip = world.render(world.training_scene(seed, domain, pictures), N_FRAMES, *shape, t0=rng.uniform(0, 4))
+            scene = world.training_scene(seed, domain, pictures)
+            clip = world.render(scene, N_FRAMES, *shape, t0=rng.uniform(0, 4))
             samples.append(((clip * 255 + .5).astype(np.uint8), dict(seed=seed, domain=domain)))
         else:
             samples.append(world.draw_pair(seed, domain, rng, *shape, 8 if kind == "clips" else 1, pictures))
@@ -699,8 +700,8 @@ def write_editor(out, config, unet, about):
 
 
 def widened(source, to, write=True):
-    """Stable Diffusion as InstructPix2Pix starts from it, in folder `to`: its U-Net takes the source's latents
-    besides, by weights of zero. `source` itself where that is an editor."""
+    """Stable Diffusion as InstructPix2Pix starts from it, in folder `to`: its U-Net takes the source's
+    latents besides, by weights of zero. `source` itself where that is an editor."""
     unet = part(repository(source), "unet")
     with reading(unet, "is it Stable Diffusion 1.5, or an editor of its kind?"):
         config, (tensors, _) = read_json(unet / "config.json"), find_tensors(unet)
@@ -776,9 +777,10 @@ def given_pairs(ed, s, how, data):
             raise UserError(f"--images-from {where}: no image pairs")
     shares = torch.tensor(s.shares or [1.0] * len(sets))
     if len(shares) != len(sets) or not shares.min() >= 0 or not shares.sum() > 0:
-        raise UserError(f"--shares {' '.join(map(str, s.shares))}: needs a number for each of {len(sets)} --images-from")
+        raise UserError(f"--shares {' '.join(map(str, s.shares))}: needs a number for each of {len(sets)} "
+                        "--images-from")
 
-    def row(rows, generator):                                  # a pair that does not open gives way to another
+    def row(rows, generator):                           # a pair that does not open gives way to another
         while True:
             pair = rows[int(torch.randint(len(rows), (1,), generator=generator))]
             try:
@@ -796,15 +798,16 @@ def given_pairs(ed, s, how, data):
 def stage_image(out, s, how, drawn):
     """InstructPix2Pix on latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the scheduler says.
 
-    PAPER: step 1 trains it on UltraEdit's and InstructPix2Pix's pairs together (--images-from A B), from Stable
-    Diffusion; `tiny` starts from nothing, on drawn pairs.
+    PAPER: step 1 trains it on UltraEdit's and InstructPix2Pix's pairs together (--images-from A B), from
+    Stable Diffusion; `tiny` starts from nothing, on drawn pairs.
 
     PAPER: the text encoder is CLIP's, frozen. tiny CLIP has seen too little for that: its states hold more of
     a word's neighbours than of the word, so `tiny` trains it along, from stage clip's weights.
 
     PAPER: IP2P keeps the edited target where it drops the text, so its "no instruction" is an average of all
-    edits. In `tiny` a dropped instruction asks for nothing and its target is the source: an empty instruction
-    then returns the clip, and text guidance points from unchanged to edited. Errors count by `region_weights`.
+    edits. In `tiny` a dropped instruction asks for nothing and its target is the source: an empty
+    instruction then returns the clip, and text guidance points from unchanged to edited. Errors count by
+    `region_weights`.
     """
     if not s.weights:
         fresh_editor(out, s.seed)
@@ -998,7 +1001,8 @@ def video_editor(s, how):
         p.requires_grad_(s.sma if name.endswith(".gamma") else own or s.trainable == "all")
     for m in ed.unet.modules():
         if isinstance(m, EPM) and s.joint:
-            m.requires_grad_(False).fc2.bias.copy_(-EPM.START / EPM.GAIN * (1 - torch.eye(m.frames)).flatten())
+            apart = (1 - torch.eye(m.frames)).flatten()
+            m.requires_grad_(False).fc2.bias.copy_(-EPM.START / EPM.GAIN * apart)
     return ed
 
 
@@ -1235,7 +1239,7 @@ def table_rows(command, task, s, how):
         least = min(len(curate.read_rows(task.data / folder, kept=True)) for folder in rows.values())
         return [Row(name, replace(s, samples=least), (folder,)) for name, folder in rows.items()]
     if command == "table3":
-        joint = Row("SMA, joint attention", replace(s, joint=True), ("round0",))        # with no bias to learn
+        joint = Row("SMA, joint attention", replace(s, joint=True), ("round0",))   # with no bias to learn
         return [Row(f"{'' if sma else 'no '}SMA, {'' if epm else 'no '}EPM", replace(s, sma=sma, epm=epm),
                     ("round0",)) for sma in (False, True) for epm in (False, True)] + [joint]
     return [Row("image editor, frame by frame", None, mode="image"),           # the paper's stages I to III
@@ -1371,8 +1375,8 @@ def check_sd15(command, task, s):
     if command in ("vae", "clip", "viclip"):
         raise UserError(f"train.py {command} --model sd15: is published; only tiny's is trained here")
     if command.startswith("table"):
-        raise UserError(f"train.py {command} --model sd15: its rows are measured on drawn clips, which sd15 does "
-                        "not know; train them with `train.py video`, score them with `metrics.py tgve`")
+        raise UserError(f"train.py {command} --model sd15: its rows are measured on drawn clips, which sd15 "
+                        "does not know; train them with `train.py video`, score them with `metrics.py tgve`")
     needed = ["images_from"] if command in ("", "image") else []
     if not command:
         needed = [] if s.train_on else ["images_from", "real_from"][:1 + task.round]

@@ -3,7 +3,8 @@
 With `Pictures` the scenes are made of photographs and cut-out things, moved by code, so targets stay exact.
 
 Needs numpy, scipy and pillow only and imports nothing of the project. Contents: names and scenes, pictures,
-scenes at random, canvases, shapes, rendering, effects and styles (EFFECTS, STYLES), captions and instructions, edits
+scenes at random, canvases, shapes, rendering, effects and styles (EFFECTS, STYLES), captions and
+instructions, edits
 (TASKS), the words that all of it can say, pairs and clips for training, curation and tests. `draw_scene` and
 `propose_edit` describe, `render` draws.
 """
@@ -149,7 +150,7 @@ class Edit:
 
 def name_of(path):
     """The word for what a picture shows: fire-truck_2.png is a fire truck; of IMG_2041.jpg nobody knows."""
-    words = re.sub(r"_\d+$", "", path.stem).lower().replace("-", " ")
+    words = re.sub(r"_\d{1,2}$", "", path.stem).lower().replace("-", " ")
     return words if re.fullmatch("[a-z]+( [a-z]+)*", words) else ""
 
 
@@ -172,14 +173,15 @@ def find_pictures(photos, cutouts, split="train"):
             places.setdefault(name_of(path), []).append(str(path))
     for path in listed(cutouts, (".png", ".webp")):
         alpha = check_picture(path, 16)
-        if not alpha[0] < 64 < alpha[1] or not name_of(path):
-            raise ValueError(f"{path}: " + ("needs a transparent ground and something on it" if name_of(path) else
-                             "its name says no kind; needs one, as in fire-truck_2.png"))
+        if not alpha[0] < 64 < alpha[1]:
+            raise ValueError(f"{path}: needs a transparent ground and something on it")
+        if not name_of(path):
+            raise ValueError(f"{path}: its name says no kind; needs one, as in fire-truck_2.png")
         kinds.setdefault(name_of(path), []).append(str(path))
     if len(kinds) > 1000:
         raise ValueError(f"{cutouts}: {len(kinds)} kinds; the vocabulary takes 1,000")
-    last = slice(-1, None) if split == "held" else slice(None)
-    kinds = {kind: tuple(files[last] if split == "held" else files[:-1] or files) for kind, files in kinds.items()}
+    for kind, files in kinds.items():
+        kinds[kind] = tuple(files[-1:] if split == "held" else files[:-1] or files)
     return Pictures({place: tuple(files) for place, files in places.items()}, kinds)
 
 
@@ -200,21 +202,22 @@ def _photo(path):
     with Image.open(path) as picture:
         picture = ImageOps.exif_transpose(picture).convert("RGB")
         sides = [CANVAS >> k for k in range(6)]
-        return [np.asarray(picture.resize((n, n), Image.Resampling.BOX)) for n in sides], picture.width / picture.height
+        levels = [np.asarray(picture.resize((n, n), Image.Resampling.BOX)) for n in sides]
+        return levels, picture.width / picture.height
 
 
 @cache
 def _cutout(path):
-    """A cut-out's levels, each half the one before: float32 (h, w, 4), colours multiplied by alpha; and its mean
-    luma where it is opaque."""
+    """A cut-out's levels, each half the one before: float32 (h, w, 4), colours multiplied by alpha, with a
+    clear border; and its mean luma where it is opaque."""
     with Image.open(path) as picture:
-        x = np.asarray(picture.convert("RGBA"), np.float32) / 255
-    x = np.concatenate([x[..., :3] * x[..., 3:], x[..., 3:]], axis=-1)[:x.shape[0] // 2 * 2, :x.shape[1] // 2 * 2]
-    levels = [np.pad(x, ((1, 1), (1, 1), (0, 0)))]
-    while min(x.shape[:2]) >= 8:
+        x = np.array(picture.convert("RGBA"), np.float32) / 255
+    x[..., :3] *= x[..., 3:]
+    levels = []
+    while min(x.shape[:2]) >= 4:
+        levels.append(np.pad(x, ((1, 1), (1, 1), (0, 0))))
         x = x[:x.shape[0] // 2 * 2, :x.shape[1] // 2 * 2]
         x = (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4
-        levels.append(np.pad(x, ((1, 1), (1, 1), (0, 0))))
     whole = levels[0].sum((0, 1))
     return levels, float(whole[:3] @ LUMA / whole[3])
 
@@ -227,12 +230,13 @@ def _draw_cutout(s, x, y, angle, pixel):
     level = levels[min(max(round(math.log2(max(pixel * max(h, w) / 2, 1))), 0), len(levels) - 1)]
     ca, sa = math.cos(angle), math.sin(angle)
     lx, ly = ca * x + (sa * y)[:, None], -sa * x + (ca * y)[:, None]
-    k = np.array(level.shape[:2], np.float32) - 2
-    at = (ly * max(h, w) / h + 1) * k[0] / 2 + .5, ((-lx if s.flip else lx) * max(h, w) / w + 1) * k[1] / 2 + .5
+    if s.flip:
+        lx = -lx
+    rows, cols = (n - 2 for n in level.shape[:2])
+    at = (ly * max(h, w) / h + 1) * rows / 2 + .5, (lx * max(h, w) / w + 1) * cols / 2 + .5
     out = np.stack([map_coordinates(level[..., c], at, order=1) for c in range(4)], axis=-1)
     if s.colour:                                    # its hue, with the thing's own shading
-        shade = out[..., :3] @ LUMA / np.maximum(out[..., 3], 1e-3) / mean
-        shade = shade[..., None]
+        shade = _luma(out[..., :3]) / np.maximum(out[..., 3:], 1e-3) / mean
         colour = np.array(s.rgb, np.float32)
         colour = colour * np.minimum(shade, 1) + (1 - colour) * np.clip((shade - 1) / 2, 0, .6)
         out[..., :3] = colour * out[..., 3:]
@@ -326,19 +330,18 @@ def _natural_background(rng, kind):
         horizon=rng.uniform(.3, .75) if rng.random() < 0.45 else -1.0)
 
 
-def _thing(rng, pictures, scene, taken, u=None, v=None, radius=None, colour=""):
-    """A cut-out of a kind not taken, or None: as bright as the scene wants it, in its own colours or another's."""
-    kinds = [kind for kind in pictures.cutouts if kind not in taken]
-    if not kinds:
-        return None
-    kind = rng.choice(kinds)
-    file, colour = rng.choice(pictures.cutouts[kind]), "" if set(kind.split()) & set(COLOURS) else colour
-    gain = (sum(a * b for a, b in zip(scene.background.rgb[0], LUMA.tolist())) / _cutout(file)[1]) ** .25
-    gain = min(max(gain, .6), 1.15)
-    rgb = COLOURS[colour] if colour else (gain,) * 3
-    return Shape(kind, colour, rgb, rng.uniform(.2, .8) if u is None else u, rng.uniform(.35, .8) if v is None else v,
-                 radius or rng.uniform(.16, .32), angle=rng.uniform(-.12, .12), shadow=rng.uniform(.2, .4),
-                 picture=file, flip=rng.random() < .5)
+def _thing(rng, scene, split, taken, tinted):
+    """A cut-out of a kind not taken: as bright as the scene wants, or with a chance `tinted` in a colour."""
+    kind = rng.choice([kind for kind in scene.pictures.cutouts if kind not in taken])
+    file = rng.choice(scene.pictures.cutouts[kind])
+    gain = (float(np.dot(scene.background.rgb[0], LUMA)) / max(_cutout(file)[1], .02)) ** .25
+    colour, rgb = "", (min(max(gain, .6), 1.15),) * 3
+    if rng.random() < tinted and not set(kind.split()) & set(COLOURS):      # nobody says: a blue red flower
+        colour = rng.choice([c for c in COLOURS if split == "held" or not is_held_out(kind, c)])
+        rgb = COLOURS[colour]
+    return Shape(kind, colour, rgb, rng.uniform(.2, .8), rng.uniform(.35, .8), rng.uniform(.16, .32),
+                 angle=rng.uniform(-.12, .12), shadow=rng.uniform(.2, .4), picture=file,
+                 flip=rng.random() < .5)
 
 
 def _photograph(rng, pictures, place=None):
@@ -346,44 +349,45 @@ def _photograph(rng, pictures, place=None):
     files = [(name, file) for name, some in pictures.photos.items() for file in some if place in (None, name)]
     name, file = rng.choice(files)
     mean = _photo(file)[0][-1].mean((0, 1)) / 255
-    return Background("photograph", article(name) if name else "a photograph", (tuple(mean.tolist()),), rng.getrandbits(31),
-                      scale=rng.uniform(.55, 1), picture=file)
+    return Background("photograph", article(name or "photograph"), (tuple(mean.tolist()),),
+                      rng.getrandbits(31), scale=rng.uniform(.55, 1), picture=file)
 
 
 def draw_picture_scene(seed, pictures, split="train"):
-    """A random Scene of pictures: nought to three things, most of them cut out, before a photograph or, now and
-    then, a drawn background; they drift, bounce, sway and turn a little."""
+    """A random Scene of pictures: nought to three things, most of them cut out, before a photograph or, now
+    and then, a drawn background; they drift, bounce, sway and turn a little."""
     rng = Random(f"pictures {split} {seed}")
     background = _photograph(rng, pictures)
     if rng.random() < .2:
-        background = _flat_background(rng, rng.choice(OFTEN)) if rng.random() < .5 else _natural_background(
-            rng, rng.choice(("clouds", "leaves", "sand", "grass", "photo")))
+        kind = rng.choice(OFTEN + ("clouds", "leaves", "sand", "grass", "photo"))
+        background = _flat_background(rng, kind) if kind in PAINT else _natural_background(rng, kind)
     scene = Scene(seed, "synthetic", background, light=(rng.uniform(-.8, .8), -.8), pictures=pictures)
-    objects = []
-    n = rng.choice((0, 1, 1, 1, 2, 2, 3))
-    twins = n == 2 and rng.random() < .25            # two of a kind, told apart by their sides
+    objects, n = [], rng.choice((0, 1, 1, 1, 2, 2, 3))
+    twins = n == 2 and rng.random() < .25           # two of a kind, told apart by their sides
     for i in range(n):
         taken = [s.kind for s in objects]
-        u = (.25, .75)[i] if twins else None
-        if rng.random() < .8 or twins:
-            colour = rng.choice(list(COLOURS)) if rng.random() < .25 else ""
-            s = _thing(rng, pictures, scene, () if twins else taken, u)
-            if twins and objects:
-                s = replace(s, kind=objects[0].kind, picture=rng.choice(pictures.cutouts[objects[0].kind]))
-            if colour and not set(s.kind.split()) & set(COLOURS) and (split == "held" or not is_held_out(s.kind, colour)):
-                s = replace(s, colour=colour, rgb=COLOURS[colour])
+        if twins and objects:
+            kind = objects[0].kind
+            s = replace(objects[0], u=.75, v=rng.uniform(.35, .8), picture=rng.choice(pictures.cutouts[kind]))
+        elif twins or rng.random() < .8:
+            s = _thing(rng, scene, split, taken, .25)
         else:
-            kind, colour = _pick_pair(rng, split, [k for k in KINDS if k not in taken], list(COLOURS), background.rgb)
-            s = Shape(kind, colour, _jitter(rng, COLOURS[colour], .05), rng.uniform(.2, .8), rng.uniform(.2, .8),
-                      rng.uniform(.11, .2), angle=rng.uniform(-.4, .4), shadow=rng.uniform(0, .4))
+            kinds = [k for k in KINDS if k not in taken]
+            kind, colour = _pick_pair(rng, split, kinds, list(COLOURS), background.rgb)
+            s = Shape(kind, colour, _jitter(rng, COLOURS[colour], .05), rng.uniform(.2, .8),
+                      rng.uniform(.2, .8), rng.uniform(.11, .2), angle=rng.uniform(-.4, .4),
+                      shadow=rng.uniform(0, .4))
+        if twins and not objects:
+            s = replace(s, u=.25)
         if any(math.hypot(s.u - o.u, s.v - o.v) < .8 * (s.radius + o.radius) for o in objects):
             continue
-        motion, heading, pace = rng.choice(("still", "line", "line", "sway")), rng.uniform(0, 6.28), rng.uniform(.03, .2)
-        if twins:
-            motion = "sway"
-        speed = (pace * math.cos(heading), .4 * pace * math.sin(heading)) if motion == "line" else (
-            rng.uniform(.02, .08), rng.uniform(1, 4))
-        objects.append(replace(s, motion=motion, speed=speed, phase=rng.uniform(0, 6.28), spin=rng.uniform(-2, 2)))
+        motion = "sway" if twins else rng.choice(("still", "line", "line", "sway"))
+        heading, pace = rng.uniform(0, 6.28), rng.uniform(.03, .2)
+        speed = rng.uniform(.02, .08), rng.uniform(1, 4)
+        if motion == "line":
+            speed = pace * math.cos(heading), .4 * pace * math.sin(heading)
+        objects.append(replace(s, motion=motion, speed=speed, phase=rng.uniform(0, 6.28),
+                               spin=rng.uniform(-2, 2)))
     pan, turn = rng.uniform(0, .08), rng.uniform(0, 6.28)
     camera = Camera((pan * math.cos(turn), pan * math.sin(turn)), rng.choice((0, rng.uniform(.02, .15))),
                     rng.uniform(.3, 1.2), rng.uniform(0, 6.28))
@@ -1117,7 +1121,8 @@ def caption(scene):
     *names, things = [article(describe(s)) for s in scene.objects] or [""]
     if names:
         things = f"{', '.join(names)} and {things}"
-    on = "in front of" if scene.background.kind in ("gradient", "clouds", "leaves", "photo", "photograph") else "on"
+    behind = "gradient", "clouds", "leaves", "photo", "photograph"
+    on = "in front of" if scene.background.kind in behind else "on"
     place = backdrop(scene.background)
     about = f"{things} {on} {place}" if things else place
     return " ".join([about] + [OPERATIONS[name].caption for name, _ in scene.post])
@@ -1213,12 +1218,11 @@ def free_places(scene, radius=.13):
 
 def edit_addition(scene, ask):
     """A new object at a named place, which the camera does not move."""
-    place = ask.rng.choice(free_places(scene) or list(PLACES)) if scene.pictures else ""
-    if place and ask.rng.random() < .85:
-        colour = ask.rng.choice(list(COLOURS)) if ask.rng.random() < .2 else ""
-        taken = [s.kind for s in scene.objects] + list(ask.avoid)
-        new = _thing(ask.rng, scene.pictures, scene, taken, *PLACES[place], ask.rng.uniform(.17, .24), colour)
-        new = replace(new, angle=0.0, shadow=.3, screen=True)
+    if scene.pictures and ask.rng.random() < .85:
+        place = ask.rng.choice(free_places(scene) or list(PLACES))
+        new = _thing(ask.rng, scene, ask.split, [s.kind for s in scene.objects] + list(ask.avoid), .2)
+        u, v = PLACES[place]
+        new = replace(new, u=u, v=v, radius=ask.rng.uniform(.17, .24), angle=0.0, shadow=.3, screen=True)
         text = ask.say("addition", a=article(describe(new)), p=place)
         known = len(scene.pictures.cutouts[new.kind]) == 1
         return Change(text, replace(scene, objects=scene.objects + (new,)), known, (new.kind,))
@@ -1277,9 +1281,8 @@ def edit_object(scene, ask):
     how = ask.rng.choice(("recolor", "recolor", "swap", "both"))
     if scene.pictures and how != "recolor" and ask.rng.random() < .85:
         taken = [o.kind for o in scene.objects] + list(ask.avoid)
-        colour = ask.rng.choice(list(COLOURS)) if how == "both" else ""
-        new = _thing(ask.rng, scene.pictures, scene, taken, s.u, s.v, s.radius, colour)
-        new = replace(s, kind=new.kind, colour=colour, rgb=new.rgb, picture=new.picture, texture="plain")
+        new = _thing(ask.rng, scene, ask.split, taken, how == "both")
+        new = replace(s, kind=new.kind, colour=new.colour, rgb=new.rgb, picture=new.picture, texture="plain")
         text = ask.say("swap", o=name, a=article(describe(new)))
         known = known_behind(scene, s) and len(scene.pictures.cutouts[new.kind]) == 1
         return Change(text, put(scene, at, new), known, (s.kind, new.kind))
@@ -1304,7 +1307,8 @@ def edit_object(scene, ask):
 def edit_multiple(scene, ask):
     """Two edits in one instruction."""
     first, second = ask.rng.sample([t for t in possible_tasks(scene) if t != "multiple"], 2)
-    if len({s.kind for s in scene.objects}) == 1 and {TASKS[first].needs, TASKS[second].needs} <= {"object", "shape"}:
+    needs = {TASKS[first].needs, TASKS[second].needs}
+    if len({s.kind for s in scene.objects}) == 1 and needs <= {"object", "shape"}:
         second = ask.rng.choice(("effect", "background"))   # one object cannot take two edits
     a = TASKS[first].edit(scene, replace(ask, within=True))
     if second == "addition" and not free_places(a.target):
