@@ -721,6 +721,8 @@ class EPM(nn.Module):
     Fixed to `frames` frames: shorter clips are padded by repeating the last frame's features and read the
     matrix' top left corner.
 
+    In its own precision under autocast: at -10 a step of bfloat16 is 1/16.
+
     PAPER: 0 and -10 are the MLP's own start there (3.3.2). At -10 a gradient is e^-10 as strong, and no rate
     at which the MLP stays calm opens it again; hence the constant beside it, and the gain.
     """
@@ -737,7 +739,7 @@ class EPM(nn.Module):
     def forward(self, x, n_frames):
         if n_frames > self.frames:
             raise UserError(f"--frames {n_frames}: the trained EPM knows {self.frames}; edit in windows")
-        with torch.autocast(x.device.type, enabled=False):           # at -10 a step of bfloat16 is 1/16
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             y = self.conv2(F.silu(self.conv1(x.to(self.conv1.weight.dtype))))
             y = y.mean(dim=(2, 3)).unflatten(0, (-1, n_frames))                                    # (B, F, c)
             y = torch.cat([y, y[:, -1:].expand(-1, self.frames - n_frames, -1)], dim=1).flatten(1)
