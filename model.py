@@ -16,6 +16,7 @@ batch; tokens (N, L, D) with L = h*w. Attribute names are the keys of the publis
 so weights need no translation table.
 """
 import errno
+import functools
 import gzip
 import json
 import math
@@ -81,6 +82,11 @@ def run(main):
 def fail(text, code=2):
     print(text, file=sys.stderr)
     sys.exit(code)
+
+
+@functools.cache
+def warn_once(text):
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def out_of_memory(error):
@@ -524,7 +530,11 @@ class Tokenizer:
         self.fast.enable_truncation(length)                        # a long text keeps its end token
         self.fast.enable_padding(length=length, pad_id=self.pad)
         texts = [text.encode("utf-8", "replace").decode() for text in texts]       # a shell's odd bytes
-        ids = [self.fast.encode(text).ids for text in texts]
+        ids = [self.fast.encode(text) for text in texts]
+        for text, whole in zip(texts, ids):
+            if whole.overflowing:
+                warn_once(f'"{text[:40]}..." has more than {length} tokens, its end is cut')
+        ids = [whole.ids for whole in ids]
         return torch.tensor(ids, dtype=torch.int64).reshape(-1, length)
 
 

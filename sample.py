@@ -851,9 +851,7 @@ def output_paths(clip, instructions, out, ending, compare=False):
 
 
 def check_words(ed, instruction):
-    """Print a warning for an instruction that the model cannot take as it is."""
-    if len(ed.tokenizer.encode(instruction)) > 75:                   # and a start and an end
-        print(f'warning: "{instruction[:40]}..." has more than 77 tokens, its end is cut', file=sys.stderr)
+    """Print a warning for words that the model was not trained on."""
     words = set(re.findall(r"[^\W\d]+", instruction.lower()))
     if ed.words and words - ed.words:
         print(f"warning: {ed.name} was not trained on: {', '.join(sorted(words - ed.words))}; it knows, for "

@@ -990,3 +990,11 @@ def test_in_a_browser_the_study_is_answered_by_keyboard_kept_over_a_reload_and_e
     finally:
         browser.process.kill()
         browser.process.wait()
+
+
+def test_a_caption_that_is_cut_is_said_once(tmp_path, capsys):
+    clip, caption = write_clip(tmp_path / "a.mp4", noisy_clip(9)), " ".join(["a red circle"] * 40)
+    for _ in range(2):
+        metrics.main_clip([clip, "--source", clip, "--target-caption", caption, "--source-caption", "a", *flags(), "--device", "cpu"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "its end is cut" in line]
+    assert len(said) == len(set(said)) >= 1 and all("a red circle" in line for line in said)

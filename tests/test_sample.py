@@ -627,7 +627,7 @@ def test_a_name_too_long_for_the_disk_is_cut(tmp_path):
 def test_instructions_are_refused_if_empty_and_warned_of_if_long_or_unknown(tmp_path, editor, monkeypatch, capsys):
     assert "is empty" in refused(command, make_clip(tmp_path / "a.mp4", n=1), "  ")
     for text, long in (("make it snow " * 170, True), ("make it " + "x" * 900, True), ("make it snow", False)):
-        sample.check_words(editor, text)
+        editor.tokenize([text])
         assert ("more than 77 tokens" in capsys.readouterr().err) == long
     monkeypatch.setattr(editor, "words", {"make", "it", "red"})
     monkeypatch.setattr(editor, "examples", ["make it red"])
