@@ -35,8 +35,8 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +55,7 @@ from model import (ACTIVATIONS, ROOT, CLIPEncoder, TextModel, Tokenizer, UserErr
                    read_tensors, reading, run, stretch, to_u8, to_video, write_json, write_text)
 from sample import (IMAGES, REFERENCES, VIDEOS, WINDOW, Parser, between, choose_model, edit_pictures,
                     editor_flags, known_device, model_size, plan, probe, read_frames, read_video, settings,
-                    video_writer)
+                    shown, video_writer)
 from teachers import LLAVA, LlavaOneVision, judge_edit
 
 # ------------------------------------------------------------------------------------------------------------
@@ -498,6 +498,15 @@ def image_scores(clip, dino, source, edited, source_caption, target_caption):
 # Scores on pixels: frames (F, H, W, 3) uint8, or float in [0, 1]
 # ------------------------------------------------------------------------------------------------------------
 
+def strips(first, second, mask=None, overlap=0, rows=256):
+    """Two clips (F, H, W, 3) and, or None, a mask (F, H, W) part by part: `rows` of a frame and `overlap` more.
+    A 4K clip in float64 does not fit into memory."""
+    for i, (a, b) in enumerate(zip(first, second)):
+        for top in range(0, len(a) - overlap, rows):
+            part = slice(top, top + rows + overlap)
+            yield a[part], b[part], None if mask is None else mask[i][part]
+
+
 def unit(x):
     """Pixels as float64 in [0, 1]."""
     x = np.asarray(x)
@@ -511,27 +520,38 @@ def ssim(first, second, mask=None):
     Wang et al. 2004, as scikit-image has it by default: flat window, sample covariance (48ths, not 49ths),
     constants 0.01^2 and 0.03^2.
     """
-    a, b = unit(first), unit(second)
-    if min(a.shape[-3:-1]) < 7:
-        raise UserError(f"SSIM: {a.shape[-3]}x{a.shape[-2]} pixels; its window needs at least 7x7")
+    if min(first.shape[-3:-1]) < 7:
+        raise UserError(f"SSIM: {first.shape[-3]}x{first.shape[-2]} pixels; its window needs at least 7x7")
 
     def mean(x):                                                        # over the window, valid part
-        x = uniform_filter(x, size=(1,) * (x.ndim - 3) + (7, 7, 1))
-        return x[..., 3:-3, 3:-3, :]
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = (49 / 48 * (mean(xy) - mx * my)
-                   for xy, mx, my in ((a * a, ma, ma), (b * b, mb, mb), (a * b, ma, mb)))
-    alike = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
-    windows = alike / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))   # (..., H - 6, W - 6, 3)
-    windows = windows if mask is None else windows[mask[..., 3:-3, 3:-3]]
-    return float(windows.mean()) if windows.size else math.nan
+        return uniform_filter(x, size=(7, 7, 1))[3:-3, 3:-3]
+    total, count = 0.0, 0
+    for a, b, inside in strips(*as_clips(first, second, mask), overlap=6):
+        a, b = unit(a), unit(b)
+        ma, mb = mean(a), mean(b)
+        va, vb, cov = (49 / 48 * (mean(xy) - mx * my)
+                       for xy, mx, my in ((a * a, ma, ma), (b * b, mb, mb), (a * b, ma, mb)))
+        alike = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+        windows = alike / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))       # (h - 6, W - 6, 3)
+        windows = windows if inside is None else windows[inside[3:-3, 3:-3]]
+        total, count = total + windows.sum(), count + windows.size
+    return float(total / count) if count else math.nan
 
 
 def psnr(first, second, mask=None):
     """Decibels, up; over the pixels where mask (..., H, W) is true; 100 stands for equal or no pixels."""
-    error = (unit(first) - unit(second)) ** 2
-    error = error if mask is None else error[mask]
-    return float(-10 * np.log10(max(error.mean(), 1e-10))) if error.size else 100.0
+    total, count = 0.0, 0
+    for a, b, inside in strips(*as_clips(first, second, mask)):
+        error = (unit(a) - unit(b)) ** 2
+        error = error if inside is None else error[inside]
+        total, count = total + error.sum(), count + error.size
+    return float(-10 * np.log10(max(total / count, 1e-10))) if count else 100.0
+
+
+def as_clips(*frames):
+    """Single frames (H, W, ...) as clips of one; None stays."""
+    single = len(frames[0].shape) == 3
+    return [x if x is None or not single else x[None] for x in frames]
 
 
 def flicker(edited, source):
@@ -542,8 +562,11 @@ def flicker(edited, source):
     steady motion mostly cancels. A quarter of a level is added to both, since stills have none.
     """
     def bend(frames):
-        x = [frame.astype(np.int16) for frame in frames]
-        bends = [np.abs(2 * now - before - after).mean() / 2 for before, now, after in zip(x, x[1:], x[2:])]
+        bends, x = [], deque(maxlen=3)                                  # a frame and those beside it
+        for frame in frames:
+            x.append(frame.astype(np.int16))
+            if len(x) == 3:
+                bends.append(np.abs(2 * x[1] - x[0] - x[2]).mean() / 2)
         return float(np.mean(bends)) if bends else math.nan
     return (bend(edited) + 0.25) / (bend(source) + 0.25)
 
@@ -553,7 +576,7 @@ def seam_score(edited, source):
     elsewhere: 1 is no seam; NaN for one window. Changes count relative to the source's own, so that motion
     cancels."""
     def changes(frames):                                                # (F - 1,), in [0, 1]
-        return np.array([np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(frames, frames[1:])])
+        return np.array([np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in itertools.pairwise(frames)])
     if len(edited) <= WINDOW:
         return math.nan
     ratio = changes(edited) / np.maximum(changes(source), 1 / 255)
@@ -568,7 +591,10 @@ def changed_region(source, edited):
     edit of the whole frame gives (nearly) the whole frame.
     """
     blur = 0.02 * min(source.shape[1:3])                                # pixels
-    d = gaussian_filter(np.abs(unit(source) - unit(edited)).mean(-1), (0, blur, blur))
+    parts = [np.abs(unit(a) - unit(b)).mean(-1) for a, b, _ in strips(source, edited)]
+    d = np.concatenate(parts).reshape(source.shape[:3])
+    for frame in d:
+        gaussian_filter(frame, blur, output=frame)
     count, edges = np.histogram(d, bins=128)
     centre = (edges[:-1] + edges[1:]) / 2
     below, total = count.cumsum()[:-1], count.sum()
@@ -817,13 +843,14 @@ def network_scores(net, role, clip, square=0):
 def encode_clip(net, frames, square=0):
     """Features of frames, by ViCLIP (P,), by CLIP (F, P). square: stretch frames to this side before, 0: do
     not."""
-    video = isinstance(net, ViCLIP)
-    frames = net.choose(frames) if video else frames
-    if square:
-        frames = [stretch(frame, square, square) for frame in frames]
-    if video:
-        return net.encode_video(net.preprocess(frames))[0]
-    return torch.cat([net.encode_image(net.preprocess(frames[k:k + 64])) for k in range(0, len(frames), 64)])
+    def squared(some):
+        return (stretch(frame, square, square) if square else frame for frame in some)
+    if isinstance(net, ViCLIP):
+        return net.encode_video(net.preprocess(list(squared(net.choose(frames)))))[0]
+    pixels, features = (net.preprocess([frame]) for frame in squared(frames)), []
+    while some := list(itertools.islice(pixels, 64)):                             # one frame of full size at a time
+        features.append(net.encode_image(torch.cat(some)))
+    return torch.cat(features)
 
 
 def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
@@ -843,46 +870,83 @@ def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
 # One clip
 # ------------------------------------------------------------------------------------------------------------
 
-def load_frames(path, start=0):
-    """A video file, from `start` seconds on, or a folder of numbered frames -> (frames (F, H, W, 3) uint8,
-    times (F,) in seconds from the first of them; None of a folder)."""
+@dataclass(frozen=True)
+class Film:
+    """Frames of a file or folder that are decoded anew whenever they are looked at, so that a clip of any length
+    fits: an array of them to those who ask for len, shape, frames in turn, one [i], or a Film of several."""
+    read: object                # () -> generator of all frames, (H, W, 3) uint8
+    order: np.ndarray           # which of them, ascending
+    size: tuple                 # (H, W)
+
+    @property
+    def shape(self):
+        return len(self.order), *self.size, 3
+
+    def __len__(self):
+        return len(self.order)
+
+    def __iter__(self):
+        frames, order = enumerate(self.read()), iter(self.order.tolist())
+        wanted = next(order, None)
+        for k, frame in frames:
+            while k == wanted:
+                yield frame
+                wanted = next(order, None)
+            if wanted is None:
+                return
+
+    def __getitem__(self, key):
+        order = self.order[key]
+        film = replace(self, order=np.atleast_1d(order))
+        return film if np.ndim(order) else next(iter(film))
+
+
+def load_frames(path):
+    """A video file or a folder of numbered frames -> (Film, times (F,) in seconds; None of a folder)."""
     clip = probe(path)
-    if clip.path.is_dir() and start:
-        raise UserError(f"--start {start:g}: {path} is a folder of frames, which have no times")
-    plan(clip, start)                                                   # refuses a file that is cut short
-    ticks, frames = zip(*read_frames(clip, start))
-    times = None if clip.path.is_dir() else np.array([float((t - ticks[0]) * clip.tick) for t in ticks])
-    return np.stack(frames), times
+    plan(clip)                                                          # refuses a file that is cut short
+    n = sum(1 for _ in read_frames(clip))                               # that can be decoded
+    film = Film(lambda: (rgb for _, rgb in read_frames(clip)), np.arange(n), (clip.height, clip.width))
+    return film, None if clip.path.is_dir() else np.array([float(t * clip.tick) for t in clip.times[:n]])
 
 
-def align(source, edited, source_times=None, edited_times=None):
+def align(source, edited, source_times=None, edited_times=None, start=0):
     """Source and edit as clips of one length and size: (source, edited, notes on what was done).
 
-    Clips of as many frames, and folders, whose frames have no times (None), are paired one to one. Else times
-    in seconds tell: up to where the shorter clip ends, each frame of the clip that has fewer there meets the
-    one shown at its time.
+    The edit begins `start` seconds into the source. Clips of as many frames from there, and folders, whose
+    frames have no times (None), are paired one to one. Else times in seconds tell: up to where the shorter
+    clip ends, each frame of the clip that has fewer meets the one that `shown` gives for its time.
     """
     notes, (height, width) = [], source.shape[1:3]
-    if len(source) != len(edited):
-        found = f"source has {len(source)} frames, edit {len(edited)}"
-        if source_times is None or edited_times is None:
-            n, how = min(len(source), len(edited)), "the first"
-            source, edited = source[:n], edited[:n]
-        else:
-            times = source_times, edited_times
-            ends = [t[-1] + np.median(np.diff(t)) if len(t) > 1 else 0 for t in times]
-            times = [t[t <= max(0, min(ends) - 0.002)] for t in times]  # 2 ms: as webm rounds
-            when, how = min(times, key=len) + 0.002, "those shown at the same times,"
-            source, edited = (x[np.searchsorted(t, when, "right") - 1]
-                              for x, t in zip((source, edited), times))
+    if start and source_times is None:
+        raise UserError(f"--start {start:g}: the source is a folder of frames, which have no times")
+    first = np.searchsorted(source_times, start - 1e-6) if start else 0
+    n = len(source) - first
+    found, how = (f"source has {n} frames, edit {len(edited)}" if n != len(edited) else ""), "the first"
+    if not found or source_times is None or edited_times is None:
+        n = min(n, len(edited))
+        source, edited = source[first:first + n], edited[:n]
+    else:
+        times = source_times - start, edited_times - edited_times[0]
+        end = min(t[-1] + (np.median(np.diff(t)) if len(t) > 1 else 0) for t in times)
+        moments = min((times[0][first:], times[1]), key=len)
+        moments = moments[moments <= max(0, end - 0.002)]               # 2 ms: as webm rounds
+        at = [list(shown(zip(t, itertools.count()), 1, moments)) for t in times]
+        (source, edited), how = (source[at[0]], edited[at[1]]), "those shown at the same times,"
+    if found:
         notes.append(f"{found}: {how} {len(source)} of both are scored")
     if edited.shape[1:3] == (height + height % 2, width + width % 2):   # mp4 shows an odd last row twice
-        edited = edited[:, :height, :width]
+        edited = mapped(edited, lambda frame: frame[:height, :width], source.shape[1:3])
     if edited.shape[1:3] != (height, width):
         old = f"{edited.shape[2]}x{edited.shape[1]}"
         notes.append(f"edit stretched from {old} to the source's {width}x{height}")
-        edited = np.stack([stretch(frame, width, height) for frame in edited])
+        edited = mapped(edited, lambda frame: stretch(frame, width, height), source.shape[1:3])
     return source, edited, notes
+
+
+def mapped(frames, change, size):
+    """Frames, each of them changed to a `size`."""
+    return Film(lambda: map(change, frames), np.arange(len(frames)), size)
 
 
 def main_clip(argv):
@@ -904,8 +968,8 @@ def main_clip(argv):
     clip = {key: getattr(args, key).strip() for key in ("instruction", "source_caption", "target_caption")}
     notes = []
     if args.source:
-        source, source_times = load_frames(args.source, args.start)
-        clip["source"], edited, notes = align(source, edited, source_times, times)
+        source, source_times = load_frames(args.source)
+        clip["source"], edited, notes = align(source, edited, source_times, times, args.start)
     [rows] = score_clips([clip | {"edits": {"edit": edited}}], scorers_of(args))
     found = {key: x for key, x in rows["edit"].items() if math.isfinite(x)}
     print(*notes, f"{args.edited}: {len(edited)} frames", sep="\n")
@@ -1078,7 +1142,7 @@ def score_edits(ed, clip, edits, scorers):
             coded = ed.decode(ed.encode(to_video(frames)) * ed.vae.scaling_factor)
             edits[row] = np.stack(to_u8(coded))
     edits = {row: x[:n] for row, x in edits.items()}
-    edits |= {"untouched source": clip["source"], "frozen first edit": np.repeat(first, n, axis=0)}
+    edits |= {"untouched source": clip["source"], "frozen first edit": first[np.zeros(n, int)]}
     [rows] = score_clips([clip | {"edits": edits}], scorers)
     return {row: {key: x for key, x in scores.items() if math.isfinite(x)} for row, scores in rows.items()}
 

@@ -9,17 +9,20 @@ Contents, in reading order
     U-Net        ResnetBlock, EPM, Attention, Transformer, MotionModule (with SMA), UNet
     sampling     DDIM
     editor       VideoEditor: text, VAE, U-Net and three-branch guidance
+    others' files open_tokenizer, read_original, load_motion, merge_lora_file
 
 Shapes: video (B, F, 3, H, W) in [-1, 1]; latents z (B, F, c, h, w); N = B*F where frames are folded into the
 batch; tokens (N, L, D) with L = h*w. Attribute names are the keys of the published files (diffusers layout),
 so weights need no translation table.
 """
 import errno
+import functools
 import gzip
 import json
 import math
 import os
 import pickle
+import re
 import sys
 import zipfile
 import zlib
@@ -81,6 +84,11 @@ def fail(text, code=2):
     sys.exit(code)
 
 
+@functools.cache
+def warn_once(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def out_of_memory(error):
     """As CUDA, the CPU and Python say it."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
@@ -123,7 +131,11 @@ def aside(path):
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")      # two processes may write the same
     try:
+        part.touch()
+        mode = part.stat().st_mode                                 # as the umask says
+        part.unlink()
         yield part
+        part.chmod(mode)                                           # safetensors makes private files
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)                               # of a full disk
@@ -187,8 +199,9 @@ def hub_dir(source, patterns=None):
     source = str(source)
     if Path(source).is_dir():
         return Path(source)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UserError(f"{source}: no such directory; pass one in hub layout or a hub id like {SD15}")
+    if Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise UserError(f"{source}: {'a file' if Path(source).exists() else 'no such directory'}; pass a "
+                        f"directory in hub layout or a hub id like {SD15}")
     from huggingface_hub import snapshot_download         # slow to import, and a local model needs none of it
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
@@ -204,17 +217,25 @@ def repository(source, patterns=None):
 
     source: what VideoEditor.from_pretrained takes. A trained run holds what was trained; its model_index.json
     names the base that gives the rest: {"instructvedit": {"base": ...}}, a path from ROOT or a hub id.
+    A file in the original layout (see `read_original`) takes configs and tokenizer from the folder it lies
+    in, if that is in hub layout, else from InstructPix2Pix.
     patterns: the hub's files, by default those of an editor.
     """
     folders = []
     while source:
         source = {"tiny": ROOT / "assets/tiny", "sd15": SD15}.get(str(source), source)
+        if Path(source).is_file():
+            folders.append(Path(source))
+            patterns = [name for name in VideoEditor.FILES if not name.endswith(".safetensors")]
+            beside = Path(source).parent
+            source = beside if (beside / "unet").is_dir() else SD15
+            print(f"{folders[-1]}: with configs and tokenizer of {source}", file=sys.stderr)
         folder = hub_dir(source, patterns or VideoEditor.FILES)
         if folder in folders:
             raise UserError(f"{folders[-1]}/model_index.json: names {source} as its base, whose base it is")
         folders.append(folder)
         source = read_index(folder).get("base")
-        if source and (ROOT / source).is_dir():
+        if source and (ROOT / source).exists():
             source = ROOT / source
     return folders
 
@@ -229,9 +250,9 @@ def read_index(folder):
 
 
 def portable(source):
-    """How a run names its base: folders inside ROOT by their path from there, others whole; hub ids."""
+    """How a run names its base: paths inside ROOT by their path from there, others whole; hub ids."""
     path = Path(source).resolve()
-    if not path.is_dir():
+    if not path.exists():
         return str(source)
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
@@ -266,12 +287,24 @@ PLAIN_SETTINGS = dict(
     class_embed_type=None, addition_embed_type=None, shift_factor=0, latents_mean=None, latents_std=None)
 
 
+def check_sizes(cfg):
+    """Inside `reading`: no number of a network's config may ask for what takes hours, or make no sense."""
+    for key, value in cfg.items():
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, dict):
+                check_sizes(x)
+            elif isinstance(x, int | float) and re.search("layers|head|group|channel|size|dim|max_|eps", key):
+                need(0 <= x <= (200 if "layers" in key else 1e6), f"{key} {x}: no network has that many")
+                need(type(x) is int or re.search("eps|scale|use_", key), f"{key} {x}: needs a whole number")
+
+
 def build(network, path, cfg=None):
     """network(cfg), else of the config at `path`; UserError where that lacks something or is unknown."""
     with reading(path):
         cfg = cfg or read_json(path)
         for key, known in PLAIN_SETTINGS.items():
             need(cfg.get(key) in (known, None), f"{key} {cfg.get(key)}; known is {known}")
+        check_sizes(cfg)
         return network(cfg)
 
 
@@ -295,14 +328,14 @@ def find_tensors(folder):
     """Tensors of a hub-layout sub-folder: one file, or shards with an index. Returns (tensors, file name)."""
     folder = Path(folder)
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            with reading(index):
-                shards = sorted(set(read_json(index)["weight_map"].values()))
-            return {k: v for shard in shards for k, v in read_tensors(folder / shard).items()}, index.name
-        for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
-            if (folder / (stem + suffix)).is_file():
-                return read_tensors(folder / (stem + suffix)), stem + suffix
+        for ending in ("safetensors.index.json", "safetensors", "safetensors.index.fp16.json",
+                       "fp16.safetensors", "bin.index.json", "bin"):
+            file = folder / f"{stem}.{ending}"
+            if file.is_file():
+                with reading(file):
+                    index = {"": file.name} if file.suffix != ".json" else read_json(file)["weight_map"]
+                    shards = [read_tensors(folder / shard) for shard in sorted(set(index.values()))]
+                return {k: v for shard in shards for k, v in shard.items()}, file.name
     raise UserError(f"{folder}: no weights; needs diffusion_pytorch_model.safetensors or model.safetensors")
 
 
@@ -340,12 +373,15 @@ def load_weights(module, tensors, what, rename=(), drop=(), absent=(), only="", 
     print(f"{what}: {len(theirs)} tensors{note}", file=sys.stderr)
 
 
-def open_network(network, folder, device, dtype, cfg=None, rename=(), drop=()):
-    """network(cfg), else of the folder's config.json, with the weights beside it, ready for inference."""
+def open_network(network, folder, device, dtype, cfg=None, rename=(), drop=(), file=None):
+    """network(cfg), else of the folder's config.json, with the weights beside it, ready for inference.
+
+    file: an editor in one file, which gives the weights instead; see `read_original`.
+    """
     with torch.device("meta"):
         net = build(network, folder / "config.json", cfg)
-    tensors, file = find_tensors(folder)
-    load_weights(net, tensors, folder / file, rename, drop, device=device, dtype=dtype)
+    tensors, name = find_tensors(folder) if file is None else (read_original(file, net), "")
+    load_weights(net, tensors, file or folder / name, rename, drop, device=device, dtype=dtype)
     return net.eval().requires_grad_(False)
 
 
@@ -361,6 +397,9 @@ ACTIVATIONS = {
 }
 
 
+MOST_ROWS = 2 ** 15
+
+
 def attention(q, k, v, heads, mask=None, causal=False, scale=None):
     """softmax(q k^T * scale) v per head. q (N, Lq, C), k and v (N, Lk, C) -> (N, Lq, C); scale 1/sqrt(d)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))       # (N, heads, L, C/heads)
@@ -371,6 +410,9 @@ def attention(q, k, v, heads, mask=None, causal=False, scale=None):
 def fused_attention(q, k, v, mask=None, causal=False, scale=None):
     """PyTorch's fused attention, (N, heads, L, d)."""
     how, dtype = dict(is_causal=causal, scale=scale), q.dtype
+    if len(q) > MOST_ROWS and mask is None:        # a motion module's pixels: CUDA's grid ends at 65,535
+        parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)))
+        return torch.cat([fused_attention(*part, causal=causal, scale=scale) for part in parts])
     if q.device.type == "cpu" and dtype.itemsize == 2:          # a CPU's bfloat16 kernel is many times slower
         q, k, v, mask = (x if x is None or x.dtype == torch.bool else x.float() for x in (q, k, v, mask))
         with torch.autocast("cpu", enabled=False):
@@ -419,7 +461,7 @@ def to_u8(images):
     """A tensor (..., 3, H, W) in [-1, 1], a PIL image or array, or a list -> list of (H, W, 3) uint8."""
     if torch.is_tensor(images):
         return [to_rgb(frame) for frame in images.reshape(-1, *images.shape[-3:])]
-    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+    if isinstance(images, Image.Image) or getattr(images, "ndim", 0) == 3:
         images = [images]
     return [np.asarray(im.convert("RGB") if isinstance(im, Image.Image) else im) for im in images]
 
@@ -488,7 +530,11 @@ class Tokenizer:
         self.fast.enable_truncation(length)                        # a long text keeps its end token
         self.fast.enable_padding(length=length, pad_id=self.pad)
         texts = [text.encode("utf-8", "replace").decode() for text in texts]       # a shell's odd bytes
-        ids = [self.fast.encode(text).ids for text in texts]
+        ids = [self.fast.encode(text) for text in texts]
+        for text, whole in zip(texts, ids):
+            if whole.overflowing:
+                warn_once(f'"{text[:40]}..." has more than {length} tokens, its end is cut')
+        ids = [whole.ids for whole in ids]
         return torch.tensor(ids, dtype=torch.int64).reshape(-1, length)
 
 
@@ -680,25 +726,36 @@ class EPM(nn.Module):
     """Editing-guided propagation (paper 3.3.2, eqs. 6-8): which frame should listen to which.
 
     x (N, C, h, w) -> bias (B, F, F) for attention from frame i (row) to frame j (column): two 3x3 convs,
-    global average pool to c channels a frame, frames joined, two-layer MLP. Starts at 0 on the diagonal and
-    `start` elsewhere, last weight 0, so that each frame at first attends to itself. Fixed to `frames` frames:
-    shorter clips are padded by repeating the last frame's features and read the matrix' top left corner.
+    global average pool to c channels a frame, frames joined, two-layer MLP. The bias is 0 on the diagonal and
+    -10 elsewhere, plus 100 times what the MLP says, which starts at 0: each frame at first attends to itself.
+    Fixed to `frames` frames: shorter clips are padded by repeating the last frame's features and read the
+    matrix' top left corner.
+
+    In its own precision under autocast: at -10 a step of bfloat16 is 1/16.
+
+    PAPER: 0 and -10 are the MLP's own start there (3.3.2). At -10 a gradient is e^-10 as strong, and no rate
+    at which the MLP stays calm opens it again; hence the constant beside it, and the gain.
     """
-    def __init__(self, channels, frames=N_FRAMES, c=32, hidden=128, start=-10.0):
+    START, GAIN = -10.0, 100.0
+
+    def __init__(self, channels, frames=N_FRAMES, c=32, hidden=128):
         super().__init__()
         self.frames = frames
         self.conv1, self.conv2 = nn.Conv2d(channels, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
         self.fc1, self.fc2 = nn.Linear(frames * c, hidden), nn.Linear(hidden, frames * frames)
         nn.init.zeros_(self.fc2.weight)
-        with torch.no_grad():                                      # PAPER: 0 and -10 are 3.3.2's start values
-            self.fc2.bias.copy_((start * (1 - torch.eye(frames))).flatten())
+        nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x, n_frames):
         if n_frames > self.frames:
             raise UserError(f"--frames {n_frames}: the trained EPM knows {self.frames}; edit in windows")
-        y = self.conv2(F.silu(self.conv1(x))).mean(dim=(2, 3)).unflatten(0, (-1, n_frames))        # (B, F, c)
-        y = torch.cat([y, y[:, -1:].expand(-1, self.frames - n_frames, -1)], dim=1).flatten(1)
-        bias = self.fc2(F.silu(self.fc1(y))).unflatten(1, (self.frames, self.frames))
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            y = self.conv2(F.silu(self.conv1(x.to(self.conv1.weight.dtype))))
+            y = y.mean(dim=(2, 3)).unflatten(0, (-1, n_frames))                                    # (B, F, c)
+            y = torch.cat([y, y[:, -1:].expand(-1, self.frames - n_frames, -1)], dim=1).flatten(1)
+            said = self.fc2(F.silu(self.fc1(y))).unflatten(1, (self.frames, self.frames))
+            apart = 1 - torch.eye(self.frames, dtype=said.dtype, device=said.device)
+            bias = self.START * apart + self.GAIN * said
         return bias[:, :n_frames, :n_frames]
 
 
@@ -941,16 +998,15 @@ class UNet(nn.Module):
             if isinstance(m, MotionModule):                       # published files have none: never on "meta"
                 m.gamma = nn.Parameter(torch.full(m.gamma.shape, float(gamma), device="cpu"))
 
-    def add_epm(self, sites="all", frames=N_FRAMES, start=-10.0):
-        """Insert fresh EPM at every spatial self-attention site, or (sites="inner") at all but the top
-        level's. start: its bias between frames before training."""
+    def add_epm(self, sites="all", frames=N_FRAMES):
+        """Insert fresh EPM at every spatial self-attention site, or (sites="inner") below the top level."""
         self.epm_config = {"sites": sites, "frames": frames}
         top = self.config["block_out_channels"][0]
         for block in self.blocks():
             for site in getattr(block, "attentions", []):
                 width = site.norm.num_channels
                 if sites == "all" or width > top:
-                    site.transformer_blocks[0].attn1.epm = EPM(width, frames, start=start)
+                    site.transformer_blocks[0].attn1.epm = EPM(width, frames)
 
     def forward(self, z, t, ctx, mode="video"):
         shape, n_frames = z.shape[:2], z.shape[1]
@@ -1047,6 +1103,10 @@ def read_scheduler(path):
         cfg = read_json(path)
         for key, known in SCHEDULER.items():
             need(cfg.get(key, known[0]) in known, f"{key} {cfg.get(key)}; known is {known}")
+        n, offset = cfg.get("num_train_timesteps", 1000), cfg.get("steps_offset", 1)
+        need(1 <= n <= 100_000 and 0 <= offset < n, f"{n} time steps, from {offset}")
+        abar = noise_levels(cfg)
+        need(0 < abar[-1] <= abar[0] < 1, f"noise levels from {abar[0]} to {abar[-1]}")
     return cfg
 
 
@@ -1059,7 +1119,8 @@ class VideoEditor:
     PARTS = "unet", "vae", "text_encoder", "tokenizer", "scheduler"
     FILES = ["model_index.json"] + [f"{folder}/{file}" for folder in PARTS for file in (
         "config.json", "*_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-        "diffusion_pytorch_model.safetensors", "model.safetensors")]
+        "tokenizer.json", "*.index.json", "*-of-*.safetensors", "diffusion_pytorch_model.safetensors",
+        "model.safetensors")]
     VIDEO = "motion", "epm", "same_noise"           # what a video editor's unet/config.json says besides
     SLICE = 4                                       # frames that the VAE takes at a time: bounds memory
 
@@ -1087,10 +1148,11 @@ class VideoEditor:
             if motion is not None:                                 # the image editor in it
                 config = {k: v for k, v in config.items() if k not in cls.VIDEO}
                 drop = "motion_modules", ".epm."
-            self.unet = open_network(UNet, unet, self.device, self.dtype, config, drop=drop)
-            self.vae = open_network(VAE, vae, self.device, vae_dtype, rename=VAE.LEGACY)
+            self.unet = open_network(UNet, unet, self.device, self.dtype, config, drop=drop,
+                                     file=self.whole(unet))
+            self.vae = open_network(VAE, vae, self.device, vae_dtype, rename=VAE.LEGACY, file=self.whole(vae))
             self.text_encoder = open_network(TextEncoder, text, self.device, self.dtype,
-                                             drop=["position_ids"])
+                                             drop=["position_ids"], file=self.whole(text))
             self.tokenizer = open_tokenizer(words)
             self.scheduler = read_scheduler(schedule / "scheduler_config.json")
             self.read_numbers()
@@ -1109,12 +1171,17 @@ class VideoEditor:
         self.multiple = self.vae.factor
         self.default_mode = "video" if "motion" in config else "ffg"
         self.same_noise = config.get("same_noise", False)      # trained on one noise for all frames of a clip
-        self.fingerprint = fingerprint(*read_from)
+        self.fingerprint = fingerprint(*read_from, *[f for f in self.folders if f.is_file()])
         # what is trained from here needs the folder that gave the text encoder; the runs before it gave only
         # a U-Net, and may be deleted
-        giver = self.folders.index(text.parent)
+        giver = self.folders.index(self.whole(text) or text.parent)
         self.base = read_index(self.folders[giver - 1])["base"] if giver else portable(source)
         return self
+
+    def whole(self, folder):
+        """The editor in one file whose weights stand for those in `folder`, or None."""
+        before = self.folders[:self.folders.index(folder.parent)]
+        return next((file for file in before if file.is_file()), None)
 
     def read_numbers(self):
         """What a checkpoint says of itself, a run's own words before its base's; else SD's usual values."""
@@ -1125,6 +1192,10 @@ class VideoEditor:
         self.size, self.steps = int(about.get("size", 512)), int(about.get("steps", 20))
         self.guidance = float(s_txt), float(s_src)
         self.deadband = float(about.get("deadband", 0))            # see `settle`
+        need(8 <= self.size <= 8192, f"size {self.size}")
+        need(all(map(math.isfinite, (*self.guidance, self.deadband))), "guidance and deadband: need numbers")
+        n = self.scheduler_for(1).T
+        need(1 <= self.steps <= n, f"steps {self.steps}: needs 1 to {n}")
         self.words = set(about.get("words", ())) or None
         self.examples = [str(text) for text in about.get("examples", ())]
 
@@ -1138,7 +1209,9 @@ class VideoEditor:
         c_in, c_out = self.unet.config["in_channels"], self.unet.config["out_channels"]
         need((c_in, c_out) == (2 * c, c), f"the U-Net takes {c_in} channels and gives {c_out}; an editor "
              f"takes {2 * c}, noise and source, and gives {c}: is it InstructPix2Pix's kind?")
-        self.scheduler_for(1)
+        need(0 < self.vae.scaling_factor < 1e6, f"the VAE's scaling_factor is {self.vae.scaling_factor}")
+        n = len(self.text_encoder.text_model.embeddings["position_embedding"].weight)
+        need(n >= 77, f"the text encoder has {n} positions, a text 77")
 
     # ---- pieces --------------------------------------------------------------------------------------------
 
@@ -1164,8 +1237,10 @@ class VideoEditor:
     def decode(self, z):
         """z (1, F, c, h, w), scaled -> video (1, F, 3, H, W) float32 in [-1, 1]."""
         dtype, z = next(self.vae.parameters()).dtype, z[0] / self.vae.scaling_factor
-        x = [self.vae.decode(y.to(self.device, dtype)).float() for y in z.split(self.SLICE)]
-        return torch.cat(x)[None].clamp(-1, 1)
+        x = torch.cat([self.vae.decode(y.to(self.device, dtype)).float() for y in z.split(self.SLICE)])
+        if not torch.isfinite(x).all():
+            raise UserError(f"{self.name}: the VAE gave NaN or Inf; is a weight file damaged?")
+        return x[None].clamp(-1, 1)
 
     def noise(self, n_frames, h, w, seed, first=0, mode="ffg"):
         """Starting noise (1, F, c, h, w) of frames first, first+1, ...: a frame's own, whatever its window.
@@ -1224,15 +1299,15 @@ class VideoEditor:
     @torch.no_grad()
     def sample(self, z_src, instruction, z_T, steps=None, s_txt=None, s_src=None, mode="auto", anchor=None,
                z0_ref=None, on_step=None, keep=None):
-        """Denoise z_T (K, F, c, h, w) into the edited latents z0 of that shape, scaled: K edits of one clip
-        in one batch, each from its own noise, given source latents z_src (1, F, c, h, w) and an instruction.
+        """Denoise z_T (K, F, c, h, w) into the edited latents z0 of that shape, scaled: K edits in one batch.
 
-        steps; s_txt, s_src, guidance scales, a number or K: by default the checkpoint's own. anchor: for mode
+        z_src (1, F, c, h, w): latents of the one source clip; each edit starts from its own noise. steps;
+        s_txt, s_src, guidance scales, a number or K: by default the checkpoint's own. anchor: for mode
         "ffg", source latents (1, 1, c, h, w) and steps + 1 latents (1 or K, 1, c, h, w) of its edit, as
         `anchor` makes them of the first frame where not given. z0_ref (1, R, c, h, w): final latents of the
-        first R frames, known from the previous window; they steer the others by InsV2V's noise correction
-        over the first half of the steps. on_step(i) is called after each step; keep (a list) receives the
-        latents of every step and the end.
+        first R frames, known from the previous window or (mode "ffg") given; they steer the others by
+        InsV2V's noise correction, over the first half of the steps, given ones over all. on_step(i) is called
+        after each step; keep (a list) receives the latents of every step and the end.
         """
         mode = self.default_mode if mode == "auto" else mode
         own = self.steps, *self.guidance
@@ -1252,7 +1327,7 @@ class VideoEditor:
             else:
                 out = self.guided(z, z_src, t, ctx, s_txt, s_src, mode)
             eps = scheduler.to_eps(out, i, z)
-            if n_ref and i < steps / 2:                            # InsV2V's long-video sampling correction
+            if n_ref and (mode == "ffg" or i < steps / 2):         # InsV2V's long-video sampling correction
                 a = scheduler.levels[i]
                 delta = (z[:, :n_ref] - a.sqrt() * z0_ref) / (1 - a).sqrt() - eps[:, :n_ref]
                 others = delta.mean(dim=1, keepdim=True).expand_as(eps[:, n_ref:])
@@ -1269,11 +1344,19 @@ class VideoEditor:
         return z
 
     def anchor(self, z_src, instruction, z_T, steps=None, s_txt=None, s_src=None):
-        """FFG-V2V's first-frame trajectory: z_src (1, 1, c, h, w), z_T (K, 1, c, h, w) -> (z_src, [latents of
-        every step and the end])."""
+        """FFG-V2V's first-frame trajectory: (z_src, [latents (K, 1, c, h, w) of every step and the end]).
+
+        z_src (1, 1, c, h, w), z_T (K, 1, c, h, w).
+        """
         trajectory = []
         self.sample(z_src, instruction, z_T, steps, s_txt, s_src, "image", keep=trajectory)
         return z_src, trajectory
+
+    def follow(self, z_src, z_edited, z_T, steps=None):
+        """`anchor` of a first frame that was edited elsewhere: its unscaled latents (1, 1, c, h, w) under the
+        noise of each step. DDIM inversion, the other way to such a trajectory, measured 0.5 dB worse."""
+        z0, levels = z_edited * self.vae.scaling_factor, self.scheduler_for(steps or self.steps).levels
+        return z_src, [a.sqrt() * z0 + (1 - a).sqrt() * z_T for a in levels[:-1]] + [z0]
 
     def edit(self, video, instruction, steps=None, s_txt=None, s_src=None, seed=0, z_T=None, mode="auto"):
         """Edit a clip in one pass. video (1, F, 3, H, W) in [-1, 1], H and W multiples of `multiple`.
@@ -1295,17 +1378,82 @@ class VideoEditor:
         return self.decode(self.sample(z_src, instruction, z_T.to(self.device), steps, s_txt, s_src, mode))
 
 
-def open_tokenizer(folder):
-    """Its padding token is the repository's own: "!" in Stable Diffusion 2, the end token in 1."""
-    path = folder / "special_tokens_map.json"
-    pad = read_json(path).get("pad_token") if path.is_file() else None
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    return Tokenizer(folder / "vocab.json", folder / "merges.txt", pad)
+def open_tokenizer(folder, pad=None):
+    """CLIP's Tokenizer of vocab.json and merges.txt, or of tokenizer.json, all that transformers 5 writes.
+
+    pad: an id or a token; by default the repository's own: "!" in Stable Diffusion 2, the end token in 1.
+    """
+    folder = Path(folder)
+    with reading(folder, "is it CLIP's tokenizer?"):
+        for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+            if pad is None and path.is_file():
+                pad = read_json(path).get("pad_token")
+                pad = pad.get("content") if isinstance(pad, dict) else pad
+                need(pad is None or isinstance(pad, str), f"pad_token {pad}: needs a token")
+        vocab, merges, path = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
+        if path.is_file() and not (vocab.is_file() and merges.is_file()):
+            bpe = read_json(path)["model"]                         # older files join a pair by a blank
+            vocab = dict(bpe["vocab"])
+            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
+        return Tokenizer(vocab, merges, pad)
+
+
+# names in the original Stable Diffusion's files -> ours; those of numbered blocks are worked out
+ORIGINAL_UNET = (
+    (r"time_embed\.0", "time_embedding.linear_1"), (r"time_embed\.2", "time_embedding.linear_2"),
+    (r"input_blocks\.0\.0", "conv_in"), (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
+    (r"middle_block\.1", "mid_block.attentions.0"), (r"middle_block\.0", "mid_block.resnets.0"),
+    (r"middle_block\.2", "mid_block.resnets.1"), (r"in_layers\.0", "norm1"), (r"in_layers\.2", "conv1"),
+    (r"emb_layers\.1", "time_emb_proj"), (r"out_layers\.0", "norm2"), (r"out_layers\.3", "conv2"),
+    ("skip_connection", "conv_shortcut"))
+ORIGINAL_VAE = (
+    (r"mid\.block_1", "mid_block.resnets.0"), (r"mid\.block_2", "mid_block.resnets.1"),
+    (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"), (r"mid\.attn_1", "mid_block.attentions.0"),
+    (r"\.([qkv])\.", r".to_\1."), ("proj_out", "to_out.0"), ("norm_out", "conv_norm_out"),
+    ("nin_shortcut", "conv_shortcut"), (r"\.(down|up)sample\.", r".\1samplers.0."))
+
+
+def read_original(file, net):
+    """{our name: tensor} for a UNet, VAE or TextEncoder, from an editor in one file of the original layout.
+
+    Of the U-Net the running mean of its training, where the file has it, as InstructPix2Pix's own code takes.
+    """
+    def unet_block(m):                      # each level: n resnets and a resampler down, n + 1 resnets up
+        way = "down" if m[1] == "in" else "up"
+        level, i = divmod(int(m[2]) - (way == "down"), net.config["layers_per_block"] + 1)
+        kind = "resnets" if m[3] == "0" else "attentions"
+        return f"{way}_blocks.{level}." + (f"{way}samplers.0.conv" if m[4] else f"{kind}.{i}")
+
+    def vae_block(m):                       # the way up is numbered from its end
+        i = int(m[2]) if m[1] == "down" else len(net.config["block_out_channels"]) - 1 - int(m[2])
+        return f"{m[1]}_blocks.{i}." + m[3].replace("block", "resnets")
+
+    start, rules = "cond_stage_model.transformer.", ()
+    if isinstance(net, UNet):
+        start = "model.diffusion_model."
+        rules = (*ORIGINAL_UNET, (r"^(in|out)put_blocks\.(\d+)\.(\d)(\.op|\.conv(?=\.))?", unet_block))
+    if isinstance(net, VAE):
+        start = "first_stage_model."
+        rules = ((r"(down|up)\.(\d+)\.(block|downsample|upsample)", vae_block), *ORIGINAL_VAE)
+    tensors, found = read_tensors(file), {}
+    for k, v in tensors.items():
+        if k.startswith(start):
+            v = tensors.get("model_ema." + k.removeprefix("model.").replace(".", ""), v)
+            k = k.removeprefix(start)
+            for old, new in rules:
+                k = re.sub(old, new, k)
+            # the VAE's attention was of 1x1 convolutions
+            found[k] = v[..., 0, 0] if isinstance(net, VAE) and "attentions" in k and v.ndim == 4 else v
+    with reading(file, "--weights takes a whole editor, in Stable Diffusion's original layout or a folder"):
+        need(found, f"holds no {start}*, but {', '.join(sorted(tensors)[:2])}")
+    return found
 
 
 def load_motion(unet, source, gamma, device, dtype):
-    """Published motion modules into `unet`: a MotionAdapter repository, directory or file, or AnimateDiff's
-    .ckpt. Returns the weight file."""
+    """Published motion modules into `unet`; returns the weight file.
+
+    source: a MotionAdapter repository, directory or file, or AnimateDiff's .ckpt, also of a whole training.
+    """
     file = Path(source)
     if file.is_file():
         tensors = read_tensors(file)
@@ -1314,19 +1462,54 @@ def load_motion(unet, source, gamma, device, dtype):
         tensors, name = find_tensors(folder)
         file = folder / name
     with reading(file, "is it an AnimateDiff adapter?"):
-        need(any("motion_modules" in k for k in tensors), "holds no motion modules")
+        tensors = {k: v for k, v in tensors.items() if "motion_modules" in k}
+        need(tensors, "holds no motion modules")
         # a .ckpt has no config: its tensors tell the rest, the U-Net how many heads and groups
         heads, config = unet.config["attention_head_dim"], file.with_name("config.json")
-        positions = [v.shape[1] for k, v in tensors.items() if k.endswith(".pe")]
+        tables = [v for k, v in tensors.items() if k.endswith(".pe")]              # (1, F, C)
+        for table in tables:
+            plain = frame_positions(*table.shape[1:], "cpu", torch.float32)
+            need((table - plain).abs().max() < 0.01, "its frame positions are not the plain sinusoid")
         cfg = {"motion_num_attention_heads": heads[0] if isinstance(heads, list) else heads,
                "motion_norm_num_groups": unet.config["norm_num_groups"],
-               "motion_max_seq_length": positions[0] if positions else 32,
+               "motion_max_seq_length": tables[0].shape[1] if tables else 32,
                "use_motion_mid_block": any("mid_block" in k for k in tensors)}
+        cfg |= read_json(config) if config.is_file() else {}
+        check_sizes(cfg)
         with torch.device("meta"):
-            unet.add_motion(cfg | (read_json(config) if config.is_file() else {}), gamma)
+            unet.add_motion(cfg, gamma)
     rename = [("module.", ""), (".temporal_transformer", ""), (".ff_norm", ".norm3"),
               (".attention_blocks.0", ".attn1"), (".norms.0", ".norm1"),
               (".attention_blocks.1", ".attn2"), (".norms.1", ".norm2")]
-    load_weights(unet, tensors, file, rename=rename, drop=(".pe", "animatediff_config"), absent=["gamma"],
+    load_weights(unet, tensors, file, rename=rename, drop=[".pe"], absent=["gamma"],
                  only="motion_modules", device=device, dtype=dtype)
     return file
+
+
+def merge_lora_file(unet, path, strength=1.0):
+    """Add a LoRA, in kohya's, peft's or diffusers' names, to the weights: W + strength alpha / rank up down.
+
+    Parts for the text encoder are left out, with a note; what is unknown otherwise is a UserError.
+    """
+    def short(name):                                  # kohya has "_" for ".", older files no 0 after to_out
+        return name.replace(".", "_").removesuffix("_0")
+
+    layers = {short(name): m for name, m in unet.named_modules() if hasattr(m, "weight")}
+    pattern = (r"(lora_unet_|unet\.|base_model\.model\.)?(.+)([._]lora)(_A|_down|\.down)"
+               r"((?:\.default)?\.weight)")
+    tensors = read_tensors(path)
+    left = {k for k in tensors if not k.startswith(("lora_te", "text_encoder"))}
+    note = f"; not used, {len(tensors) - len(left)} of the text encoder" if len(left) < len(tensors) else ""
+    with reading(path, "is it a LoRA of Stable Diffusion 1.5's U-Net?"):
+        for m in filter(None, (re.fullmatch(pattern, k) for k in sorted(left))):
+            start, name, middle, half, end = m.groups(default="")
+            up = start + name + middle + half.replace("A", "B").replace("down", "up") + end
+            down, alpha = tensors[m[0]].float(), start + name + ".alpha"
+            layer = layers[short(name.replace(".processor", ""))]
+            scale = strength * float(tensors.get(alpha, len(down))) / len(down)
+            delta = scale * tensors[up].float().flatten(1) @ down.flatten(1)        # 3x3 convolutions as well
+            weight = layer.weight + delta.view_as(layer.weight).to(layer.weight)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            left -= {m[0], up, alpha}
+        need(not left, f"has unknown {len(left)} tensors, first {', '.join(sorted(left)[:2])}")
+    print(f"{path}: merged with strength {strength:g}{note}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Edit a video by instruction: python sample.py video.mp4 "make it snow"
 
 Contents:
-  reading    Clip, probe, plan, read_frames, read_video, read_image    any file PyAV opens, a folder of frames
-  writing    audio_packets, video_writer, write_video                  H.264 in mp4, the source's sound copied
+  reading    Clip, probe, shown, plan, read_frames, read_video         any file PyAV opens, a folder of frames
+  writing    mux_sound, video_writer, write_video                      H.264 in mp4, the source's sound copied
   editing    edit_stream                                               any length in windows, constant memory
   detail     carry_detail, edit_pictures                               the edit at the source's resolution
   flags      option, add_flags, between, editor_flags, choose_model    for the scripts above this one, too
@@ -18,10 +18,11 @@ import re
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from itertools import chain, islice, pairwise, takewhile, tee
+from itertools import chain, islice, pairwise, product, repeat, takewhile, tee
+from itertools import count as counting
 from pathlib import Path
 from typing import NamedTuple, get_args, get_origin
 
@@ -33,7 +34,8 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from model import N_FRAMES, ROOT, UserError, VideoEditor, aside, need, reading, resize, run, to_rgb, to_tensor
+from model import (N_FRAMES, ROOT, UserError, VideoEditor, aside, merge_lora_file, need, reading, resize, run,
+                   to_rgb, to_tensor)
 
 WINDOW, REFERENCES = N_FRAMES, 4    # frames per pass, and how many of them the previous pass has finished
 NAME_BYTES = 220            # of a file's name; 255 at most, less what is added: _compare.mp4, a number, .part
@@ -41,6 +43,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp",
           ".ogv")
 MP4_AUDIO = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "libopus", "flac")  # copied as they are
+OPAQUE = "its transparency is dropped, mp4 holds none; lay it over a background first to choose what shows"
 EXACT = (Interpolation.BICUBIC | Interpolation.ACCURATE_RND         # when colours are converted
          | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP)
 
@@ -62,8 +65,9 @@ class Clip:
     turns: int = 0                  # quarter turns counterclockwise that make a decoded frame upright
     mirrored: bool = False          # and a flip after them
     pixel: Fraction = Fraction(1)   # width / height of one pixel
-    hdr: bool = False               # PQ or HLG
     audio: bool = False
+    filters: tuple = ()             # FFmpeg's, for decoded frames: (name, arguments)
+    notes: tuple = ()               # what of it an edit cannot keep
     missing: str = ""               # why the file's end cannot be read
 
     @property
@@ -101,20 +105,25 @@ def upright(rgb, turns, mirrored):
     return np.ascontiguousarray(np.flip(rgb, turns % 2) if mirrored else rgb)
 
 
-def read_image(file, name=None):
+def read_image(file, name=None, mode="RGB"):
     """rgb of a path or file object, upright as its EXIF says; UserError where it is missing or broken."""
     with reading(name or file), Image.open(file) as picture:
+        one = picture.format == "MPO" or not getattr(picture, "is_animated", False)     # MPO: a phone's jpeg
+        need(one, "holds several pictures; save them as a gif or as a folder of png files")
         picture = ImageOps.exif_transpose(picture)
         need(picture.mode != "F", "holds floating point, of any range; save it with 8 or 16 bits")
         if picture.mode.startswith("I"):                          # 16 bits, which Pillow's convert would clip
             picture = Image.fromarray(np.rint(np.asarray(picture).clip(0, 65535) / 257).astype(np.uint8))
-        return np.array(picture.convert("RGB"))
+        return np.array(picture.convert(mode))
 
 
 def frame_files(folder):
     """The pictures of a folder in the order of their numbers: 2.png before 10.png."""
-    return sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != "."),
-                  key=lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)])
+    files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != "."]
+    odd = next((f.name for f in files if not f.is_file()), "")
+    with reading(folder):
+        need(not odd, f"{odd} is not a file")                       # a pipe would be waited for
+    return sorted(files, key=lambda f: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", f.name)])
 
 
 def probe(path, rate=24):
@@ -130,8 +139,10 @@ def probe(path, rate=24):
         need(files[0].stat().st_size, "an empty file (0 bytes)")
     if files[0].suffix.lower() not in IMAGES:
         return probe_file(path)
-    rate, (height, width, _) = Fraction(rate), read_image(files[0]).shape
-    return Clip(path, width, height, rate, 1 / rate, times=list(range(len(files))), last=1, pictures=files)
+    rate, rgba = Fraction(rate), read_image(files[0], mode="RGBA")
+    height, width, _ = rgba.shape
+    return Clip(path, width, height, rate, 1 / rate, times=list(range(len(files))), last=1, pictures=files,
+                notes=(OPAQUE,) if rgba[..., 3].min() < 255 else ())
 
 
 class Packet(NamedTuple):
@@ -140,55 +151,75 @@ class Packet(NamedTuple):
     duration: int
     decoded: int            # when
     exact: bool             # it says when it is shown
-    shown: bool
+    empty: bool             # the picture before it is shown on
+
+
+def decoded(packet):
+    """The frames that come out of a decoder: none for an empty packet, as Theora has for a still moment."""
+    return packet.decode() if packet.size or packet.dts is None else []
 
 
 def read_packets(container, stream):
     """(the stream's first frame, its packets, seconds until the last stream ends, whether it broke off)."""
-    frame, packets, end = None, [], 0.0
+    frame, packets, end, cut = None, [], 0.0, False
     try:
         for packet in container.demux():
             ours = packet.stream_index == stream.index
             if ours and frame is None:
-                frame = next(iter(packet.decode()), None)
+                frame = next(iter(decoded(packet)), None)
             stamp, duration = packet.dts if packet.pts is None else packet.pts, packet.duration or 0
             if stamp is not None:
                 end = max(end, float((stamp + duration) * packet.time_base))
-            if ours and packet.size:
-                exact, shown = packet.pts is not None, not packet.is_discard
-                packets.append(Packet(stamp, duration, packet.dts, exact, shown))
+            if ours and not packet.is_discard and (packet.size or stamp is not None):
+                packets.append(Packet(stamp, duration, packet.dts, packet.pts is not None, not packet.size))
     except av.FFmpegError:                                          # what came so far can be used
-        return frame, packets, end, True
-    return frame, packets, end, False
+        cut = True
+    return frame, packets, end, cut
 
 
 def probe_file(path):
     """Clip of a video file: reads all its packets, decodes one frame."""
     with open_video(path) as (container, stream):
         frame, packets, end, cut = read_packets(container, stream)
-        kind, tick, pixel = container.format.name, stream.time_base, stream.sample_aspect_ratio or Fraction(1)
+        kind, codec, tick = container.format.name, stream.codec_context.name, stream.time_base
+        pixel = stream.sample_aspect_ratio or Fraction(1)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        audio = any(s.codec_context is not None for s in container.streams.audio)
-        length = ((container.duration or 0) + (container.start_time or 0)) / av.time_base
+        audio, alpha = bool(container.streams.audio), stream.metadata.get("alpha_mode") == "1"
+        length, begin = ((t or 0) / av.time_base for t in (container.duration, container.start_time))
+        if kind.startswith("matroska"):     # has no table of frames, but a length: from 0 or from its start
+            slack = max(0.25, 1.5 / rate)
+            cut = cut or (abs(length - end) > slack and length - (end - begin) > slack)
+        else:
+            length += begin
         cut = cut or any(entry.pos + entry.size > path.stat().st_size for entry in stream.index_entries)
-        if kind.startswith("matroska"):                         # has no table of frames, but tells its length
-            cut = cut or length - end > max(0.25, 1.5 / rate)
     with reading(path):
         need(frame, "holds no frames that can be decoded")
-        decoded = [packet.decoded for packet in packets if packet.decoded is not None]
-        restart = next((a for a, b in pairwise(decoded) if (a - b) * tick > 1), None)
+        stamps = [packet.decoded for packet in packets if packet.decoded is not None]
+        restart = next((a for a, b in pairwise(stamps) if (a - b) * tick > 1), None)
         need(restart is None, f"its time stamps start anew after {float((restart or 0) * tick):.1f} s, like "
              "those of joined files; write it anew first (ffmpeg -i IN -c copy OUT.mp4)")
-    one, shown = max(1, round(1 / rate / tick)), [packet for packet in packets if packet.shown]
-    timed = sorted((packet.stamp, packet.duration) for packet in shown if packet.stamp is not None)
-    timed = timed or [(k * one, one) for k in range(len(shown))]    # a bare stream has no times
-    first, (turns, mirrored) = timed[0][0], orientation(frame)
+    alpha = alpha or convert(path, frame, "rgba")[..., 3].min() < 255
+    notes, filters = [OPAQUE] if alpha else [], []
+    if frame.color_trc in (16, 18):                                 # PQ or HLG
+        notes.append("is HDR, its colours will look flat; convert it to SDR")
+    if frame.interlaced_frame:
+        filters.append(("bwdif", "send_frame:auto:interlaced"))
+    if codec in ("vp8", "vp9", "theora"):                   # do not say where; FFmpeg takes centre
+        filters.append(("setparams", "chroma_location=left"))
+    one = max(1, round(1 / rate / tick))
+    timed = [packet for packet in packets if packet.stamp is not None]
+    if not timed:                                                   # a bare stream
+        timed = [Packet(k * one, one, None, False, False) for k in range(len(packets))]
+    times = sorted({packet.stamp for packet in timed if not packet.empty})
+    final = max(timed, key=lambda packet: packet.stamp)
+    last = final.stamp + final.duration - times[-1]
+    first, (turns, mirrored) = times[0], orientation(frame)
     width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
     return Clip(
-        path, width, height, rate, tick, sorted({t - first for t, _ in timed}), last=timed[-1][1] or one,
+        path, width, height, rate, tick, [t - first for t in times], last=last or one,
         stamped=kind != "avi" and all(packet.exact for packet in packets),     # avi counts packets, not times
         start=first * tick, turns=turns, mirrored=mirrored, pixel=1 / pixel if turns % 2 else pixel,
-        hdr=frame.color_trc in (16, 18), audio=audio,
+        audio=audio, filters=tuple(filters), notes=tuple(notes),
         missing=f"cut short, it announces {length:.1f} s and ends at {end:.1f} s" if cut else "")
 
 
@@ -200,7 +231,8 @@ def decode(clip, since=0):
         if sought:
             container.seek(int((clip.start + since) * av.time_base))
         try:
-            for k, frame in enumerate(container.decode(stream)):
+            frames = chain.from_iterable(map(decoded, container.demux(stream)))
+            for k, frame in enumerate(through(clip.filters, frames, stream) if clip.filters else frames):
                 if clip.stamped and frame.pts is not None:
                     ticks = frame.pts - round(clip.start / clip.tick)
                 else:
@@ -216,6 +248,40 @@ def decode(clip, since=0):
         yield from decode(clip)
 
 
+def through(filters, frames, stream):
+    """Decoded frames through FFmpeg's filters."""
+    graph = av.filter.Graph()
+    graph.link_nodes(graph.add_buffer(template=stream), *(graph.add(name, how) for name, how in filters),
+                     graph.add("buffersink")).configure()
+    for frame in chain(frames, [None]):
+        graph.vpush(frame)
+        with suppress(av.BlockingIOError, av.EOFError):
+            while True:
+                out = graph.vpull()
+                out.pts = out.pts and round(out.pts * out.time_base / stream.time_base)     # it halves ticks
+                yield out
+
+
+def shown(frames, tick, moments):
+    """Yields what is on screen at each of `moments`, ascending seconds: the one meaning of that here.
+
+    frames: (ticks, x) in order; the first is shown from the start, each until the next comes, the last on.
+    """
+    slack = min(tick, Fraction(1, 500))             # webm rounds its times to milliseconds, mov to 1/600 s
+    moments, held = iter(moments), None
+    moment = next(moments, None)
+    for ticks, x in frames:
+        while held and moment is not None and moment < ticks * tick - slack:
+            yield held[0]
+            moment = next(moments, None)
+        if moment is None:
+            return
+        held = [x]
+    while held and moment is not None:
+        yield held[0]
+        moment = next(moments, None)
+
+
 def select(frames, clip, start=0, end=None, fps=None, count=-1):
     """The frames asked for, `count` at most. frames: iterable of (ticks, x) in order; start, end in seconds.
 
@@ -224,27 +290,12 @@ def select(frames, clip, start=0, end=None, fps=None, count=-1):
     """
     end = min(end or clip.seconds, clip.seconds)
     if fps:
-        chosen = resample(frames, clip.tick, start, end, fps)
+        moments = takewhile(lambda t: t < end, (start + k / fps for k in counting()))
+        chosen = enumerate(shown(frames, clip.tick, moments))
     else:
         early = takewhile(lambda frame: frame[0] * clip.tick < end, frames)
         chosen = (frame for frame in early if frame[0] * clip.tick >= start)
     return chosen if count == -1 else islice(chosen, count)
-
-
-def resample(frames, tick, start, end, fps):
-    """Yields (k, x) where x is on screen at start + k / fps."""
-    slack = min(tick, Fraction(1, 500))             # webm rounds its times to milliseconds, mov to 1/600 s
-    k, held = 0, None
-    for ticks, x in frames:
-        while held is not None and start + k / fps < min(ticks * tick - slack, end):
-            yield k, held
-            k += 1
-        held = x
-        if ticks * tick >= end:
-            break
-    while held is not None and start + k / fps < end:
-        yield k, held
-        k += 1
 
 
 def plan(clip, start=0, end=None, fps=None, count=-1):
@@ -271,7 +322,7 @@ def plan(clip, start=0, end=None, fps=None, count=-1):
 
 def read_frames(clip, start=0, end=None, fps=None, count=-1):
     """Yields (ticks, rgb) of the frames that `select` chooses, upright. One frame in memory at a time."""
-    frames = enumerate(clip.pictures) if clip.pictures else decode(clip, start)
+    frames = zip(clip.times, clip.pictures) if clip.pictures else decode(clip, start)
     for ticks, frame in select(frames, clip, start, end, fps, count):
         yield ticks, folder_frame(clip, frame) if clip.pictures else video_frame(clip, frame)
 
@@ -287,10 +338,17 @@ def folder_frame(clip, file):
 
 def video_frame(clip, frame):
     width, height = (clip.height, clip.width) if clip.turns % 2 else (clip.width, clip.height)
-    untagged_hd = frame.colorspace == 2 and height > 576 and frame.format.name.startswith("yuv")
-    rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=EXACT,
-                           src_colorspace="itu709" if untagged_hd else None)
-    return upright(rgb, clip.turns, clip.mirrored)
+    return upright(convert(clip.path, frame, "rgb24", width, height), clip.turns, clip.mirrored)
+
+
+def convert(path, frame, mode, width=None, height=None):
+    """A decoded frame as an array; mode: "rgb24" or "rgba"."""
+    hd = frame.width >= 1280 or frame.height > 576                  # as mpv guesses where no tag says which
+    matrix = "itu709" if hd and frame.colorspace == 2 and not frame.format.is_rgb else None
+    hint = f"its colours (matrix {int(frame.colorspace)}) cannot be converted; write it anew as BT.709"
+    with reading(path, hint):
+        return frame.to_ndarray(format=mode, width=width, height=height, interpolation=EXACT,
+                                src_colorspace=matrix)
 
 
 def read_video(path, size=None, start=0, end=None, fps=None, frames=-1, multiple=8):
@@ -326,32 +384,43 @@ def model_size(height, width, size, multiple):
 
 def add_sound(out, source):
     """(track of `out` for the stream `source`, whether its packets are copied, else encoded to AAC)."""
+    need(source.codec_context, "its codec is not known to this FFmpeg")
     name, rate, layout = source.codec_context.name, source.rate, source.layout.name
-    if name in MP4_AUDIO and (rate >= 16000 or not name.startswith("mp3")):        # slower mp3 is not for mp4
-        return out.add_stream_from_template(source), True
-    if rate not in (16000, 22050, 24000, 32000, 44100, 48000):
-        rate = 48000
+    need(rate and source.channels, "its rate and channels are not known")
+    copied = name in MP4_AUDIO and (rate >= 16000 or not name.startswith("mp3"))   # slower mp3 is not for mp4
     if source.channels == 1:
         layout = "mono"
     elif source.channels == 2 or layout.endswith("channels"):       # nobody says which: the first two
         layout = "stereo"
-    return out.add_stream("aac", rate=rate, layout=layout), False
+    if copied:
+        track = out.add_stream_from_template(source)
+    else:
+        track = out.add_stream("aac", rate=48000, layout=layout)
+    track.disposition = source.disposition
+    track.metadata.update(source.metadata)                          # its language
+    return track, copied
 
 
-def audio_packets(clip, out, begin=0, end=None):
-    """The clip's first sound track between begin and end (seconds; None: all of it), shifted to start at 0.
+def mux_sound(clip, out, begin=0, end=None):
+    """Write the clip's sound between begin and end (seconds; None: all of it) to `out`, where it starts at 0.
 
-    Generator of (seconds, packet); its first item is (None, None), after the track has been added to `out`.
-    Packets that mp4 can hold are copied bit for bit, others encoded to AAC. A cut falls on the nearest packet
-    (about 20 ms). What cannot be decoded, or comes with a time that has passed, is left out and said: a
-    picture is not lost for its sound.
+    Generator of seconds: a packet is written when the next is asked for; the tracks are there after the
+    first. Packets that mp4 can hold are copied bit for bit, others encoded to AAC; the default track comes
+    first, as some players know no other. A cut falls on the nearest packet (about 20 ms). What cannot be
+    used, or comes with a time that has passed, is left out and said: a picture is not lost for its sound.
     """
-    with av.open(f"file:{clip.path}", metadata_errors="replace") as container:
-        source = next(s for s in container.streams.audio if s.codec_context is not None)
-        track, copied = add_sound(out, source)
-        yield None, None
-        shift, before, lost = clip.start + begin, None, 0
-        for packet in container.demux(source):
+    with reading(clip.path), av.open(f"file:{clip.path}", metadata_errors="replace") as container:
+        default, tracks, lost = av.stream.Disposition.default, {}, 0
+        for source in sorted(container.streams.audio, key=lambda s: not s.disposition & default):
+            try:
+                tracks[source.index] = add_sound(out, source)
+            except ValueError as error:                             # FFmpeg's "invalid" is one, too
+                print(f"warning: {clip.path}: sound track {source.index} is left out: {error}",
+                      file=sys.stderr)
+        shift, before = clip.start + begin, {}
+        ours = [container.streams[i] for i in tracks]
+        for packet in container.demux(ours) if ours else ():
+            track, copied = tracks[packet.stream.index]
             try:
                 found = [packet] if copied else packet.decode()     # a packet, or the frames in it
             except av.FFmpegError:
@@ -360,10 +429,10 @@ def audio_packets(clip, out, begin=0, end=None):
             for x in found:
                 if x.pts is None:
                     continue
-                if before is not None and x.pts < before + copied:  # short decoded frames share a time
+                if x.pts < before.get(track, x.pts - 1) + copied:   # short decoded frames share a time
                     lost += 1
                     continue
-                before = x.pts
+                before[track] = x.pts
                 seconds = x.pts * x.time_base - shift
                 middle = seconds + (x.duration or 0) * x.time_base / 2
                 if (begin and middle < 0) or (end is not None and middle >= end - begin):
@@ -371,11 +440,29 @@ def audio_packets(clip, out, begin=0, end=None):
                 x.pts -= round(shift / x.time_base)
                 if copied:
                     x.dts, x.stream = x.pts, track
-                yield from ((seconds, y) for y in ([x] if copied else track.encode(x)))
-        if not copied:
-            yield from ((seconds, y) for y in track.encode(None))
+                yield seconds
+                try:
+                    out.mux(x if copied else track.encode(x))
+                except av.InvalidDataError:
+                    lost += 1
+        for track, copied in tracks.values():
+            if not copied:
+                out.mux(track.encode(None))
     if lost:
         print(f"warning: {clip.path}: {lost} unusable packets of its sound are left out", file=sys.stderr)
+
+
+def to_yuv420(rgb):
+    """rgb, height and width even -> av.VideoFrame, BT.709. A colour sample lies where players look for it if
+    no tag says more: on every other pixel of a row, half way between two rows."""
+    frame = av.VideoFrame.from_ndarray(rgb, "rgb24").reformat(
+        format="yuv444p", dst_colorspace="itu709", dst_color_range="MPEG", interpolation=EXACT)
+    yuv = frame.to_ndarray()                                        # (3, H, W)
+    rows = yuv[1:, ::2].astype(np.uint16) + yuv[1:, 1::2]
+    rows = np.pad(rows, ((0, 0), (0, 0), (1, 0)), mode="edge")
+    colours = (rows[..., :-1:2] + 2 * rows[..., 1::2] + rows[..., 2::2] + 4) // 8
+    planes = np.concatenate([yuv[0].ravel(), colours.ravel()]).astype(np.uint8)
+    return av.VideoFrame.from_ndarray(planes.reshape(-1, rgb.shape[1]), "yuv420p")
 
 
 @contextmanager
@@ -397,32 +484,25 @@ def video_writer(path, width, height, rate, tick, pixel=1, audio=None):
             coder.sample_aspect_ratio = pixel
             coder.color_primaries = coder.color_trc = coder.colorspace = 1  # bt709
             coder.color_range = 1                                           # 16 to 235, as players expect
-            sound = audio_packets(audio[0], out, *audio[1:]) if audio else iter(())
-            next(sound, None)
-            waiting = next(sound, None)
-
-            def write_sound(until):
-                nonlocal waiting
-                while waiting and waiting[0] <= until:
-                    out.mux(waiting[1])
-                    waiting = next(sound, None)
+            sound = mux_sound(audio[0], out, *audio[1:]) if audio else iter(())
+            heard = next(sound, math.inf)
 
             def mux(packets):
+                nonlocal heard
                 for packet in packets:
-                    write_sound(until=packet.dts * tick)                    # keeps pace with the pictures
+                    while heard <= packet.dts * tick:               # sound keeps pace with the pictures
+                        heard = next(sound, math.inf)
                     packet.duration = lengths.pop(packet.pts)
                     out.mux(packet)
 
             def write(rgb, ticks, length):
-                rgb = np.pad(rgb, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-                frame = av.VideoFrame.from_ndarray(rgb, "rgb24").reformat(
-                    format="yuv420p", dst_colorspace="itu709", dst_color_range="MPEG", interpolation=EXACT)
+                frame = to_yuv420(np.pad(rgb, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
                 frame.pts, frame.time_base, lengths[ticks] = ticks, tick, length
                 mux(stream.encode(frame))
 
             yield write
             mux(stream.encode(None))
-            write_sound(until=math.inf)
+            deque(sound, maxlen=0)                                          # what is left of it
     except (OSError, av.FFmpegError) as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -438,7 +518,7 @@ def write_video(path, video, fps, audio=None):
 # ---- editing -----------------------------------------------------------------------------------------------
 
 def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_source=False, on_step=None,
-                **scales):
+                first=None, **scales):
     """Edit a clip of any length: iterable of source frames (3, H, W) in [-1, 1] -> generator of edited ones.
 
     Windows of 16 frames: after the first, 4 of them are references, the last frames already edited, and 12
@@ -449,15 +529,24 @@ def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_s
     with noise of each frame's own. With "ffg" the first frame already ties windows together, or else the one
     noise does, and the correction, which copies mean errors in place, made joins visible and clips worse from
     window to window.
+
+    first: the first frame as it was edited elsewhere, (3, H, W). The others follow its trajectory by FFG-V2V,
+    and the correction with it as the one reference of every window: without that they follow hardly.
     """
-    mode, together = ed.default_mode if mode == "auto" else mode, frames_interact(ed, mode)
-    frames, done, anchor = iter(frames), 0, None
-    known = deque(maxlen=WINDOW)                                    # (z_src, z0) of the last frames
+    mode = "ffg" if first is not None else ed.default_mode if mode == "auto" else mode
+    frames, done, anchor, together = iter(frames), 0, None, frames_interact(ed, mode)
+    known, n_known = deque(maxlen=WINDOW), REFERENCES               # (z_src, z0) of the last frames
+    if first is not None:
+        z_src, z_first = (ed.encode(x[None, None]) for x in (next(frames), first))
+        z_T = ed.noise(1, *z_src.shape[3:], seed, mode=mode)
+        anchor, together = ed.follow(z_src, z_first, z_T, steps), True
+        done, n_known, known = 1, 1, [(z_src, anchor[1][-1])]
+        yield (first, ed.decode(z_src * ed.vae.scaling_factor)[0, 0]) if with_source else first
     while True:
-        new = list(islice(frames, WINDOW - REFERENCES if done and together else WINDOW))
+        new = list(islice(frames, WINDOW - n_known if done and together else WINDOW))
         if not new:
             return
-        n_ref = min(done, WINDOW - len(new)) if together else 0
+        n_ref = min(done, WINDOW - len(new), len(known)) if together else 0
         refs = list(known)[len(known) - n_ref:]
         z_new = ed.encode(torch.stack(new)[None])                   # (1, F_new, c, h, w)
         z_src = torch.cat([z for z, _ in refs] + [z_new], dim=1)    # references come first
@@ -465,11 +554,12 @@ def edit_stream(ed, frames, instruction, steps=None, seed=0, mode="auto", with_s
         if mode == "ffg" and anchor is None:
             anchor = ed.anchor(z_src[:, :1], instruction, z_T[:, :1], steps, **scales)
         z0_ref = None
-        if refs and mode == "video" and not ed.same_noise:
+        if refs and (first is not None or mode == "video" and not ed.same_noise):
             z0_ref = torch.cat([z for _, z in refs], dim=1)
         z0 = ed.sample(z_src, instruction, z_T, steps, **scales, mode=mode, anchor=anchor, z0_ref=z0_ref,
                        on_step=on_step)[:, n_ref:]
-        known.extend(zip(z_new.split(1, dim=1), z0.split(1, dim=1)))
+        if first is None:
+            known.extend(zip(z_new.split(1, dim=1), z0.split(1, dim=1)))
         done += len(new)
         edited = ed.decode(z0)[0]
         yield from zip(edited, ed.decode(z_new * ed.vae.scaling_factor)[0]) if with_source else edited
@@ -541,20 +631,26 @@ def frame_mean(x, weight):
     return (w * x).sum((-2, -1), keepdim=True) / w.sum((-2, -1), keepdim=True)
 
 
-def edit_pictures(ed, pictures, size, instruction, detail=True, **options):
+def edit_pictures(ed, pictures, size, instruction, detail=True, first=None, **options):
     """Edit rgb frames (H, W, 3) uint8 of any size and number -> generator of (edited rgb of that size, the
     model's frame of it and of the source (3, h, w) in [-1, 1]). size: (h, w) of the model's frame; detail:
-    carry the edit up to the source's resolution, else resize it; options as `edit_stream` takes them. What
-    the commands deliver.
+    carry the edit up to the source's resolution, else resize it; first: the first frame's edit, rgb of any
+    size, delivered as it is; options as `edit_stream` takes them. What the commands deliver.
     """
     frames, sources = tee((rgb, resize(to_tensor(rgb), *size)) for rgb in pictures)        # holds one window
-    edits = edit_stream(ed, (small for _, small in frames), instruction, **options, with_source=detail)
-    for edit, (rgb, small) in zip(edits, sources):
-        if detail:
-            edit, source_low = edit
+    given = None if first is None else resize(to_tensor(first), *size)
+    edits = edit_stream(ed, (small for _, small in frames), instruction, with_source=detail, first=given,
+                        **options)
+    for i, (edit, (rgb, small)) in enumerate(zip(edits, sources)):
+        edit, source_low = edit if detail else (edit, None)
+        if i == 0 and first is not None:
+            full = resize(to_tensor(first), *rgb.shape[:2])
+        elif detail:
             full = carry_detail(source_low[None], edit[None], to_tensor(rgb)[None].to(edit.device))[0]
         else:
             full = resize(edit, *rgb.shape[:2])
+        if not torch.isfinite(full).all():
+            raise UserError(f"{ed.name}: the edit holds NaN or Inf; is a weight file damaged?")
         yield to_rgb(full), edit.cpu(), small
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -599,9 +695,11 @@ def between(low, high=None, kind=float, off=None):
     """The type of a flag whose value lies in a range, NaN outside; `off` is allowed besides."""
     def read(text):
         value = kind(text)
-        if value != off and low is not None and not value >= low:
+        if value == off:
+            return value
+        if low is not None and not value >= low:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
-        if value != off and high is not None and not value <= high:
+        if high is not None and not value <= high:
             raise argparse.ArgumentTypeError(f"{text}: must be {high:g} at most")
         return value
     read.__name__ = kind.__name__                                   # argparse names it: invalid int value
@@ -615,6 +713,15 @@ def number(text):
     except ZeroDivisionError:
         raise ValueError(text) from None
     return value.limit_denominator(60000)           # more digits of 30000/1001 than a container's clock takes
+
+
+def lora(text):
+    """The type of --lora: (file, strength)."""
+    file, colon, strength = text.rpartition(":")
+    try:
+        return (file, float(strength)) if colon else (text, 1.0)
+    except ValueError:                                              # a name with a colon in it
+        return text, 1.0
 
 
 def known_device(name):
@@ -681,6 +788,8 @@ def parse(argv=None):
     editor_flags(parser)
     add("--motion", help="motion modules instead of the model's own: hub id, directory or AnimateDiff .ckpt")
     add("--device", type=known_device, help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--lora", type=lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="a LoRA for "
+        "the U-Net, merged on load, kohya's or peft's; several add up")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, else float32")
     add("--mode", default="auto", choices=["auto", "image", "ffg", "video"], help="image: frame by frame; "
         "ffg: guided by the first frame, needs no training; video: trained video layers")
@@ -690,6 +799,11 @@ def parse(argv=None):
     add("--end", type=seconds, metavar="S", help="seconds into the clip (-1: to its end)")
     add("--fps", type=between(0.1, 240, number, -1), help="resample, e.g. to 8 or 30000/1001 (-1: as it is)")
     add("--frames", type=between(1, 10 ** 7, int, -1), default=-1, help="edit this many at most (-1: all)")
+    # what may change
+    add("--mask", metavar="FILE|DIR", help="picture or clip: only where it is white may the edit change "
+        "a thing, elsewhere the source's pixels stay")
+    add("--keep", metavar="FILE|DIR", help="picture or clip: where it is white the source's pixels stay")
+    add("--first-frame", metavar="FILE", help="the first frame, edited with any tool; the clip follows it")
     # output
     add("--out", help="file to write, or an existing folder (default: beside the source)")
     add("--compare", action="store_true", help="also write source and edit side by side")
@@ -700,8 +814,10 @@ def parse(argv=None):
         raise UserError(f"--end {float(args.end):g}: must come after --start {float(args.start):g}")
     if not all(text.strip() for text in args.instruction):
         raise UserError('instruction "": is empty; say what to change, e.g. "make it snow"')
-    if args.grid and (args.compare or args.no_detail or args.mode != "auto"):
-        raise UserError("--grid: edits the first frame alone; leave out --compare, --mode and --no-detail")
+    if args.grid and (args.compare or args.no_detail or args.mask or args.keep or args.mode != "auto"):
+        raise UserError("--grid: edits one frame alone; leave out --compare, --mode, --no-detail and masks")
+    if args.first_frame and (args.grid or args.mode not in ("auto", "ffg")):
+        raise UserError("--first-frame: is followed in --mode ffg; leave out --grid and other modes")
     return args
 
 
@@ -735,9 +851,7 @@ def output_paths(clip, instructions, out, ending, compare=False):
 
 
 def check_words(ed, instruction):
-    """Print a warning for an instruction that the model cannot take as it is."""
-    if len(ed.tokenizer.encode(instruction)) > 75:                   # and a start and an end
-        print(f'warning: "{instruction[:40]}..." has more than 77 tokens, its end is cut', file=sys.stderr)
+    """Print a warning for words that the model was not trained on."""
     words = set(re.findall(r"[^\W\d]+", instruction.lower()))
     if ed.words and words - ed.words:
         print(f"warning: {ed.name} was not trained on: {', '.join(sorted(words - ed.words))}; it knows, for "
@@ -752,25 +866,52 @@ def grid_sheet(ed, frame, instruction, path, options):
     height = round(frame.shape[-2] * width / frame.shape[-1])
     sheet = Image.new("RGB", (len(sources) * width, len(texts) * (height + top)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    cells = [(i, j) for i in range(len(texts)) for j in range(len(sources))]
-    for i, j in tqdm(cells, desc="grid", unit="edit"):
-        how = options | dict(s_txt=texts[i], s_src=sources[j], mode="image")
+    for k, (s_txt, s_src) in enumerate(tqdm(list(product(texts, sources)), desc="grid", unit="edit")):
+        how = options | dict(s_txt=s_txt, s_src=s_src, mode="image")
         edit = Image.fromarray(to_rgb(ed.edit(frame[None, None], instruction, **how)[0, 0]))
-        x, y = j * width, i * (height + top)
-        label = f"--text-cfg {texts[i]:g} --source-cfg {sources[j]:g}"
-        draw.text((x + 4, y + 2), label, fill="black", font=font)
+        x, y = k % len(sources) * width, k // len(sources) * (height + top)
+        draw.text((x + 4, y + 2), f"--text-cfg {s_txt:g} --source-cfg {s_src:g}", fill="black", font=font)
         sheet.paste(edit.resize((width, height), Image.Resampling.BICUBIC), (x, y + top))
     with aside(path) as part:
         sheet.save(part, format="PNG")
 
 
-def edit_file(ed, clip, span, size, instruction, path, compare, options):
-    """Edit one clip into one file (and a comparison, if a path is given). Returns how many frames.
+def may_change(clip, mask, keep, moments):
+    """Yields (H, W, 1) in [0, 1]: how much the frames shown at `moments` (seconds) may change.
 
-    span: (start, end, fps, count) of the frames; size: (height, width) of the model's frame; options: steps,
+    mask, keep: paths or None, of pictures or clips that are white where the edit may show and where not; the
+    pictures of a folder go with the clip's frames one by one. A border's ramp lies where change is allowed.
+    """
+    def white(path, times):
+        film = probe(path)
+        if film.pictures:
+            film = replace(film, times=clip.times, tick=clip.tick)
+        for rgb in shown(read_frames(film), film.tick, times):
+            yield resize(to_tensor(rgb), clip.height, clip.width).mean(0, keepdim=True) > 0
+
+    radius = max(1, min(clip.height, clip.width) // 100)
+    moments, same = tee(moments)
+    allowed = white(mask, moments) if mask else repeat(torch.ones(1, clip.height, clip.width, dtype=bool))
+    kept = white(keep, same) if keep else repeat(torch.tensor(False))
+    for a, k in zip(allowed, kept):
+        free = (a & ~k).float()
+        near = F.avg_pool2d(free, 2 * radius + 1, 1, radius, count_include_pad=False)
+        yield (free * (2 * near - 1).clamp(min=0)).permute(1, 2, 0).numpy()
+
+
+def blend(rgb, edit, share):
+    """share (H, W, 1) in [0, 1] of the edit, the rest of the source's rgb; None: all of it."""
+    return edit if share is None else np.rint(rgb + share * (edit.astype(np.float32) - rgb)).astype(np.uint8)
+
+
+def edit_file(ed, clip, span, size, instruction, paths, masks, options):
+    """Edit one clip into one file. Returns how many frames.
+
+    span: (start, end, fps, count) of the frames; size: (height, width) of the model's frame; paths: of the
+    edit and, or None, of source and edit side by side; masks: mask and keep of `may_change`; options: steps,
     s_txt, s_src, seed, mode, detail as `edit_pictures` takes them.
     """
-    start, end, fps, count = span
+    (start, end, fps, count), (path, compare) = span, paths
     times, tick, lengths = plan(clip, *span)
     zero = times[0] if start and not fps else 0                     # a cut clip starts at 0
     stop = times[-1] + lengths[-1]
@@ -784,12 +925,17 @@ def edit_file(ed, clip, span, size, instruction, path, compare, options):
     new = WINDOW - REFERENCES if frames_interact(ed, options["mode"]) else WINDOW
     n_windows = 1 + math.ceil(max(0, len(times) - WINDOW) / new)
     small, sources = tee(read_frames(clip, *span))                  # holds one window
+    shares = repeat(None)
+    if any(masks):
+        sources, timed = tee(sources)
+        shares = may_change(clip, *masks, ((start if fps else 0) + ticks * tick for ticks, _ in timed))
     n, bar = 0, tqdm(total=n_windows * options["steps"], desc=instruction[:30], unit="step")
     both = writer(compare, 2 * clip.width) if compare else nullcontext()
     with bar, writer(path, clip.width) as write, both as write_both:
         edits = edit_pictures(ed, (rgb for _, rgb in small), size, instruction, **options,
                               on_step=lambda i: bar.update())
-        frames = ((ticks, rgb, edit) for (edit, *_), (ticks, rgb) in zip(edits, sources))
+        frames = ((ticks, rgb, blend(rgb, edit, share))
+                  for (edit, *_), (ticks, rgb), share in zip(edits, sources, shares))
         # a frame is shown until the next comes; the first from the start, even where that cannot be decoded
         for (ticks, rgb, edit), (later, *_) in pairwise(chain(frames, [(stop,)])):
             ticks, n = ticks if n else times[0], n + 1
@@ -820,18 +966,29 @@ def main(argv=None):
     args, began = parse(argv), time.time()
     clip, span = probe(args.video, args.fps or 24), (args.start, args.end, args.fps, args.frames)
     n_frames = len(plan(clip, *span)[0])
-    if clip.hdr:
-        print(f"warning: {clip.path}: is HDR, its colours will look flat; convert it to SDR", file=sys.stderr)
+    for note in clip.notes:
+        print(f"warning: {clip.path}: {note}", file=sys.stderr)
+    for path in filter(None, (args.mask, args.keep)):
+        probe(path)                                                 # refuses it before the work begins
+    first = args.first_frame and read_image(args.first_frame)
+    if first is not None and abs(math.log(first.shape[0] / first.shape[1] * clip.width / clip.height)) > 0.05:
+        raise UserError(f"--first-frame {args.first_frame}: is {first.shape[1]}x{first.shape[0]}, the clip's "
+                        f"frames are {clip.width}x{clip.height}; it must have their shape")
     paths = output_paths(clip, args.instruction, args.out, "_grid.png" if args.grid else ".mp4", args.compare)
     source, why = choose_model(args.model, args.weights, args.device)
     print(f"model: {source} ({why})")
     ed = VideoEditor.from_pretrained(source, motion=args.motion, device=args.device, dtype=args.dtype)
+    for file, strength in args.lora:
+        merge_lora_file(ed.unet, file, strength)
     if args.mode == "video" and ed.default_mode != "video":
         raise UserError(f"--mode video: {source} has no trained video layers; use --mode ffg or image")
     short, options = settings(args, ed)
     height, width = size = model_size(clip.height, clip.width * clip.pixel, short, ed.multiple)
     print(f"{clip.path}: {n_frames} frames of {clip.width}x{clip.height}, edited at {width}x{height} "
           f"on {ed.device}")
+    if n_frames > 100 * WINDOW:
+        print(f"warning: that is {n_frames // WINDOW} passes of {options['steps']} steps at least, and takes "
+              "as long as the bar says; --end, --frames or a lower --fps make it less", file=sys.stderr)
     for instruction, path in zip(args.instruction, paths):
         check_words(ed, instruction)
         if args.grid:
@@ -840,8 +997,9 @@ def main(argv=None):
             print(f"{path}: choose a cell and pass its --text-cfg and --source-cfg")
             continue
         compare = comparison(path) if args.compare else None
-        how = options | dict(mode=args.mode, detail=not args.no_detail)
-        n = edit_file(ed, clip, span, size, instruction, path, compare, how)
+        mode = "ffg" if args.first_frame else args.mode
+        how = options | dict(mode=mode, detail=not args.no_detail, first=first)
+        n = edit_file(ed, clip, span, size, instruction, (path, compare), (args.mask, args.keep), how)
         print(f"{path}: {n} frames in {time.time() - began:.1f} s, peak memory {peak_memory(ed.device)}"
               + (f"; side by side in {compare}" if compare else ""))
         began = time.time()

@@ -50,9 +50,9 @@ import curate
 import world
 from metrics import CLIP, ViCLIP, drawn_scores, print_bare, table_head, table_row
 from model import (EPM, N_FRAMES, ROOT, SD15_MOTION, VAE, MotionModule, ResnetBlock, Tokenizer, Transformer,
-                   UNet, UserError, VideoEditor, aside, begin, fingerprint, finished, need, noise_levels,
-                   part, read_json, read_tensors, reading, repository, run, save_tensors,
-                   write_json, write_text)
+                   UNet, UserError, VideoEditor, aside, begin, find_tensors, fingerprint, finished, need,
+                   noise_levels, part, portable, read_json, read_tensors, reading, repository, resize, run,
+                   save_tensors, to_tensor, write_json, write_text)
 from sample import Parser, add_flags, from_flags, known_device, option
 from teachers import (FIELDS, LLAVA, WRITER_TASKS, LlavaOneVision, add_lora, guess_task, parse_answer,
                       save_lora, writer_loss)
@@ -97,7 +97,13 @@ class Viclip(Training):
 @dataclass
 class Image(Training):
     size: int = option(64, "short side of the frames, pixels", choices=SIZES)
-    weights: str = option("", "an editor to go on from, with a new schedule (default: from nothing)")
+    weights: str = option("", "an editor to go on from, with a new schedule, or Stable Diffusion (default: "
+                              "from nothing)")
+    shares: tuple[float, ...] = option((), "how often each of --images-from is drawn from (default: alike)")
+    cache: bool = option(True, "latents of given images lie on disk; else they are made when wanted")
+    train_text: bool = option(True, "the text encoder learns along")
+    no_text: str = option("source", "target where the instruction is dropped", choices=["source", "edit"])
+    images_from: tuple[str, ...] = ()   # Task's
     optimizer: str = option("muon", "of inner matrices; the rest has AdamW", choices=["muon", "adamw"])
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
     region_weight: float = option(3.0, "extra loss weight of a frame's smaller part, changed or kept", low=0)
@@ -124,7 +130,7 @@ class Round(Training):
     sma: bool = option(True, "gamma is trained, from 0; else it stays at 1")
     epm: bool = option(True, "editing-guided propagation")
     epm_sites: str = option("all", "EPM at which self-attention sites", choices=["all", "inner"])
-    epm_start: float = option(-2.0, "EPM's bias between frames before training")
+    joint: bool = False                 # table 3's control: EPM stays at 0, a frame hears all alike
     same_noise: float = option(1.0, "share of clips whose frames have one noise", low=0, high=1)
     t_bias: float = option(0.5, "time steps are T * u ** bias: 1 uniform, below 1 more noise", low=1e-6)
     region_weight: float = option(3.0, "extra loss weight of a frame's smaller part, changed or kept", low=0)
@@ -161,11 +167,14 @@ class Task:
     data: Path | None = option(None, "where drawn, cached and curated clips lie (default: data/<model>)")
     runs: Path | None = option(None, "where runs go (default: runs/<model>)")
     round: int | None = option(None, "bring the model up to this one; video, plot, export: which one", low=0)
-    out: Path | None = option(None, "video, writer: where the run goes; plot, export: where it lies")
+    out: Path | None = option(None, "image, video, writer: where the run goes; plot, export: where it lies")
     to: Path = option(TINY, "export: target folder")
-    images_from: str = option("shapes", "round 0: source images, as curate.py images --from")
+    photos: Path | None = option(None, "a folder of photographs, for tiny to see; needs --cutouts")
+    cutouts: Path | None = option(None, "things to put on them: PNG with alpha, named as fire-truck_2.png")
+    images_from: tuple[str, ...] = option((), "round 0: source images, as curate.py images --from (tiny: "
+                                              "shapes); image: pairs to train on, several are mixed")
     images: int = option(240, "round 0: how many of them", low=1)
-    real_from: str = option("shapes", "rounds 1, 2: real clips, as curate.py cut --from")
+    real_from: str = option("", "rounds 1, 2: real clips, as curate.py cut --from (tiny: shapes)")
     real_clips: int = option(120, "rounds 1, 2: how many of them; of a folder how many videos", low=1)
     mix: bool = option(False, "from round 2 on the synthetic triples of round 0 as well")
     curate_images: str = option("", "rounds: more flags of curate.py images, quoted, after =")
@@ -183,13 +192,20 @@ class Task:
 # the source, see `stage_image`; IP2P's is an average of all edits, which its guidance scales count on.
 ROUND = {"tiny": Round(steps=60, lr=2e-4),
          "sd15": Round(weights="sd15", motion=SD15_MOTION, steps=2000, lr=1e-5, lr_new=1e-4, batch=1,
-                       accumulate=16, same_noise=0.0, t_bias=1.0, region_weight=0.0, no_text="edit",
-                       guided_loss=False, epm_start=-10.0)}
+                       accumulate=16, same_noise=0.5, t_bias=1.0, region_weight=0.0, no_text="edit",
+                       guided_loss=False)}
+# InstructPix2Pix's own schedule, but for its batch of 1,024 pairs
+IMAGE = {"tiny": Image(steps=16_000, batch=32),
+         "sd15": Image(steps=10_000, lr=1e-4, batch=16, accumulate=4, size=256, samples=10 ** 7,
+                       optimizer="adamw", t_bias=1.0, region_weight=0.0, train_text=False, no_text="edit",
+                       weights="stable-diffusion-v1-5/stable-diffusion-v1-5")}
 WRITER = Writer(steps=2000, lr=1e-4)                               # ours; the paper names neither
 # where the rounds' curation differs from curate.py by itself: five sampling steps edit as well as twenty for
 # `tiny`, and of clips that differ in guidance alone there is nothing to choose
 CURATE = {"tiny": dict(images=dict(candidates=6, steps=5), videos=dict(candidates=1),
-                       real=dict(candidates=2, steps=5)), "sd15": {}}
+                       real=dict(candidates=2, steps=5)),
+          "sd15": dict(clips=dict(animate="cogvideox"), write=dict(writer="llava"))}
+TASK = {"tiny": Task(), "sd15": Task(model="sd15", images=50_000, real_clips=8000)}     # as in the paper
 
 # ---- the drawn data: files drawn once, shared by all stages ------------------------------------------------
 
@@ -198,7 +214,25 @@ KINDS = {"pairs": ("world shard", 0, 500),                    # name and first o
 DOMAINS = ["synthetic"] * 4 + ["real"]
 
 
-def draw_file(path, kind, index, n, size):
+@dataclass(frozen=True)
+class Drawn:
+    """Where drawn data lies, and what it is drawn from besides code. The folder is named by both: another
+    version of the world draws anew."""
+    folder: Path
+    pictures: world.Pictures | None = None
+
+
+def drawn_data(data, photos, cutouts):
+    if bool(photos) != bool(cutouts):
+        raise UserError("--photos and --cutouts: pass both")
+    pictures = None
+    if photos:
+        with reading("--photos and --cutouts"):
+            pictures = world.find_pictures(photos, cutouts)
+    return Drawn(data / f"world-{fingerprint(ROOT / 'world.py', *filter(None, (photos, cutouts)))}", pictures)
+
+
+def draw_file(path, kind, index, n, size, pictures=None):
     """File `index` of a kind: a .safetensors with x, uint8, and beside it a .json with a record a sample.
 
     pairs (n, 2, H, W, 3): source and target of an edit, some files wide or tall; clips (n, 2, 8, H, W, 3):
@@ -212,28 +246,24 @@ def draw_file(path, kind, index, n, size):
     for i in range(n):
         seed, domain = first + index * n + i, DOMAINS[i % 5]
         if kind == "motion":
-            clip = world.render(world.draw_scene(seed, domain), N_FRAMES, *shape, t0=rng.uniform(0, 4))
+            scene = world.training_scene(seed, domain, pictures)
+            clip = world.render(scene, N_FRAMES, *shape, t0=rng.uniform(0, 4))
             samples.append(((clip * 255 + .5).astype(np.uint8), dict(seed=seed, domain=domain)))
         else:
-            samples.append(world.draw_pair(seed, domain, rng, *shape, 8 if kind == "clips" else 1))
+            samples.append(world.draw_pair(seed, domain, rng, *shape, 8 if kind == "clips" else 1, pictures))
     frames, records = zip(*samples)
     write_json(path.with_suffix(".json"), records)
     x = torch.from_numpy(np.stack(frames))
     save_tensors(path, {"x": x})                                   # last: a file is there whole or not at all
 
 
-def world_folder(data):
-    """Named by the code that draws: another version of the world draws anew."""
-    return data / f"world-{fingerprint(ROOT / 'world.py')}"
-
-
-def world_set(data, kind, n, size):
+def world_set(drawn, kind, n, size):
     """Draw what is missing of the first n samples, on all cores; returns [(uint8, mapped into memory,
     [record])] by file."""
-    per_file, folder = KINDS[kind][2], world_folder(data)
-    paths = [folder / f"{kind}-{size}px-{i:05d}.safetensors" for i in range(math.ceil(n / per_file))]
+    per_file = KINDS[kind][2]
+    paths = [drawn.folder / f"{kind}-{size}px-{i:05d}.safetensors" for i in range(math.ceil(n / per_file))]
     with ProcessPoolExecutor() as pool:
-        jobs = [pool.submit(draw_file, path, kind, i, per_file, size)
+        jobs = [pool.submit(draw_file, path, kind, i, per_file, size, drawn.pictures)
                 for i, path in enumerate(paths) if not path.is_file()]
         for job in tqdm(jobs, desc=f"drawing {kind}", unit="file", disable=not jobs):
             job.result()
@@ -335,15 +365,15 @@ def parameter_groups(trained, s):
     published file, so they start from nothing: gamma is one number a module and needs more than the rate
     at which EPM's matrices stay calm. Muon is for inner matrices: embeddings, first and last layers and
     vectors are AdamW's."""
-    groups = {(s.lr, 0.01, False): []}                             # rate, weight decay, whether Muon's
+    groups = {(s.lr, 0.01, False, 1e-8): []}                       # rate, weight decay, whether Muon's, eps
     for name, p in trained.items():
         inner = p.dim() > 1 and not any(word in name for word in ("embedding", "conv_in", "conv_out"))
-        kind = s.lr, 0.01, inner and s.optimizer == "muon"
-        if name.endswith(".gamma") or ".epm." in name:
-            kind = (10 if name.endswith(".gamma") else 1) * s.lr_new, 0.0, False
+        kind = s.lr, 0.01, inner and s.optimizer == "muon", 1e-8
+        if name.endswith(".gamma") or ".epm." in name:             # a shut EPM's gradients are below 1e-8
+            kind = (10 if name.endswith(".gamma") else 1) * s.lr_new, 0.0, False, 1e-12
         groups.setdefault(kind, []).append(p)
-    return [dict(params=params, lr=lr, weight_decay=decay, muon=muon)
-            for (lr, decay, muon), params in groups.items()]
+    return [dict(params=params, lr=lr, weight_decay=decay, muon=muon, eps=eps)
+            for (lr, decay, muon, eps), params in groups.items()]
 
 
 def save_state(path, **state):
@@ -363,7 +393,7 @@ def resume(path, trained, average, opt):
     if not path.is_file():
         return 0, []
     with reading(path, "put a whole copy there, or delete it to begin anew"):
-        state = torch.load(path, map_location="cpu", weights_only=True)   # a resumed run needs no more memory
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)     # eight ranks share it
         for name, p in trained.items():
             p.data.copy_(state["trained"][name])
             average[name].copy_(state["average"][name])
@@ -476,13 +506,13 @@ def write_network(folder, config, tensors, name="diffusion_pytorch_model.safeten
 
 # ---- stage vae ---------------------------------------------------------------------------------------------
 
-def stage_vae(out, s, how, data):
+def stage_vae(out, s, how, drawn):
     """Autoencoder: L1 + L2 on pixels and on their differences (edges), and a very small KL term (no
     adversary).
 
     On crops of 32 pixels: many small pictures teach faster than few large ones at the same cost.
     """
-    shards = world_set(data, "pairs", s.samples, s.size)
+    shards = world_set(drawn, "pairs", s.samples, s.size)
     config = read_json(TINY / "vae" / "config.json")
     torch.manual_seed(s.seed)
     vae = VAE(config)
@@ -509,7 +539,7 @@ def stage_vae(out, s, how, data):
 
 # ---- stage clip --------------------------------------------------------------------------------------------
 
-def train_tokenizer(folder):
+def train_tokenizer(folder, known):
     """CLIP's byte-pair format for the words of the shapes world: every known word becomes one token."""
     bpe = BPETokenizer(models.BPE(end_of_word_suffix="</w>"))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -518,7 +548,7 @@ def train_tokenizer(folder):
     ends = [letter + "</w>" for letter in letters]      # their order breaks ties; not given, it is by chance
     trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, show_progress=False, special_tokens=ends,
                                   end_of_word_suffix="</w>", initial_alphabet=letters)
-    bpe.train_from_iterator(world.known_words(), trainer)
+    bpe.train_from_iterator(known, trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     words = [*letters, *ends, *("".join(pair) for pair in merges),
              "<|startoftext|>", "<|endoftext|>"]                # the end has the largest id: CLIP pools there
@@ -548,13 +578,13 @@ def change(x):
     return target - source
 
 
-def stage_clip(out, s, how, data):
+def stage_clip(out, s, how, drawn):
     """CLIP on frames and captions, source and target of a pair in one batch (each is the other's hard
     negative), plus instructions on the direction from source to target, so that the text tower learns the
     words of edits too."""
     config, pixels = (read_json(TINY / "clip" / name) for name in ("config.json", "preprocessor_config.json"))
-    shards = square(world_set(data, "pairs", s.samples, config["vision_config"]["image_size"]))
-    train_tokenizer(out)
+    shards = square(world_set(drawn, "pairs", s.samples, config["vision_config"]["image_size"]))
+    train_tokenizer(out, world.known_words(drawn.pictures))
     tokenizer = Tokenizer(out / "vocab.json", out / "merges.txt")
     config["text_config"]["vocab_size"] = len(tokenizer.vocab)
     torch.manual_seed(s.seed)
@@ -581,7 +611,7 @@ def stage_clip(out, s, how, data):
 
 # ---- stage viclip ------------------------------------------------------------------------------------------
 
-def stage_viclip(out, s, how, data):
+def stage_viclip(out, s, how, drawn):
     """ViCLIP on drawn clips with stage clip's loss: captions on clips, source and target of a pair in one
     batch, plus captions' difference and instructions on the direction from source to target, which is what
     ViCLIP_dir asks for.
@@ -592,8 +622,8 @@ def stage_viclip(out, s, how, data):
     copy_tokenizer(out.parent / "clip", out)
     tokenizer = Tokenizer(out / "vocab.json", out / "merges.txt", pad=0)
     config = read_json(TINY / "viclip" / "config.json") | {"vocab_size": len(tokenizer.vocab)}
-    stills = square(world_set(data, "pairs", s.samples, config["image_size"]))
-    clips = world_set(data, "clips", s.clips, config["image_size"])
+    stills = square(world_set(drawn, "pairs", s.samples, config["image_size"]))
+    clips = world_set(drawn, "clips", s.clips, config["image_size"])
     torch.manual_seed(s.seed)
     net = ViCLIP(config)
     torch.nn.init.constant_(net.temp, 0.07)                        # the published 0.01 is where training ends
@@ -669,36 +699,136 @@ def write_editor(out, config, unet, about):
     write_json(out / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about})
 
 
-def stage_image(out, s, how, data):
-    """InstructPix2Pix on cached latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the
-    scheduler says.
+def widened(source, to, write=True):
+    """Stable Diffusion as InstructPix2Pix starts from it, in folder `to`: its U-Net takes the source's
+    latents besides, by weights of zero. `source` itself where that is an editor."""
+    unet = part(repository(source), "unet")
+    with reading(unet, "is it Stable Diffusion 1.5, or an editor of its kind?"):
+        config, (tensors, _) = read_json(unet / "config.json"), find_tensors(unet)
+        if config["in_channels"] != config["out_channels"]:
+            return source
+        first = tensors["conv_in.weight"]
+        tensors["conv_in.weight"] = torch.cat([first, torch.zeros_like(first)], dim=1)
+    if write:
+        write_network(to / "unet", config | dict(in_channels=2 * config["in_channels"]), tensors)
+        about = {"base": portable(source)}
+        write_json(to / "model_index.json", {"_class_name": "VideoEditor", "instructvedit": about})
+    return to
 
-    PAPER: the text encoder is CLIP's, frozen. tiny CLIP has seen too little for that: its states hold more of
-    a word's neighbours than of the word, so here it is trained along, from stage clip's weights.
 
-    PAPER: IP2P keeps the edited target where it drops the text, so its "no instruction" is an average of all
-    edits. Here a dropped instruction asks for nothing and its target is the source: an empty instruction then
-    returns the clip, and text guidance points from unchanged to edited. Errors count by `region_weights`.
+def drawn_pairs(ed, s, drawn):
+    """take(generator) -> (latents of pairs (N, 2, c, h, w), unscaled, [instruction]) of the drawn world.
 
     The real domain is left out on purpose: closing that gap is what the refinement rounds are for.
     """
-    if not s.weights:
-        fresh_editor(out, s.seed)
-    ed = VideoEditor.from_pretrained(s.weights or out, motion=False, device=how.device, dtype="float32")
-    drawn = world_set(data, "pairs", s.samples, s.size)
-    shards = latents_of(ed, drawn, world_folder(data) / f"pairs-{s.size}px", ["synthetic"])
-    unet = ed.unet.requires_grad_(True)
-    unet.text_encoder = ed.text_encoder.requires_grad_(True)       # one optimizer, one average for both
-    abar, scale = noise_levels(ed.scheduler).to(how.device), ed.vae.scaling_factor
+    shards = world_set(drawn, "pairs", s.samples, s.size)
+    shards = latents_of(ed, shards, drawn.folder / f"pairs-{s.size}px", ["synthetic"])
     odds = {name: task.trained for name, task in world.TASKS.items()}
 
-    def loss_fn(number, generator):
+    def take(generator):
         pairs, (_, _, orders) = random_batch(shards, s.batch, generator, axis=3, odds=odds)
-        z_src, z_tgt = pairs.float().unbind(1)
+        return pairs.float(), orders
+    return take
+
+
+def encode_pair(ed, pair, size):
+    """The middle squares of a pair's pictures: latents (2, c, h, w), unscaled."""
+    squares = []
+    for rgb in pair["load"]():
+        with reading(f"pair {pair['id']}"):
+            need(rgb is not None, "has no edited picture")
+        side = min(rgb.shape[:2])
+        top, left = ((n - side) // 2 for n in rgb.shape[:2])
+        squares.append(resize(to_tensor(rgb[top:top + side, left:left + side]), size, size))
+    return ed.encode(torch.stack(squares)[None])[0]
+
+
+def encoded_pairs(ed, pairs, s, how, data):
+    """Latents of image pairs, made once, 500 pairs a file, mapped into memory: [(float16 (2, c, h, w),
+    instruction)]. Pictures that do not open are left out, and said."""
+    folder, rows = data / f"pairs-{s.size}px-{fingerprint(part(ed.folders, 'vae'))}", []
+    chunks = [pairs[i:i + 500] for i in range(0, len(pairs), 500)]
+    paths = [folder / f"{curate.ident(*(pair['id'] for pair in some))}.safetensors" for some in chunks]
+    for i, (path, some) in enumerate(tqdm(list(zip(paths, chunks)), desc="latents", unit="file")):
+        if i % how.n_ranks == how.rank and not path.is_file():
+            z, texts = [torch.zeros(0)], []
+            for pair in some:
+                try:
+                    z.append(encode_pair(ed, pair, s.size))
+                    texts.append(pair["instruction"])
+                except UserError as error:
+                    print(f"left out: {error}")
+            write_json(path.with_suffix(".json"), texts)
+            save_tensors(path, {"z": torch.stack(z[1:]) if texts else z[0]}, torch.float16)
+    wait_for_all()
+    for path in paths:
+        rows += zip(read_tensors(path)["z"], read_json(path.with_suffix(".json"), list))
+    return rows
+
+
+def given_pairs(ed, s, how, data):
+    """`drawn_pairs` of people's data sets, s.images_from, each as often as s.shares says."""
+    sets = [list(islice(curate.read_pairs(where), s.samples)) for where in s.images_from]
+    if s.cache:
+        sets = [encoded_pairs(ed, pairs, s, how, data) for pairs in sets]
+    for where, rows in zip(s.images_from, sets):
+        print(f"{where}: {len(rows)} image pairs")
+        if not rows:
+            raise UserError(f"--images-from {where}: no image pairs")
+    shares = torch.tensor(s.shares or [1.0] * len(sets))
+    if len(shares) != len(sets) or not shares.min() >= 0 or not shares.sum() > 0:
+        raise UserError(f"--shares {' '.join(map(str, s.shares))}: needs a number for each of {len(sets)} "
+                        "--images-from")
+
+    def row(rows, generator):                           # a pair that does not open gives way to another
+        while True:
+            pair = rows[int(torch.randint(len(rows), (1,), generator=generator))]
+            try:
+                return pair if s.cache else (encode_pair(ed, pair, s.size).cpu(), pair["instruction"])
+            except UserError as error:
+                print(f"left out: {error}")
+
+    def take(generator):
+        which = torch.multinomial(shares, s.batch, replacement=True, generator=generator).tolist()
+        z, orders = zip(*[row(sets[k], generator) for k in which])
+        return torch.stack(z).float(), list(orders)
+    return take
+
+
+def stage_image(out, s, how, drawn):
+    """InstructPix2Pix on latents: 5 % text, 5 % source, 5 % both dropped; epsilon or v as the scheduler says.
+
+    PAPER: step 1 trains it on UltraEdit's and InstructPix2Pix's pairs together (--images-from A B), from
+    Stable Diffusion; `tiny` starts from nothing, on drawn pairs.
+
+    PAPER: the text encoder is CLIP's, frozen. tiny CLIP has seen too little for that: its states hold more of
+    a word's neighbours than of the word, so `tiny` trains it along, from stage clip's weights.
+
+    PAPER: IP2P keeps the edited target where it drops the text, so its "no instruction" is an average of all
+    edits. In `tiny` a dropped instruction asks for nothing and its target is the source: an empty
+    instruction then returns the clip, and text guidance points from unchanged to edited. Errors count by
+    `region_weights`.
+    """
+    if not s.weights:
+        fresh_editor(out, s.seed)
+    start = out
+    if s.weights:
+        start = widened(s.weights, out / "start", how.rank == 0)
+        wait_for_all()
+    ed = VideoEditor.from_pretrained(start, motion=False, device=how.device, dtype="float32")
+    take = given_pairs(ed, s, how, drawn.folder.parent) if s.images_from else drawn_pairs(ed, s, drawn)
+    unet = ed.unet.requires_grad_(True)
+    if s.train_text:                                               # one optimizer, one average for both
+        unet.text_encoder = ed.text_encoder.requires_grad_(True)
+    abar, scale = noise_levels(ed.scheduler).to(how.device), ed.vae.scaling_factor
+
+    def loss_fn(number, generator):
+        pairs, orders = take(generator)
+        z_src, z_tgt = pairs.unbind(1)
         drop = torch.rand(len(pairs), generator=generator)
         ctx = ed.encode_text(["" if x < 0.10 else order for x, order in zip(drop, orders)])
         drop = drop[:, None, None, None]
-        target = torch.where(drop < 0.05, z_src, z_tgt)
+        target = torch.where((drop < 0.05) & (s.no_text == "source"), z_src, z_tgt)
         u = torch.rand(len(pairs), generator=generator) ** s.t_bias
         t = (len(abar) * u).long().clamp(max=len(abar) - 1).to(how.device)      # float32's u may round to 1
         eps = torch.randn(target.shape, generator=generator)
@@ -710,12 +840,18 @@ def stage_image(out, s, how, data):
         return ((predicted - wanted).square().mean(dim=1) * weight).mean()      # weight (N, h, w)
 
     fit(unet, loss_fn, out, s, how)
-    del unet.text_encoder
-    config = read_json(part(ed.folders, "text_encoder") / "config.json")
-    write_network(out / "text_encoder", config, ed.text_encoder.state_dict(), "model.safetensors")
-    about = read_json(TINY / "model_index.json")["instructvedit"]  # how it samples
-    about |= dict(size=s.size, words=world.known_words(), examples=world.examples())
-    write_editor(out, unet.config, unet, about | ({"base": ed.base} if s.weights else {}))
+    about = dict(size=s.size)
+    if how.rank > 0:
+        return wait_for_all()
+    if s.train_text:
+        del unet.text_encoder
+        config = read_json(part(ed.folders, "text_encoder") / "config.json")
+        write_network(out / "text_encoder", config, ed.text_encoder.state_dict(), "model.safetensors")
+    if not s.images_from:                                          # how `tiny` samples, and what it knows
+        about = read_json(TINY / "model_index.json")["instructvedit"] | about
+        about |= dict(words=world.known_words(drawn.pictures), examples=world.examples())
+    write_editor(out, unet.config, unet, about | ({"base": portable(s.weights)} if s.weights else {}))
+    wait_for_all()
 
 # ---- stage motion, and what it shares with stage video -----------------------------------------------------
 
@@ -770,7 +906,7 @@ def clip_loss(unet, samples, scheduler, device, guidance=None):
     return total / len(samples)
 
 
-def stage_motion(out, s, how, data):
+def stage_motion(out, s, how, drawn):
     """The motion prior: fresh motion modules in the frozen image editor, on unedited clips (as AnimateDiff
     was made).
 
@@ -784,8 +920,8 @@ def stage_motion(out, s, how, data):
     ed = VideoEditor.from_pretrained(weights, motion=False, device=how.device, dtype="float32")
     if how.rank > 0:                                               # the first draws, the others find it there
         wait_for_all()
-    drawn = world_set(data, "motion", s.samples, s.size)
-    shards = latents_of(ed, drawn, world_folder(data) / f"motion-{s.size}px")
+    shards = world_set(drawn, "motion", s.samples, s.size)
+    shards = latents_of(ed, shards, drawn.folder / f"motion-{s.size}px")
     if how.rank == 0:
         wait_for_all()
     clips = [clip for z, _ in shards for clip in z][:s.samples]
@@ -808,7 +944,11 @@ def stage_motion(out, s, how, data):
         u, t, eps = draw_noise(k, s, z.shape, train_steps)
         return z * ed.vae.scaling_factor, z * (u < 0.25), no_text, t, eps, one
 
+    gammas = [p for name, p in ed.unet.named_parameters() if name.endswith(".gamma")]
+
     def loss_fn(number, generator):
+        for gamma in gammas:                            # SMA injects motion; below 0 it would take it away
+            gamma.data.clamp_(min=GAMMA)
         samples = [sample(k) for k in range(number * s.batch, (number + 1) * s.batch)]
         return clip_loss(unet, samples, ed.scheduler, how.device)
 
@@ -837,9 +977,12 @@ def read_clips(folders, channels):
     return clips
 
 
+GAMMA = 5e-4            # SMA's start: the image editor within 0.1 %; at 0 the motion modules get no gradient
+
+
 def video_editor(s, how):
     """The video editor a round starts from, what is trained in it chosen: the image editor s.weights plus
-    the motion adapter, gamma 0 (it then is the image editor, exactly) and untrained EPM; or a round as it
+    the motion adapter, gamma near 0 (it then is the image editor, nearly) and untrained EPM; or a round as it
     is, to go on from it."""
     before = stored(Path(s.weights))
     is_round = "sma" in before
@@ -850,12 +993,16 @@ def video_editor(s, how):
     motion = None if is_round else s.motion
     ed = VideoEditor.from_pretrained(s.weights, motion=motion, device=how.device, dtype="float32")
     if not is_round:
-        ed.unet.set_gamma(0.0 if s.sma else 1.0)
+        ed.unet.set_gamma(GAMMA if s.sma else 1.0)
         if s.epm:
-            ed.unet.add_epm(s.epm_sites, N_FRAMES, s.epm_start)
+            ed.unet.add_epm(s.epm_sites)
     for name, p in ed.unet.to(ed.device).named_parameters():
         own = "motion_modules" in name or ".epm." in name
         p.requires_grad_(s.sma if name.endswith(".gamma") else own or s.trainable == "all")
+    for m in ed.unet.modules():
+        if isinstance(m, EPM) and s.joint:
+            apart = (1 - torch.eye(m.frames)).flatten()
+            m.requires_grad_(False).fc2.bias.copy_(-EPM.START / EPM.GAIN * apart)
     return ed
 
 
@@ -867,7 +1014,7 @@ def watch(unet):
     own = torch.eye(N_FRAMES, dtype=torch.bool)
 
     def keep(m, x, bias):
-        m.seen = bias.detach().float().mean(0).cpu()
+        m.seen = bias.detach()
     for m in sites.values():
         m.register_forward_hook(keep)
 
@@ -875,9 +1022,9 @@ def watch(unet):
         row = dict(gamma={name.removesuffix(".gamma"): round(p.mean().item(), 5)
                           for name, p in unet.named_parameters() if name.endswith(".gamma")})
         if sites:
-            row["epm"] = {name: (m.seen[~own].mean() - m.seen[own].mean()).item()
-                          for name, m in sites.items()}
-            row["epm_matrix"] = torch.stack([m.seen for m in sites.values()]).mean(0).tolist()
+            seen = {name: m.seen.float().mean(0).cpu() for name, m in sites.items()}
+            row["epm"] = {name: (x[~own].mean() - x[own].mean()).item() for name, x in seen.items()}
+            row["epm_matrix"] = torch.stack(list(seen.values())).mean(0).tolist()
         return row
     return probe
 
@@ -946,12 +1093,13 @@ def curation_steps(task, s, n):
     images, clips, cut, written = f"{data}/images", f"{data}/clips", f"{data}/cut{n}", f"{data}/write{n}"
     if n == 0:
         editor = dict(weights=s.weights, images=images, clips=clips, motion=s.motion)
-        return [step(task, "images", images, weights=s.weights, source=task.images_from, n=task.images),
+        return [step(task, "images", images, weights=s.weights, n=task.images,
+                     source=(task.images_from or ["shapes"])[0]),
                 step(task, "clips", clips, images=images), step(task, "videos", f"{data}/round0", **editor)]
     before = str(task.runs / f"round{n - 1}")
     scorers = [folder / "clip" for folder in repository(s.weights) if (folder / "clip").is_dir()]
     clip = dict(clip=str(scorers[0])) if scorers else {}
-    return [step(task, "cut", cut, source=task.real_from, n=task.real_clips),
+    return [step(task, "cut", cut, source=task.real_from or "shapes", n=task.real_clips),
             step(task, "write", written, clips=cut, **clip),
             step(task, "real", f"{data}/round{n}", weights=before, source=written, round=n)]
 
@@ -1091,8 +1239,9 @@ def table_rows(command, task, s, how):
         least = min(len(curate.read_rows(task.data / folder, kept=True)) for folder in rows.values())
         return [Row(name, replace(s, samples=least), (folder,)) for name, folder in rows.items()]
     if command == "table3":
+        joint = Row("SMA, joint attention", replace(s, joint=True), ("round0",))   # with no bias to learn
         return [Row(f"{'' if sma else 'no '}SMA, {'' if epm else 'no '}EPM", replace(s, sma=sma, epm=epm),
-                    ("round0",)) for sma in (False, True) for epm in (False, True)]
+                    ("round0",)) for sma in (False, True) for epm in (False, True)] + [joint]
     return [Row("image editor, frame by frame", None, mode="image"),           # the paper's stages I to III
             Row("image editor, FFG-V2V", None, mode="ffg"),
             Row("round 0", s, ("round0",)), Row("round 1", s, ("round0", "round1")),
@@ -1184,7 +1333,7 @@ def export(source, to):
 NETWORKS = {"vae": (stage_vae, Vae(steps=2500, lr=2e-3, batch=64, ema=0.995), []),
             "clip": (stage_clip, Clip(batch=48, samples=60_000, ema=0.995), []),
             "viclip": (stage_viclip, Viclip(steps=1500, batch=16, samples=60_000, ema=0.995), ["clip"]),
-            "image": (stage_image, Image(steps=16_000, batch=32), ["vae", "clip", "viclip"]),
+            "image": (stage_image, IMAGE["tiny"], ["vae", "clip", "viclip"]),
             "motion": (stage_motion, Motion(steps=600, samples=2000), ["image"])}
 
 
@@ -1192,8 +1341,11 @@ def train_network(name, s, how, task):
     """One of NETWORKS, where it is not finished: on the data drawn by this world, from the networks that
     it needs. They take minutes, so one process is enough, but for motion modules."""
     (stage, _, needs), weights = NETWORKS[name], getattr(s, "weights", "")
-    origin = dict(world=world_folder(task.data).name) | (dict(editor=editor_mark(weights)) if weights else {})
-    if name != "motion":
+    given, out = getattr(s, "images_from", ()), task.out or task.runs / name
+    drawn = drawn_data(task.data, task.photos, task.cutouts)
+    origin = {} if given else dict(world=drawn.folder.name)
+    origin |= dict(editor=editor_mark(weights)) if weights else {}
+    if name != "motion" and not given:
         if how.rank > 0:
             return
         how = replace(how, n_ranks=1)
@@ -1201,8 +1353,8 @@ def train_network(name, s, how, task):
         if not finished(task.runs / other):
             raise UserError(f"{task.runs / other}: not finished; run `python train.py {other}` first")
         origin[other] = fingerprint(*sorted((task.runs / other).rglob("*.safetensors")))
-    if not is_done(task.runs / name, asdict(s) | origin, how):
-        stage(task.runs / name, s, how, task.data)
+    if not is_done(out, asdict(s) | origin, how):
+        stage(out, s, how, drawn)
 
 
 def networks(task, s, how):
@@ -1218,6 +1370,21 @@ def networks(task, s, how):
         wait_for_all()
 
 
+def check_sd15(command, task, s):
+    """Refuse what --model sd15 cannot do, before hours of work."""
+    if command in ("vae", "clip", "viclip"):
+        raise UserError(f"train.py {command} --model sd15: is published; only tiny's is trained here")
+    if command.startswith("table"):
+        raise UserError(f"train.py {command} --model sd15: its rows are measured on drawn clips, which sd15 "
+                        "does not know; train them with `train.py video`, score them with `metrics.py tgve`")
+    needed = ["images_from"] if command in ("", "image") else []
+    if not command:
+        needed = [] if s.train_on else ["images_from", "real_from"][:1 + task.round]
+    for name in needed:
+        if not getattr(task, name):
+            raise UserError(f"--model sd15: pass --{name.replace('_', '-')}, as --help says")
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     stages = {name: settings for name, (_, settings, _) in NETWORKS.items()} | {"writer": WRITER}
@@ -1229,11 +1396,15 @@ def main(argv=None):
         add_flags(p, settings)
     args = p.parse_args(argv[1:] if command else argv)
 
-    task = from_flags(Task(), args)
+    task = from_flags(TASK[getattr(args, "model", "tiny")], args)
     task.data, task.runs = task.data or ROOT / "data" / task.model, task.runs or ROOT / "runs" / task.model
     rank, n_ranks = join_processes(args.device)
     how = replace(from_flags(How(), args), device=args.device, rank=rank, n_ranks=n_ranks)
-    s = from_flags(stages.get(command, ROUND[task.model]), args)
+    stages["image"] = replace(IMAGE[task.model], images_from=task.images_from)
+    s = stages.get(command, ROUND[task.model])          # n_ranks processes share a step
+    s = from_flags(replace(s, accumulate=max(1, s.accumulate // n_ranks)), args)
+    if task.model == "sd15" and (command or task.round is not None):
+        check_sd15(command, task, s)
     if isinstance(s, Round):                                       # what round 0 starts from
         s.weights = s.weights or str(task.runs / "image")
         s.motion = s.motion or str(task.runs / "motion")

@@ -1,7 +1,10 @@
 """The world that `tiny` learns from: scenes drawn by code, with the exact target video of every edit.
 
-Needs numpy, scipy and pillow only and imports nothing of the project. Contents: names and scenes, scenes at
-random, canvases, shapes, rendering, effects and styles (EFFECTS, STYLES), captions and instructions, edits
+With `Pictures` the scenes are made of photographs and cut-out things, moved by code, so targets stay exact.
+
+Needs numpy, scipy and pillow only and imports nothing of the project. Contents: names and scenes, pictures,
+scenes at random, canvases, shapes, rendering, effects and styles (EFFECTS, STYLES), captions and
+instructions, edits
 (TASKS), the words that all of it can say, pairs and clips for training, curation and tests. `draw_scene` and
 `propose_edit` describe, `render` draws.
 """
@@ -11,10 +14,11 @@ import re
 import zlib
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import wavfile
 from scipy.ndimage import gaussian_filter, map_coordinates
 
@@ -67,11 +71,13 @@ class Shape:
     shade: float = 0.0              # strength of the light's gradient over the object
     shadow: float = 0.0             # opacity of the soft shadow
     screen: bool = False
+    picture: str = ""               # a cut-out's file instead of an outline; colour "": as it is
+    flip: bool = False              # it is mirrored
 
 
 @dataclass(frozen=True)
 class Background:
-    kind: str                       # one of PAINT, or clouds, leaves, sand, grass, photo
+    kind: str                       # one of PAINT, or clouds, leaves, sand, grass, photo, or photograph
     name: str                       # as captions and instructions say it
     rgb: tuple                      # one, two or three colours
     seed: int = 0                   # canvas and crop of the natural kinds
@@ -85,6 +91,7 @@ class Background:
     horizon: float = -1.0           # photo: below it the third tone replaces the first; negative: nowhere
     calm: float = 1.0               # photo: contrast above the horizon relative to below, as a sky has
     rough: float = 0.3              # photo and leaves: share of 1/f noise beside the leaves
+    picture: str = ""               # photograph: its file
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,13 @@ class Degrade:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """What scenes may be made of, as `find_pictures` finds it: files of one split."""
+    photos: dict                    # {word for the place, or "": (file, ...)}
+    cutouts: dict                   # {kind: (file, ...)}
+
+
+@dataclass(frozen=True)
 class Scene:
     """Everything that determines a clip, free of resolution. `post` holds (name in EFFECTS or STYLES, seed)
     pairs, applied in order to the degraded frames: the target of an effect is that effect of the source."""
@@ -118,6 +132,7 @@ class Scene:
     light: tuple = (-0.6, -0.8)     # where the light comes from, on screen
     degrade: Degrade | None = None
     post: tuple = ()
+    pictures: Pictures | None = field(default=None, repr=False)         # that edits may bring in
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,105 @@ class Edit:
     target_caption: str
     deterministic: bool             # the target follows from source and instruction alone
     is_global: bool                 # every pixel may change
+
+
+# ---- pictures: photographs, and things cut out of theirs ---------------------------------------------------
+
+def name_of(path):
+    """The word for what a picture shows: fire-truck_2.png is a fire truck; of IMG_2041.jpg nobody knows."""
+    words = re.sub(r"_\d{1,2}$", "", path.stem).lower().replace("-", " ")
+    return words if re.fullmatch("[a-z]+( [a-z]+)*", words) else ""
+
+
+def find_pictures(photos, cutouts, split="train"):
+    """Pictures of a folder of photographs and one of cut-outs (PNG with alpha), named as `name_of` says.
+
+    Held out: every eighth photograph, and of a kind with several cut-outs the last. Raises ValueError, which
+    names the file: where one is no picture, under 64 px or (cut-outs) 16, or shows nothing or no kind.
+    """
+    def listed(folder, endings):
+        files = sorted(x for x in Path(folder).iterdir() if x.suffix.lower() in endings)
+        if not files:
+            raise ValueError(f"{folder}: holds no pictures ({', '.join(endings)})")
+        return files
+
+    places, kinds = {}, {}
+    for i, path in enumerate(listed(photos, (".jpg", ".jpeg", ".png", ".webp"))):
+        check_picture(path, 64)
+        if (i % 8 == 3) == (split == "held"):
+            places.setdefault(name_of(path), []).append(str(path))
+    for path in listed(cutouts, (".png", ".webp")):
+        alpha = check_picture(path, 16)
+        if not alpha[0] < 64 < alpha[1]:
+            raise ValueError(f"{path}: needs a transparent ground and something on it")
+        if not name_of(path):
+            raise ValueError(f"{path}: its name says no kind; needs one, as in fire-truck_2.png")
+        kinds.setdefault(name_of(path), []).append(str(path))
+    if len(kinds) > 1000:
+        raise ValueError(f"{cutouts}: {len(kinds)} kinds; the vocabulary takes 1,000")
+    for kind, files in kinds.items():
+        kinds[kind] = tuple(files[-1:] if split == "held" else files[:-1] or files)
+    return Pictures({place: tuple(files) for place, files in places.items()}, kinds)
+
+
+def check_picture(path, least):
+    """(lowest, highest) alpha of a picture that can be read."""
+    try:
+        with Image.open(path) as picture:
+            if min(picture.size) < least:
+                raise ValueError(f"is {picture.width}x{picture.height}; needs {least} px")
+            return picture.convert("RGBA").getchannel("A").getextrema()
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: {str(error).split(chr(10))[0]}") from None
+
+
+@cache
+def _photo(path):
+    """A photograph, squeezed to a square: (its levels as of `_mips`, here plain rgb; width over height)."""
+    with Image.open(path) as picture:
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+        sides = [CANVAS >> k for k in range(6)]
+        levels = [np.asarray(picture.resize((n, n), Image.Resampling.BOX)) for n in sides]
+        return levels, picture.width / picture.height
+
+
+@cache
+def _cutout(path):
+    """A cut-out's levels, each half the one before: float32 (h, w, 4), colours multiplied by alpha, with a
+    clear border; and its mean luma where it is opaque."""
+    with Image.open(path) as picture:
+        x = np.array(picture.convert("RGBA"), np.float32) / 255
+    x[..., :3] *= x[..., 3:]
+    levels = []
+    while min(x.shape[:2]) >= 4:
+        levels.append(np.pad(x, ((1, 1), (1, 1), (0, 0))))
+        x = x[:x.shape[0] // 2 * 2, :x.shape[1] // 2 * 2]
+        x = (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4
+    whole = levels[0].sum((0, 1))
+    return levels, float(whole[:3] @ LUMA / whole[3])
+
+
+def _draw_cutout(s, x, y, angle, pixel):
+    """Shape s at offsets x (w,), y (h,) from its centre, in its radii -> (h, w, 4) float32, premultiplied.
+    pixel: a pixel of the frame, in radii."""
+    levels, mean = _cutout(s.picture)
+    h, w = (n - 2 for n in levels[0].shape[:2])
+    level = levels[min(max(round(math.log2(max(pixel * max(h, w) / 2, 1))), 0), len(levels) - 1)]
+    ca, sa = math.cos(angle), math.sin(angle)
+    lx, ly = ca * x + (sa * y)[:, None], -sa * x + (ca * y)[:, None]
+    if s.flip:
+        lx = -lx
+    rows, cols = (n - 2 for n in level.shape[:2])
+    at = (ly * max(h, w) / h + 1) * rows / 2 + .5, (lx * max(h, w) / w + 1) * cols / 2 + .5
+    out = np.stack([map_coordinates(level[..., c], at, order=1) for c in range(4)], axis=-1)
+    if s.colour:                                    # its hue, with the thing's own shading
+        shade = _luma(out[..., :3]) / np.maximum(out[..., 3:], 1e-3) / mean
+        colour = np.array(s.rgb, np.float32)
+        colour = colour * np.minimum(shade, 1) + (1 - colour) * np.clip((shade - 1) / 2, 0, .6)
+        out[..., :3] = colour * out[..., 3:]
+    else:
+        out[..., :3] *= np.array(s.rgb, np.float32)                 # brighter or darker, as its place is
+    return out
 
 
 # ---- drawing scenes at random ----------------------------------------------------------------------------
@@ -214,6 +328,70 @@ def _natural_background(rng, kind):
         rough=rng.choice((.1, .3, .6, 1, 2.5)),
         light=(rng.uniform(-.5, .5), rng.uniform(-.6, .6), rng.choice((0, .2, .5, .8))),
         horizon=rng.uniform(.3, .75) if rng.random() < 0.45 else -1.0)
+
+
+def _thing(rng, scene, split, taken, tinted):
+    """A cut-out of a kind not taken: as bright as the scene wants, or with a chance `tinted` in a colour."""
+    kind = rng.choice([kind for kind in scene.pictures.cutouts if kind not in taken])
+    file = rng.choice(scene.pictures.cutouts[kind])
+    gain = (float(np.dot(scene.background.rgb[0], LUMA)) / max(_cutout(file)[1], .02)) ** .25
+    colour, rgb = "", (min(max(gain, .6), 1.15),) * 3
+    if rng.random() < tinted and not set(kind.split()) & set(COLOURS):      # nobody says: a blue red flower
+        colour = rng.choice([c for c in COLOURS if split == "held" or not is_held_out(kind, c)])
+        rgb = COLOURS[colour]
+    return Shape(kind, colour, rgb, rng.uniform(.2, .8), rng.uniform(.35, .8), rng.uniform(.16, .32),
+                 angle=rng.uniform(-.12, .12), shadow=rng.uniform(.2, .4), picture=file,
+                 flip=rng.random() < .5)
+
+
+def _photograph(rng, pictures, place=None):
+    """A crop of a photograph, of a place or of any."""
+    files = [(name, file) for name, some in pictures.photos.items() for file in some if place in (None, name)]
+    name, file = rng.choice(files)
+    mean = _photo(file)[0][-1].mean((0, 1)) / 255
+    return Background("photograph", article(name or "photograph"), (tuple(mean.tolist()),),
+                      rng.getrandbits(31), scale=rng.uniform(.55, 1), picture=file)
+
+
+def draw_picture_scene(seed, pictures, split="train"):
+    """A random Scene of pictures: nought to three things, most of them cut out, before a photograph or, now
+    and then, a drawn background; they drift, bounce, sway and turn a little."""
+    rng = Random(f"pictures {split} {seed}")
+    background = _photograph(rng, pictures)
+    if rng.random() < .2:
+        kind = rng.choice(OFTEN + ("clouds", "leaves", "sand", "grass", "photo"))
+        background = _flat_background(rng, kind) if kind in PAINT else _natural_background(rng, kind)
+    scene = Scene(seed, "synthetic", background, light=(rng.uniform(-.8, .8), -.8), pictures=pictures)
+    objects, n = [], rng.choice((0, 1, 1, 1, 2, 2, 3))
+    twins = n == 2 and rng.random() < .25           # two of a kind, told apart by their sides
+    for i in range(n):
+        taken = [s.kind for s in objects]
+        if twins and objects:
+            kind = objects[0].kind
+            s = replace(objects[0], u=.75, v=rng.uniform(.35, .8), picture=rng.choice(pictures.cutouts[kind]))
+        elif twins or rng.random() < .8:
+            s = _thing(rng, scene, split, taken, .25)
+        else:
+            kinds = [k for k in KINDS if k not in taken]
+            kind, colour = _pick_pair(rng, split, kinds, list(COLOURS), background.rgb)
+            s = Shape(kind, colour, _jitter(rng, COLOURS[colour], .05), rng.uniform(.2, .8),
+                      rng.uniform(.2, .8), rng.uniform(.11, .2), angle=rng.uniform(-.4, .4),
+                      shadow=rng.uniform(0, .4))
+        if twins and not objects:
+            s = replace(s, u=.25)
+        if any(math.hypot(s.u - o.u, s.v - o.v) < .8 * (s.radius + o.radius) for o in objects):
+            continue
+        motion = "sway" if twins else rng.choice(("still", "line", "line", "sway"))
+        heading, pace = rng.uniform(0, 6.28), rng.uniform(.03, .2)
+        speed = rng.uniform(.02, .08), rng.uniform(1, 4)
+        if motion == "line":
+            speed = pace * math.cos(heading), .4 * pace * math.sin(heading)
+        objects.append(replace(s, motion=motion, speed=speed, phase=rng.uniform(0, 6.28),
+                               spin=rng.uniform(-2, 2)))
+    pan, turn = rng.uniform(0, .08), rng.uniform(0, 6.28)
+    camera = Camera((pan * math.cos(turn), pan * math.sin(turn)), rng.choice((0, rng.uniform(.02, .15))),
+                    rng.uniform(.3, 1.2), rng.uniform(0, 6.28))
+    return replace(scene, objects=tuple(objects), camera=camera)
 
 
 def draw_scene(seed, domain="synthetic", split="train"):
@@ -382,6 +560,11 @@ def _draw_background(bg, ys, xs, aspect):
 
     rng = Random(bg.seed)
     flip = rng.choice((-1, 1))
+    if bg.kind == "photograph":
+        levels, wide = _photo(bg.picture)
+        oy, ox = rng.uniform(0, 1 - bg.scale), rng.uniform(0, max(0, 1 - bg.scale * aspect / wide))
+        x = _sample(levels, oy + ys * bg.scale, ox + xs[::flip] * bg.scale / wide)
+        return np.clip((x * 36 + 128) / 255, 0, 1)
     oy, ox = rng.uniform(.02, .98 - bg.scale), rng.uniform(.02, max(.04, .98 - bg.scale * 1.3))
     cy, cx = oy + ys * bg.scale, ox + xs[::flip] * bg.scale
     noise = _noise_canvas(rng.randrange(N_NOISE) if bg.kind == "photo" else
@@ -526,6 +709,15 @@ def _draw_shape(img, s, t, view, light, aspect):
     y = (((np.arange(height)[rows] + .5) / height - cy) / r).astype(np.float32)
     x = (((np.arange(width)[cols] + .5) / height - cx) / r).astype(np.float32)
     angle, px = s.angle + s.spin * t, 1 / (r * height)      # px: one pixel in radii
+    if s.picture:
+        angle = s.angle + .1 * math.sin(s.spin * t)
+        if s.shadow:
+            dark = _draw_cutout(replace(s, colour=""), x - sx / r, y - sy / r, angle, max(px, .25))[..., 3:]
+            window *= 1 - s.shadow * dark
+        out = _draw_cutout(s, x, y, angle, px)
+        window *= 1 - out[..., 3:]
+        window += out[..., :3]
+        return
     if s.shadow:
         d = _distance(s.kind, x - sx / r, y - sy / r, angle)[0]
         window *= (1 - s.shadow * np.clip(.5 - d / (2 * soft), 0, 1))[..., None]
@@ -916,7 +1108,7 @@ def article(phrase):
 
 
 def describe(s):
-    return f"{s.texture} {s.colour} {s.kind}".removeprefix("plain ")
+    return " ".join(f"{s.texture} {s.colour} {s.kind}".removeprefix("plain ").split())
 
 
 def backdrop(bg):
@@ -929,7 +1121,8 @@ def caption(scene):
     *names, things = [article(describe(s)) for s in scene.objects] or [""]
     if names:
         things = f"{', '.join(names)} and {things}"
-    on = "in front of" if scene.background.kind in ("gradient", "clouds", "leaves", "photo") else "on"
+    behind = "gradient", "clouds", "leaves", "photo", "photograph"
+    on = "in front of" if scene.background.kind in behind else "on"
     place = backdrop(scene.background)
     about = f"{things} {on} {place}" if things else place
     return " ".join([about] + [OPERATIONS[name].caption for name, _ in scene.post])
@@ -967,6 +1160,12 @@ class Ask:
         rng = self.rng
         at = rng.choice([i for i, s in enumerate(scene.objects) if s.kind not in self.avoid])
         s = scene.objects[at]                       # kinds and colours are unique in a scene
+        twins = [o for o in scene.objects if o.kind == s.kind]
+        if len(twins) > 1:
+            return at, s, f"the {s.kind} on the {'left' if s.u == min(o.u for o in twins) else 'right'}"
+        if s.picture:
+            names = (s.kind,) + ((f"{s.colour} {s.kind}",) if s.colour else ())
+            return at, s, "the " + rng.choice(names)
         names = (s.kind,) + (f"{s.colour} {s.kind}",) * 2 + (f"{s.colour} {rng.choice(('shape', 'object'))}",)
         if len(scene.objects) == 1 and not self.within and rng.random() < .3:
             names = s.kind, "shape", "object"
@@ -992,7 +1191,10 @@ def edit_background(scene, ask):
     """Another background; a painted one is exactly what its name says."""
     rng, bg = ask.rng, scene.background
     taken = {s.colour for s in scene.objects} | set(bg.name.split() if bg.kind == "plain" else ())
-    if rng.random() < .72:
+    places = [p for p in scene.pictures.photos if p and p not in bg.name] if scene.pictures else ()
+    if places and rng.random() < .6:
+        new = _photograph(rng, scene.pictures, rng.choice(places))
+    elif rng.random() < .72:
         new = _flat_background(rng, rng.choice(OFTEN), exact=True, avoid=taken)
     else:
         kinds = [k for k in ("clouds", "leaves", "sand", "grass") if k != bg.kind]
@@ -1016,6 +1218,14 @@ def free_places(scene, radius=.13):
 
 def edit_addition(scene, ask):
     """A new object at a named place, which the camera does not move."""
+    if scene.pictures and ask.rng.random() < .85:
+        place = ask.rng.choice(free_places(scene) or list(PLACES))
+        new = _thing(ask.rng, scene, ask.split, [s.kind for s in scene.objects] + list(ask.avoid), .2)
+        u, v = PLACES[place]
+        new = replace(new, u=u, v=v, radius=ask.rng.uniform(.17, .24), angle=0.0, shadow=.3, screen=True)
+        text = ask.say("addition", a=article(describe(new)), p=place)
+        known = len(scene.pictures.cutouts[new.kind]) == 1
+        return Change(text, replace(scene, objects=scene.objects + (new,)), known, (new.kind,))
     kinds, colours = unused(KINDS, "kind", scene, ask.avoid), unused(COLOURS, "colour", scene)
     kind, colour = _pick_pair(ask.rng, ask.split, kinds, colours, scene.background.rgb)
     place = ask.rng.choice(free_places(scene) or list(PLACES))
@@ -1041,6 +1251,8 @@ def same_turn(old, new):
     Nobody sees how far a plain disc is turned, so the direction of its new stripes is anybody's guess; of a
     square that spins one cannot tell which side was up. A little turn, without spin, shows on all but discs.
     """
+    if old.picture or new.picture:
+        return True
     shows, needs = (math.gcd(TURNS[s.kind], TURNS[s.texture]) for s in (old, new))
     if shows == 0:
         return needs == 0 or not (old.angle or old.spin)
@@ -1067,12 +1279,23 @@ def edit_object(scene, ask):
     """Another colour, another kind, or both."""
     at, s, name = ask.choose(scene)
     how = ask.rng.choice(("recolor", "recolor", "swap", "both"))
+    if scene.pictures and how != "recolor" and ask.rng.random() < .85:
+        taken = [o.kind for o in scene.objects] + list(ask.avoid)
+        new = _thing(ask.rng, scene, ask.split, taken, how == "both")
+        new = replace(s, kind=new.kind, colour=new.colour, rgb=new.rgb, picture=new.picture, texture="plain")
+        text = ask.say("swap", o=name, a=article(describe(new)))
+        known = known_behind(scene, s) and len(scene.pictures.cutouts[new.kind]) == 1
+        return Change(text, put(scene, at, new), known, (s.kind, new.kind))
+    if s.picture and how == "swap":                 # a shape needs a colour
+        how = "both"
     kinds = [s.kind] if how == "recolor" else unused(KINDS, "kind", scene, ask.avoid)
     colours, behind = [s.colour], ()
     if how != "swap":
         colours, behind = unused(COLOURS, "colour", scene), scene.background.rgb
     kind, colour = _pick_pair(ask.rng, ask.split, kinds, colours, behind)
     new = replace(s, kind=kind, colour=colour, rgb=s.rgb if how == "swap" else COLOURS[colour])
+    if kind != s.kind:
+        new = replace(new, picture="")
     if how == "recolor":
         text, known = ask.say("recolor", o=name, c=colour), True
     else:
@@ -1084,7 +1307,8 @@ def edit_object(scene, ask):
 def edit_multiple(scene, ask):
     """Two edits in one instruction."""
     first, second = ask.rng.sample([t for t in possible_tasks(scene) if t != "multiple"], 2)
-    if len(scene.objects) == 1 and TASKS[first].needs == TASKS[second].needs == "object":
+    needs = {TASKS[first].needs, TASKS[second].needs}
+    if len({s.kind for s in scene.objects}) == 1 and needs <= {"object", "shape"}:
         second = ask.rng.choice(("effect", "background"))   # one object cannot take two edits
     a = TASKS[first].edit(scene, replace(ask, within=True))
     if second == "addition" and not free_places(a.target):
@@ -1101,7 +1325,7 @@ class Task:
     curated: float                  # odds among the tasks that fit a scene: in curation,
     drawn: float                    # in the pairs that `tiny` learns from, where local edits come more often,
     trained: float = 1              # and, of these, in the image editor's batches: what is hard
-    needs: str = "object"           # in a scene: an object to change, "room" for one more, or ""
+    needs: str = "object"           # in a scene: an object to change, a drawn "shape", "room" for more, or ""
     wordings: dict = field(default_factory=dict)        # key -> wordings as Effect has them
 
 
@@ -1144,7 +1368,7 @@ TASKS = {
             the {p}; add {a} to the {p}; show {a} in the {p}; put {a} in the {p} of {it}; i want {a} at the
             {p}
             / place {a} at the {p}; insert {a} in the {p} of {it}; let {a} be at the {p}"""}),
-    "texture": Task(edit_texture, 1, 1.3, 2, wordings={
+    "texture": Task(edit_texture, 1, 1.3, 2, needs="shape", wordings={
         "texture": """
             give {o} {x}; make {o} {d}; add {x} to {o}; put {x} on {o}; cover {o} with {x}; turn {o} {d};
             paint {x} on {o}; change the texture of {o} to {x}; draw {x} on {o}
@@ -1167,7 +1391,8 @@ WORDINGS |= {key: _split(text) for task in TASKS.values() for key, text in task.
 def possible_tasks(scene):
     """The tasks that fit a scene: without objects only style, background and effect."""
     room = 0 < len(scene.objects) < 3 and free_places(scene)
-    there = {"": True, "object": scene.objects, "room": room}
+    there = {"": True, "object": scene.objects, "room": room or scene.pictures and len(scene.objects) < 3,
+             "shape": scene.objects and not any(s.picture for s in scene.objects)}
     return tuple(name for name, task in TASKS.items() if there[task.needs])
 
 
@@ -1191,7 +1416,7 @@ def words_of(text):
     return re.findall(r"[a-z]+", text.lower())
 
 
-def known_words():
+def known_words(pictures=None):
     """Sorted list of every word that training texts can contain."""
     nouns = [*COLOURS, *KINDS, *PLACES, *SKIES, *TEXTURES, *TEXTURES.values()]
     nouns += [operation.caption for operation in OPERATIONS.values()]
@@ -1200,6 +1425,8 @@ def known_words():
              "sand grass natural scene shape object grey greyscale colour colours recolour watercolour "
              "colourful")
     templates = [wording for training, _ in WORDINGS.values() for wording in training]
+    if pictures:
+        nouns += ["photograph left right", *pictures.photos, *pictures.cutouts]
     text = " ".join([*nouns, fixed, *templates, *IT, *POLITE, *JOINTS])
     return sorted(set(words_of(re.sub(r"\{\w*\}", " ", text))))
 
@@ -1225,9 +1452,16 @@ def true_region(source, truth, is_global):
     return np.abs(source.astype(int) - truth).max(-1) > (-1 if is_global else 10)
 
 
-def draw_pair(seed, domain, rng, height, width, n_frames=1):
+def training_scene(seed, domain, pictures=None):
+    """A drawn scene; with pictures three of four clean ones are made of them."""
+    if pictures and domain == "synthetic" and seed % 4:
+        return draw_picture_scene(seed, pictures)
+    return draw_scene(seed, domain)
+
+
+def draw_pair(seed, domain, rng, height, width, n_frames=1, pictures=None):
     """A scene and an edit of it: uint8 (2, H, W, 3), or (2, F, H, W, 3) of a clip, and their record."""
-    scene = draw_scene(seed, domain)
+    scene = training_scene(seed, domain, pictures)
     tasks = possible_tasks(scene)
     edit = propose_edit(scene, seed, rng.choices(tasks, [TASKS[t].drawn for t in tasks])[0])
     t0 = rng.uniform(0, 4)

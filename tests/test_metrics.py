@@ -26,7 +26,7 @@ import metrics
 import world
 from metrics import CLIP, DINOv2, Scorers, ViCLIP
 from model import UserError, VideoEditor
-from sample import write_video
+from sample import probe, read_frames, write_video
 
 GOLDENS = Path(__file__).parent / "goldens"
 CLIP_DIR, PICK_DIR = GOLDENS / "clip-vit-large-patch14", GOLDENS / "PickScore_v1"
@@ -341,24 +341,39 @@ def numbered(n, height=16, width=24):
     return np.zeros((n, height, width, 3), np.uint8) + np.arange(n, dtype=np.uint8)[:, None, None, None]
 
 
+def firsts(frames):
+    return [int(frame[0, 0, 0]) for frame in frames]
+
+
 def test_clips_of_other_length_rate_and_size_are_aligned_and_it_is_said():
     source, edited = numbered(20), numbered(9, 8, 12)
     a, b, notes = metrics.align(source, edited, np.arange(20) / 20, np.arange(9) / 10)
-    assert a[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16] and a.shape == b.shape == (9, 16, 24, 3)
+    assert firsts(a) == [0, 2, 4, 6, 8, 10, 12, 14, 16] and a.shape == b.shape == (9, 16, 24, 3)
     assert len(notes) == 2 and notes[0].startswith("source has 20 frames, edit 9: ") and "12x8" in notes[1]
     a, b, notes = metrics.align(edited, source, np.arange(9) / 10, np.arange(20) / 20)                  # the other way round
-    assert b[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16] and len(a) == 9
+    assert firsts(b) == [0, 2, 4, 6, 8, 10, 12, 14, 16] and len(a) == 9
     a, b, notes = metrics.align(source, edited, None, np.arange(9) / 10)                                # a folder has no times
-    assert a[:, 0, 0, 0].tolist() == list(range(9)) and "the first 9 of both" in notes[0]
+    assert firsts(a) == list(range(9)) and "the first 9 of both" in notes[0]
     assert metrics.align(source, source, np.arange(20) / 20, np.arange(20) / 8)[2] == []
     a, b, _ = metrics.align(source, source[:1], np.arange(20) / 20, np.zeros(1))
-    assert len(a) == len(b) == 1 and a[0, 0, 0, 0] == 0
+    assert len(a) == len(b) == 1 and firsts(a) == [0]
 
 
 def test_frames_at_uneven_times_meet_those_shown_then():
     uneven = np.array([0, .04, .08, .5, .54, 1.2, 1.24, 1.28])
     a, b, _ = metrics.align(numbered(8), numbered(4), uneven, np.arange(4) / 3)
-    assert a[:, 0, 0, 0].tolist() == [0, 2, 4, 4] and b[:, 0, 0, 0].tolist() == [0, 1, 2, 3]             # 0, .33, .67, 1
+    assert firsts(a) == [0, 2, 4, 4] and firsts(b) == [0, 1, 2, 3]             # 0, .33, .67, 1
+
+
+@pytest.mark.parametrize("start, fps", [(0, 8), (0.5, 8), (1.03, 12.5), (0.77, 10)])
+def test_an_edit_made_with_fps_meets_the_frames_it_was_made_of(tmp_path, start, fps):
+    source = write_clip(tmp_path / "a.mp4", np.repeat(numbered(25, 32, 32) * 9, 2, axis=0), 25)
+    clip = probe(source)
+    made_of = [rgb for _, rgb in read_frames(clip, start, fps=Fraction(fps).limit_denominator(1001))]
+    edit = write_clip(tmp_path / "b.mp4", np.stack(made_of), fps)
+    (film, times), (edited, edited_times) = map(metrics.load_frames, (source, edit))
+    a, b, _ = metrics.align(film, edited, times, edited_times, start)
+    assert len(a) >= len(made_of) - 1 and all(np.array_equal(x, y) for x, y in zip(a, made_of))
 
 
 def test_an_edit_of_a_part_meets_that_part_and_an_odd_side_its_own_pixels(tmp_path, capsys):
@@ -975,3 +990,11 @@ def test_in_a_browser_the_study_is_answered_by_keyboard_kept_over_a_reload_and_e
     finally:
         browser.process.kill()
         browser.process.wait()
+
+
+def test_a_caption_that_is_cut_is_said_once(tmp_path, capsys):
+    clip, caption = write_clip(tmp_path / "a.mp4", noisy_clip(9)), " ".join(["a red circle"] * 40)
+    for _ in range(2):
+        metrics.main_clip([clip, "--source", clip, "--target-caption", caption, "--source-caption", "a", *flags(), "--device", "cpu"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "its end is cut" in line]
+    assert len(said) == len(set(said)) >= 1 and all("a red circle" in line for line in said)

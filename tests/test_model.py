@@ -9,6 +9,7 @@ distance between float32 and float64.
 import errno
 import functools
 import json
+import os
 import pickle
 import random
 import shutil
@@ -112,6 +113,29 @@ def test_the_padding_token_is_the_repositorys(copy, image_editor):
         end = int((plain == ed.tokenizer.end).int().argmax())
         assert torch.equal(ed.tokenize(["snow"])[:, :end + 1], plain[:, :end + 1])
         assert (ed.tokenize(["snow"])[:, end + 1:] == ed.tokenizer.vocab["!"]).all()
+
+
+def test_a_tokenizer_as_transformers_5_writes_it_gives_the_same_ids(copy, image_editor):
+    strings, plain = read(IP2P / "cases.json")["token_strings"], golden(IP2P)[0]["tokens.hf5"]
+    folder = copy() / "tokenizer"
+    for pad in (None, "!", {"content": "!"}):
+        for written in (lambda merge: merge, " ".join):            # a pair is a list today, and was one text
+            shutil.rmtree(folder)
+            folder.mkdir()
+            fast = json.loads(image_editor.tokenizer.fast.to_str())
+            fast["model"]["merges"] = [written(merge) for merge in fast["model"]["merges"]]
+            model.write_json(folder / "tokenizer.json", fast)
+            model.write_json(folder / "tokenizer_config.json", {"pad_token": pad})
+            tok = model.open_tokenizer(folder)
+            assert tok.pad == (tok.vocab["!"] if pad else tok.end)
+            assert torch.equal(model.open_tokenizer(folder, tok.end)(strings), plain)
+    model.write_json(folder / "tokenizer_config.json", {"pad_token": -1})
+    assert f"{folder}: pad_token -1" in refused(model.open_tokenizer, folder)
+    (folder / "tokenizer_config.json").unlink()
+    bpe = fast["model"]
+    for wrong in ({}, [], {"model": {"vocab": {}}}, {"model": bpe | {"vocab": -1}}, {"model": bpe | {"merges": [["a"]]}}):
+        (folder / "tokenizer.json").write_text(json.dumps(wrong))
+        assert str(folder) in refused(model.open_tokenizer, folder)
 
 
 def test_text_attention_is_causal(image_editor):
@@ -219,19 +243,19 @@ def test_full_size_names_and_shapes_equal_the_published_file(name, build):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("kind", ["shards", "bin"])
+@pytest.mark.parametrize("kind", [".safetensors.index.json", ".safetensors.index.fp16.json", ".bin"])
 def test_shards_and_pickles_load_like_one_safetensors_file(copy, kind):
     folder = copy()
     want, file = load(folder).unet.state_dict(), folder / "unet" / WEIGHTS
     tensors = load_file(file)
     file.unlink()
-    if kind == "bin":
+    if kind == ".bin":
         torch.save(tensors, file.with_suffix(".bin"))
     else:
         parts = {f"part-{i}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
         for part, some in parts.items():
             save_file(some, file.parent / part)
-        model.write_json(f"{file}.index.json", {"weight_map": {k: part for part, some in parts.items() for k in some}})
+        model.write_json(file.parent / f"{file.stem}{kind}", {"weight_map": {k: part for part, some in parts.items() for k in some}})
     assert all(torch.equal(v, want[k]) for k, v in load(folder).unet.state_dict().items())
 
 
@@ -269,6 +293,74 @@ def test_a_trained_run_brings_what_was_trained_and_its_base_the_rest(tmp_path):
     model.write_json(run / "model_index.json", {"instructvedit": {"base": str(later)}})
     with pytest.raises(UserError, match="model_index.json: names .*, whose base it is"):
         load(later)
+
+
+def original_names(folder):
+    """Tensors of a hub-layout editor under the original layout's names, said the other way round, block by block."""
+    def turned(key, pairs):
+        for old, new in pairs:
+            key = key.replace(old, new)
+        return key
+    unet, n = read(folder / "unet" / "config.json"), read(folder / "unet" / "config.json")["layers_per_block"] + 1
+    levels, vae, state = len(unet["block_out_channels"]), len(read(folder / "vae" / "config.json")["block_out_channels"]), {}
+    blocks = [("conv_in.", "input_blocks.0.0."), ("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"),
+              ("conv_norm_out.", "out.0."), ("conv_out.", "out.2."), ("mid_block.resnets.0", "middle_block.0"),
+              ("mid_block.attentions.0", "middle_block.1"), ("mid_block.resnets.1", "middle_block.2")]
+    for level in range(levels):
+        last = 2 if "CrossAttn" in unet["up_block_types"][level] else 1
+        blocks += [(f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{(level + 1) * n}.0.op"),
+                   (f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{level * n + n - 1}.{last}.conv")]
+        for i in range(n):
+            for kind, number in (("resnets", 0), ("attentions", 1)):
+                blocks += [(f"down_blocks.{level}.{kind}.{i}.", f"input_blocks.{1 + level * n + i}.{number}."),
+                           (f"up_blocks.{level}.{kind}.{i}.", f"output_blocks.{level * n + i}.{number}.")]
+    resnet = [(".norm1.", ".in_layers.0."), (".conv1.", ".in_layers.2."), ("time_emb_proj", "emb_layers.1"), (".norm2.", ".out_layers.0."),
+              (".conv2.", ".out_layers.3."), ("conv_shortcut", "skip_connection")]
+    for k, v in load_file(folder / "unet" / WEIGHTS).items():
+        state["model.diffusion_model." + turned(k, blocks + (resnet if "resnets" in k else []))] = v
+    blocks = [(f"up_blocks.{i}.", f"up.{vae - 1 - i}.") for i in range(vae)] + [("down_blocks.", "down."), ("mid_block.resnets.0", "mid.block_1"),
+              ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"), ("mid_block.attentions.0", "mid.attn_1")]
+    parts = [(".resnets.", ".block."), ("samplers.0.", "sample."), ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut")]
+    attention = [(".query.", ".q."), (".key.", ".k."), (".value.", ".v."), (".proj_attn.", ".proj_out."), ("to_out.0", "proj_out"), ("to_", "")]
+    for k, v in load_file(folder / "vae" / WEIGHTS).items():
+        v = v[:, :, None, None] if "attentions" in k and v.ndim == 2 else v
+        state["first_stage_model." + turned(k, blocks + parts + (attention if "attentions" in k else []))] = v.contiguous()
+    for k, v in load_file(folder / "text_encoder" / "model.safetensors").items():
+        state["cond_stage_model.transformer." + k] = v
+    return state | {"alphas_cumprod": torch.ones(3)}
+
+
+@pytest.mark.parametrize("folder", [IP2P, OTHER])
+def test_an_editor_in_one_file_of_the_original_layout_is_what_is_opened(folder, tmp_path, monkeypatch):
+    state, want = original_names(folder), load(folder)
+    assert {"model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "first_stage_model.decoder.up.0.block.0.norm1.weight",
+            "model.diffusion_model.output_blocks.2.1.conv.weight" if folder == IP2P else "alphas_cumprod"} <= state.keys()
+    hub = tmp_path / "hub"
+    shutil.copytree(folder, hub, ignore=shutil.ignore_patterns("expected*", "motion"))
+    for name in ("one.safetensors", "one.ckpt"):
+        other = {k: v + 1 if k.endswith("bias") else v for k, v in state.items()}      # than those in the folder's own files
+        if name == "one.ckpt":
+            mean = {"model_ema." + k[6:].replace(".", ""): v for k, v in other.items() if k.startswith("model.")}
+            torch.save({"state_dict": state | {k: v for k, v in other.items() if not k.startswith("model.")} | mean}, hub / name)
+        else:
+            save_file(other, hub / name)
+        ed = load(hub / name)
+        for net in ("unet", "vae", "text_encoder"):
+            old, new = getattr(want, net).state_dict(), getattr(ed, net).state_dict()
+            assert all(torch.equal(v, old[k] + 1 if k.endswith("bias") else old[k]) for k, v in new.items()), net
+        assert ed.fingerprint != want.fingerprint and ed.base == str(hub / name)
+    monkeypatch.chdir(tmp_path)
+    model.write_json(tmp_path / "run" / "model_index.json", {"instructvedit": {"base": ed.base}})      # a run from it
+    run = load("run")
+    assert run.base == ed.base and all(torch.equal(v, new[k]) for k, v in run.text_encoder.state_dict().items())
+    assert load("hub/one.ckpt").fingerprint == ed.fingerprint
+    assert "one.ckpt: a file; pass a directory" in refused(model.hub_dir, "hub/one.ckpt")
+
+
+def test_a_file_that_is_no_whole_editor_says_what_it_holds(copy):
+    folder = copy()
+    save_file({"lora_unet_down.alpha": torch.zeros(1)}, folder / "lora.safetensors")
+    assert "lora.safetensors: holds no model.diffusion_model.*, but lora_unet_down.alpha; --weights takes" in refused(load, folder / "lora.safetensors")
 
 
 def test_the_embedded_editor_is_found_from_anywhere_and_its_runs_name_it_shortly(tmp_path, monkeypatch):
@@ -591,6 +683,50 @@ def test_motion_of_another_unet_or_of_none_is_refused():
     assert "holds no motion modules; is it an AnimateDiff adapter?" in refused(load, OTHER, motion=IP2P / "vae")
 
 
+def test_motion_modules_are_taken_out_of_a_whole_training_and_other_frame_positions_refused(video_editor, tmp_path):
+    state = torch.load(CKPT, weights_only=True)["state_dict"]
+    torch.save({"epoch": 3, "state_dict": {"module." + k: v for k, v in (state | load_file(IP2P / "unet" / WEIGHTS)).items()}},
+               tmp_path / "whole.ckpt")
+    ours, theirs = load(motion=tmp_path / "whole.ckpt").unet.state_dict(), video_editor.unet.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    adapter = load_file(ADAPTERS[0] / WEIGHTS)
+    save_file({k: v.half() for k, v in adapter.items()}, tmp_path / "half.safetensors")
+    load(motion=tmp_path / "half.safetensors")
+    save_file({k: v[:, [0, *range(v.shape[1] - 1)]] if k.endswith(".pe") else v for k, v in adapter.items()}, tmp_path / "late.safetensors")
+    assert "late.safetensors: its frame positions are not" in refused(load, motion=tmp_path / "late.safetensors")
+
+
+LORA = {"kohya": ("lora_unet_", "_", ".lora_down.weight", ".lora_up.weight"), "peft": ("unet.", ".", ".lora_A.weight", ".lora_B.weight"),
+        "trained by peft": ("base_model.model.", ".", ".lora_A.default.weight", ".lora_B.default.weight"),
+        "diffusers": ("unet.", ".", ".lora.down.weight", ".lora.up.weight")}
+
+
+@pytest.mark.parametrize("kind", [*LORA, "old diffusers"])
+def test_a_lora_is_merged_whatever_its_names_and_others_are_refused(tmp_path, image_editor, kind):
+    start, dot, a, b = LORA.get(kind, ("unet.", ".", "_lora.down.weight", "_lora.up.weight"))
+    site, file, state = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.", tmp_path / "a.safetensors", {}
+    names = [site + "to_q", site + "to_out.0"] + (["mid_block.resnets.0.conv1"] if kind == "kohya" else [])
+    unet, want = load().unet, dict(image_editor.unet.state_dict())
+    for name in names:
+        weight, alpha = want[name + ".weight"], 4 if kind == "kohya" else 2
+        down, up = torch.randn(2, *weight.shape[1:]), torch.randn(len(weight), 2, *[1] * (weight.ndim - 2))
+        said = name.replace("to_out.0", "to_out").replace("attn1.", "attn1.processor.") if kind == "old diffusers" else name
+        said = start + said.replace(".", dot)
+        state |= {said + a: down, said + b: up} | ({said + ".alpha": torch.tensor(4.0)} if kind == "kohya" else {})
+        want[name + ".weight"] = weight + 0.5 * alpha / 2 * torch.einsum("or,r...->o...", up.flatten(1), down)
+    save_file(state | {"lora_te_x.alpha": torch.ones(1)}, file)
+    model.merge_lora_file(unet, file, 0.5)
+    assert all(apart(v, want[k]) < 1e-5 for k, v in unet.state_dict().items())
+    for other in ({"unet.x.lora_A.weight": torch.ones(2, 2)}, {start + "y.dora_scale": torch.ones(1)}, {k: v[:, :1] for k, v in state.items() if v.ndim}):
+        save_file({k: v.contiguous() for k, v in other.items()}, tmp_path / "b.safetensors")
+        assert "b.safetensors: " in refused(model.merge_lora_file, unet, tmp_path / "b.safetensors")
+
+
+def test_configs_of_published_networks_are_plausible():
+    for file in [*GOLDENS.glob("*/**/config.json"), *GOLDENS.glob("*.json")]:
+        model.check_sizes(read(file).get("config", read(file)))
+
+
 @pytest.mark.parametrize("file, key, value, says", [
     ("scheduler/scheduler_config.json", "prediction_type", "sample", "prediction_type sample; known is"),
     ("scheduler/scheduler_config.json", "beta_schedule", "squaredcos_cap_v2", "known is .'scaled_linear', 'linear'"),
@@ -607,12 +743,43 @@ def test_motion_of_another_unet_or_of_none_is_refused():
     ("tokenizer/vocab.json", "<|endoftext|>", 5000000, "the tokenizer has tokens up to 5000000"),
     ("model_index.json", "instructvedit", {"guidance": 3}, "copy: "), ("model_index.json", "instructvedit", [], "model_index.json: "),
     ("model_index.json", "instructvedit", {"base": 5}, "model_index.json: base"),
+    ("model_index.json", "instructvedit", {"size": -8}, "copy: size -8"), ("model_index.json", "instructvedit", {"deadband": float("nan")}, "copy: "),
+    ("model_index.json", "instructvedit", {"steps": 5000}, "copy: steps 5000: needs 1 to 1000"),
+    ("scheduler/scheduler_config.json", "beta_start", None, "config.json: "), ("scheduler/scheduler_config.json", "beta_end", 2, "config.json: noise"),
+    ("scheduler/scheduler_config.json", "beta_start", -1, "config.json: "), ("scheduler/scheduler_config.json", "steps_offset", -1, "config.json: 1000 time"),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", 10 ** 9, "config.json: 1000000000 time steps"),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", "x", "scheduler_config.json: "),
+    ("text_encoder/config.json", "num_hidden_layers", 10 ** 9, "text_encoder/config.json: num_hidden_layers 1000000000: no network"),
+    ("unet/config.json", "layers_per_block", 10 ** 6, "unet/config.json: layers_per_block"), ("unet/config.json", "layers_per_block", [2], "unet/config.json: "),
+    ("unet/config.json", "attention_head_dim", -1, "attention_head_dim -1"), ("unet/config.json", "cross_attention_dim", 1e30, "cross_attention_dim 1e.30"),
+    ("unet/config.json", "norm_num_groups", -2, "norm_num_groups -2"), ("unet/config.json", "norm_eps", float("nan"), "norm_eps nan"),
+    ("unet/config.json", "motion", {"motion_max_seq_length": None}, "unet/config.json: "), ("unet/config.json", "motion", [3], "unet/config.json: "),
+    ("unet/config.json", "motion", {"motion_num_attention_heads": -8}, "motion_num_attention_heads -8"),
+    ("unet/config.json", "epm", {"colour": 1}, "unet/config.json: .*colour"), ("unet/config.json", "epm", None, "unet/config.json: "),
+    ("vae/config.json", "scaling_factor", 0, "copy: the VAE's scaling_factor is 0"), ("vae/config.json", "latent_channels", True, "vae/"),
     ("model_index.json", "instructvedit", {"base": "no/where"}, "no/where: not in the local cache")])
 def test_a_setting_that_would_change_results_or_cannot_be_built_is_named(copy, file, key, value, says):
     folder = copy(file, **{key: value})
     with pytest.raises(UserError, match=says) as error:
         load(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("depth", [400, 1000, 100_000])
+@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/special_tokens_map.json", "model_index.json"])
+def test_json_nested_very_deep_is_one_line(copy, file, depth):
+    folder = copy()
+    plain = file in ("model_index.json", "scheduler/scheduler_config.json")
+    if plain and depth == 400:                                      # what is unknown to us does no harm
+        copy(file, a=json.loads("[" * depth + "]" * depth))
+        load(folder)
+        return
+    if plain or depth > 400:
+        (folder / file).write_text('{"a": ' * depth + "1" + "}" * depth)
+    else:
+        (folder / file).write_text('{"pad_token": ' + "[" * depth + "]" * depth + "}")
+    said = refused(load, folder)
+    assert str(folder) in said and len(said) < 500
 
 
 def test_stable_diffusion_itself_is_no_editor(copy):
@@ -699,6 +866,12 @@ def test_nan_in_sampling_names_the_step(image_editor):
     assert "sampling step 2 of 4 gave NaN or Inf" in said
 
 
+def test_nan_in_the_decoder_reaches_no_picture(copy):
+    ed = load(copy())
+    ed.vae.decoder.conv_out.weight = torch.nn.Parameter(torch.full_like(ed.vae.decoder.conv_out.weight, float("nan")))
+    assert "copy: the VAE gave NaN or Inf" in refused(ed.edit, clip(1), "make it snow", steps=1, mode="image")
+
+
 @pytest.mark.parametrize("error, says", [
     (UserError("--frames 40: too many"), "error: --frames 40: too many\n"),
     (OSError(errno.ENOSPC, "No space left on device", "out/log.jsonl"),
@@ -732,9 +905,30 @@ def test_a_file_written_aside_is_there_whole_or_not_at_all(tmp_path):
     assert "a.json: holds a list, where a dict is needed" in refused(model.read_json, file)
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_what_is_written_follows_the_umask(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        model.write_json(tmp_path / "a.json", {})
+        model.save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+    finally:
+        os.umask(old)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
 def test_settings_of_a_folder_are_kept_and_others_refused_by_name(tmp_path):
     model.begin(tmp_path / "x", {"steps": 5, "path": Path("a")})
     model.begin(tmp_path / "x", {"steps": 5, "path": "a"})
     assert "made with steps 5 (now 6); pass the same" in refused(model.begin, tmp_path / "x", {"steps": 6, "path": "a"})
     model.begin(tmp_path / "x", {"steps": 6}, force=True)
     assert read(tmp_path / "x" / "settings.json") == {"steps": 6}
+
+
+def test_more_rows_than_a_cuda_grid_holds_are_split_and_give_the_same(monkeypatch):
+    q, k, v = torch.randn(3, 7, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    whole, sizes = model.fused_attention(q, k, v), []
+    plain = model.F.scaled_dot_product_attention
+    monkeypatch.setattr(model, "MOST_ROWS", 3)
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention", lambda q, *a, **b: sizes.append(len(q)) or plain(q, *a, **b))
+    torch.testing.assert_close(model.fused_attention(q, k, v), whole)
+    assert sizes == [3, 3, 1]

@@ -347,6 +347,31 @@ def test_windows_of_frames_that_do_not_interact_leave_no_trace(editor):
     assert torch.allclose(torch.stack(edited[1]), one_pass, atol=1e-4)
 
 
+@pytest.mark.parametrize("n", [1, 5, 33])
+def test_a_given_first_frame_is_delivered_and_every_window_follows_it(editor, monkeypatch, n):
+    seen, sampler = [], editor.sample
+
+    def watch(z_src, text, z_T, *args, anchor, z0_ref, **more):
+        seen.append((z_src.shape[1], z0_ref.shape[1]))
+        assert torch.equal(anchor[0], z_src[:, :1]) and torch.equal(anchor[1][-1], z0_ref) and len(anchor[1]) == 3
+        return sampler(z_src, text, z_T, *args, anchor=anchor, z0_ref=z0_ref, **more)
+
+    monkeypatch.setattr(editor, "sample", watch)                    # looks on, changes nothing
+    rgbs = np.random.default_rng(n).integers(0, 256, (n, 16, 24, 3), np.uint8)
+    first = 255 - rgbs[0]
+    edits = [rgb for rgb, *_ in edit_pictures(editor, rgbs, (8, 16), "invert it", steps=2, mode="ffg", first=first)]
+    assert len(edits) == n and np.abs(edits[0].astype(int) - (255 - rgbs[0])).max() <= 1
+    assert seen == {1: [], 5: [(5, 1)], 33: [(16, 1), (16, 1), (3, 1)]}[n]
+
+
+def test_a_first_frame_of_another_shape_or_mode_is_refused(tmp_path):
+    path = make_clip(tmp_path / "a.mp4", n=2)
+    Image.new("RGB", (64, 64)).save(tmp_path / "first.png")
+    for more in ([], ["--mode", "image"], ["--grid"]):
+        with pytest.raises(UserError, match="--first-frame"):
+            command(path, "make it snow", "--first-frame", tmp_path / "first.png", *more)
+
+
 def test_with_one_noise_for_all_frames_a_still_clip_stays_still_from_window_to_window(editor, monkeypatch):
     video = (torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1).expand(20, -1, -1, -1)
     for one_noise in (True, False):
@@ -602,7 +627,7 @@ def test_a_name_too_long_for_the_disk_is_cut(tmp_path):
 def test_instructions_are_refused_if_empty_and_warned_of_if_long_or_unknown(tmp_path, editor, monkeypatch, capsys):
     assert "is empty" in refused(command, make_clip(tmp_path / "a.mp4", n=1), "  ")
     for text, long in (("make it snow " * 170, True), ("make it " + "x" * 900, True), ("make it snow", False)):
-        sample.check_words(editor, text)
+        editor.tokenize([text])
         assert ("more than 77 tokens" in capsys.readouterr().err) == long
     monkeypatch.setattr(editor, "words", {"make", "it", "red"})
     monkeypatch.setattr(editor, "examples", ["make it red"])
@@ -610,3 +635,176 @@ def test_instructions_are_refused_if_empty_and_warned_of_if_long_or_unknown(tmp_
     assert "was not trained on: snow, suns, with; it knows, for example: make it red" in capsys.readouterr().err
     command(tmp_path / "a.mp4", "make it RED!")
     assert "not trained on" not in capsys.readouterr().err
+
+
+# ---- what people's files hold: one test a kind
+
+def test_an_empty_packet_shows_the_picture_before_it_on(tmp_path):
+    command(ROOT / "tests/goldens/still.ogv", "make it snow", "--out", tmp_path / "a.mp4")      # 4 pictures in 15 packets
+    times, end = seconds(tmp_path / "a.mp4")
+    assert len(times) == len(probe(ROOT / "tests/goldens/still.ogv").times) < 15 and end == pytest.approx(0.6)
+    late = probe(make_clip(tmp_path / "b.avi", n=3, codec="mpeg4", times=[0, 1, 5]))           # avi fills a gap with them
+    assert [len(list(read_frames(late))), late.times] == [3, [0, 1, 5]]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_part_of_a_recording_may_start_at_any_time(tmp_path, relative):
+    path = make_clip(tmp_path / "a.mkv", n=50, times=list(range(100, 150)), options={"avoid_negative_ts": "disabled"})
+    data = bytearray(path.read_bytes())
+    if relative:                                                    # the length as mkvmerge writes it
+        at = data.index(b"\x44\x89\x88") + 3
+        data[at:at + 8] = np.array(2000, ">f8").tobytes()
+        path.write_bytes(data)
+    clip = probe(path)
+    assert clip.start == 4 and not clip.missing and len(clip.times) == 50
+    path.write_bytes(data[:len(data) * 6 // 10])
+    assert "cut short" in probe(path).missing
+
+
+@pytest.mark.parametrize("codec, pix", [("libx264", "yuv420p"), ("libvpx-vp9", "yuv420p"), ("ffv1", "yuv444p")])
+def test_colours_stay_where_they_are(tmp_path, codec, pix):
+    wave = (128 + 60 * np.sin(np.arange(64) * np.pi / 8)).astype(np.uint8)
+    rgb = np.stack([np.tile(wave, (64, 1)), np.full((64, 64), 128, np.uint8), 255 - np.tile(wave, (64, 1))], axis=-1)
+
+    def phase(path):
+        with av.open(str(path)) as container:
+            frame = next(container.decode(video=0)).to_ndarray()
+        u = frame[64:80].reshape(32, 32).mean(0) if frame.shape == (96, 64) else frame[1].mean(0)[::2]
+        return np.angle(np.exp(-2j * np.pi * np.arange(32) / 8) @ (u - u.mean())) * 8 / np.pi        # in pixels
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, pix
+        stream.codec_context.colorspace, stream.codec_context.color_range = 1, 1
+        frame = sample.to_yuv420(rgb) if pix == "yuv420p" else av.VideoFrame.from_ndarray(rgb, "rgb24").reformat(
+            format=pix, dst_colorspace="itu709", dst_color_range="MPEG")
+        out.mux([*stream.encode(frame), *stream.encode(None)])
+    rgb = next(read_frames(probe(tmp_path / "a.mkv")))[1]
+    with video_writer(tmp_path / "b.mp4", 64, 64, 25, Fraction(1, 25)) as write:
+        write(rgb, 0, 1)
+    assert abs(phase(tmp_path / "a.mkv") - phase(tmp_path / "b.mp4")) < 0.1
+
+
+def make_sounds(path, default, *codecs):
+    """A clip of ten frames with a sound track per codec, the one numbered `default` marked as such."""
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        tracks = [out.add_stream(codec, rate=48000, layout="mono") for codec in codecs]
+        for k, track in enumerate(tracks):
+            track.disposition = av.stream.Disposition.default if k == default else 0
+            track.metadata["language"] = ("eng", "fra")[k]
+        for i in range(10):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(picture(i), "rgb24")))
+        out.mux(video.encode(None))
+        for k in range(0, 19200, 960):
+            for number, track in enumerate(tracks):
+                tone = 0.3 * np.sin(np.arange(k, k + 960) * 2 * np.pi * 440 * (number + 1) / 48000)
+                frame = av.AudioFrame.from_ndarray(tone.astype(np.float32)[None], "fltp", "mono")
+                frame.sample_rate, frame.pts, frame.time_base = 48000, k, Fraction(1, 48000)
+                out.mux(track.encode(frame))
+        for track in tracks:
+            out.mux(track.encode(None))
+    return path
+
+
+def test_all_sound_tracks_stay_and_the_default_one_comes_first(tmp_path):
+    command(make_sounds(tmp_path / "a.mp4", 1, "aac", "ac3"), "make it snow", "--out", tmp_path / "b.mp4")
+    with av.open(str(tmp_path / "b.mp4")) as out:
+        found = [(s.codec_context.name, s.metadata["language"], int(s.disposition)) for s in out.streams.audio]
+        assert found == [("ac3", "fra", 1), ("aac", "eng", 0)]
+        heard = [p.stream.index for p in out.demux(audio=(0, 1)) if p.size]
+        assert min(heard.count(1), heard.count(2)) > 5
+
+
+def test_sound_that_says_nothing_of_itself_is_left_out_and_named(tmp_path, capsys):
+    whole = make_clip(tmp_path / "a.ts", n=30, audio="aac").read_bytes()
+    packets = [bytearray(whole[k:k + 188]) for k in range(0, len(whole), 188)]
+    for packet in packets:
+        if packet[1] & 0x1f == 1 and packet[2] == 1:                # of the sound: damaged beyond its headers
+            packet[30:] = bytes(158)
+    (tmp_path / "b.ts").write_bytes(b"".join(packets))
+    command(tmp_path / "b.ts", "make it snow", "--out", tmp_path / "c.mp4")
+    said = capsys.readouterr().err
+    assert "b.ts: " in said and "left out" in said and len(seconds(tmp_path / "c.mp4")[0]) == 30
+
+
+@pytest.mark.parametrize("space", [8, 10])
+def test_colours_that_cannot_be_converted_are_the_sources_fault(tmp_path, space):
+    said = refused(command, make_clip(tmp_path / "a.mkv", n=1, space=space), "make it snow")
+    assert said.startswith(f"{tmp_path / 'a.mkv'}: ") and f"matrix {space}" in said
+
+
+def test_transparency_is_dropped_aloud(tmp_path, capsys):
+    for alpha, name in ((0, "a.png"), (255, "b.png")):
+        Image.fromarray(np.dstack([picture(0), np.full((48, 64), alpha, np.uint8)])).save(tmp_path / name)
+        command(tmp_path / name, "make it snow")
+        assert ("transparency is dropped" in capsys.readouterr().err) == (alpha == 0)
+    assert probe(make_clip(tmp_path / "a.mov", n=1, codec="qtrle", pix="argb")).notes == ()
+
+
+def test_interlaced_frames_lose_their_combs(tmp_path):
+    with av.open(str(tmp_path / "a.mpg"), "w") as out:
+        stream = out.add_stream("mpeg2video", rate=25, options={"flags": "+ilme+ildct", "field_order": "tt", "qmax": "2"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(6):
+            rgb = picture(4 * i).copy()
+            rgb[1::2] = picture(4 * i + 2)[1::2]                    # half a frame later
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, "rgb24")))
+        out.mux(stream.encode(None))
+    clip = probe(tmp_path / "a.mpg")
+    frames = [rgb.astype(int) for _, rgb in read_frames(clip)]
+    combs = [np.abs(2 * x[1:-1] - x[:-2] - x[2:])[2:18, :, 1].mean() for x in frames]
+    raw = [np.abs(2 * x[1:-1] - x[:-2] - x[2:])[2:18, :, 1].mean() for _, x in read_frames(sample.replace(clip, filters=()))]
+    assert clip.filters and len(frames) == len(raw) == 6 and np.mean(combs) < np.mean(raw) / 2
+
+
+def test_folders_that_hold_odd_things_are_read_or_named(tmp_path):
+    for name in ("1²2.png", "1.png", "10.png"):
+        Image.fromarray(picture(0)).save(tmp_path / name)
+    assert [f.name for f in probe(tmp_path).pictures] == ["1.png", "1²2.png", "10.png"]
+    os.mkfifo(tmp_path / "3.png")
+    assert f"{tmp_path}: 3.png is not a file" in refused(probe, tmp_path)
+    pictures = [Image.fromarray(picture(i)) for i in range(3)]
+    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])
+    assert "a.webp: holds several pictures; save them as a gif" in refused(probe, tmp_path / "a.webp")
+
+
+def test_a_long_clip_says_how_long_it_takes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "edit_file", lambda *_: 0)
+    command(make_clip(tmp_path / "a.mkv", n=2, tick=Fraction(1, 1000), times=[0, 7200000]), "make it snow", "--fps", "8")
+    assert "3600 passes of 1 steps" in capsys.readouterr().err
+
+
+def test_nothing_that_is_not_a_number_reaches_a_file(tmp_path, editor):
+    path, bias = make_clip(tmp_path / "a.mp4", n=2), editor.vae.decoder.conv_out.bias
+    before = bias.clone()
+    bias[0] = float("nan")
+    try:
+        assert "NaN" in refused(command, path, "make it snow") and list(tmp_path.iterdir()) == [path]
+    finally:
+        bias.copy_(before)
+
+
+def test_only_what_the_mask_shows_changes(tmp_path, editor):
+    clip, mask = probe(make_clip(tmp_path / "a.mp4", n=4)), np.zeros((48, 64), np.uint8)
+    mask[10:30, 20:50] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    film = [np.where(i < 2, mask, 0).astype(np.uint8)[..., None].repeat(3, 2) for i in range(4)]
+    write_video(tmp_path / "m.mp4", torch.stack([to_tensor(x) for x in film])[None], 25)
+    sources = [rgb for _, rgb in read_frames(clip)]
+    for flags, free in ((["--mask", tmp_path / "m.png"], [mask > 0] * 4), (["--keep", tmp_path / "m.png"], [mask == 0] * 4),
+                        (["--mask", tmp_path / "m.mp4", "--start", "0.04"], [mask > 0, mask < 0, mask < 0])):
+        written = []
+        with pytest.MonkeyPatch.context() as patch:                 # what is handed to the encoder
+            real = sample.to_yuv420
+            patch.setattr(sample, "to_yuv420", lambda rgb: written.append(rgb) or real(rgb))
+            command(clip.path, "make it snow", "--out", tmp_path / "o.mp4", *flags)
+        for source, edit, may in zip(sources[-len(written):], written, free):
+            assert (edit[~may] == source[~may]).all() and (off(edit[may], source[may]) > 5 if may.any() else True)
+        assert len(written) == len(free)
+    assert "m.txt" in refused(command, clip.path, "make it snow", "--mask", tmp_path / "m.txt")
+
+
+def test_lora_takes_a_file_and_a_strength():
+    assert [sample.lora(x) for x in ("a.safetensors", "a.safetensors:0.5", "C:a")] == [
+        ("a.safetensors", 1.0), ("a.safetensors", 0.5), ("C:a", 1.0)]

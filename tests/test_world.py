@@ -1,11 +1,15 @@
 """The drawn world: the same scene everywhere, exact targets, wordings that fit, one entry a kind of edit."""
 import hashlib
 import math
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 from scipy.io import wavfile
 
 import world as W
@@ -328,7 +332,7 @@ def test_a_new_kind_of_edit_is_one_entry(monkeypatch):
 
 def test_the_odds_of_tasks_are_positive_everywhere():
     for name, task in W.TASKS.items():
-        assert min(task.curated, task.drawn, task.trained) > 0 and task.needs in ("", "object", "room"), name
+        assert min(task.curated, task.drawn, task.trained) > 0 and task.needs in ("", "object", "shape", "room"), name
 
 
 # ---- pairs and clips for training, curation and tests
@@ -390,3 +394,93 @@ def test_the_world_is_still_the_one_that_tiny_was_trained_on(monkeypatch):
             colours.append(np.rint(np.concatenate(both)).astype(int).tolist())
     assert texts.hexdigest() == TEXTS
     np.testing.assert_allclose(colours, MEANS, atol=1)
+
+# ---- pictures --------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Photographs of two places and one of nobody knows where; cut-outs of four kinds, one of them twice."""
+    made, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for folder in ("photos", "cutouts"):
+        (made / folder).mkdir()
+    for i, name in enumerate([f"{place}_{k}" for place in ("beach", "starry-sky") for k in range(6)] + ["IMG_2041"]):
+        soft = Image.fromarray(rng.integers(0, 255, (4, 6, 3), np.uint8)).resize((120, 80), Image.Resampling.BICUBIC)
+        soft.save(made / "photos" / f"{name}.jpg")
+    for i, name in enumerate(("cow_1", "cow_2", "fire-truck_1", "red-flower_1", "teapot")):
+        picture = Image.new("RGBA", (40, 30 + 4 * i))
+        ImageDraw.Draw(picture).ellipse((4, 4, 36, 24 + 4 * i), fill=(200, 40 * i, 90, 255))
+        picture.save(made / "cutouts" / f"{name}.png")
+    return made / "photos", made / "cutouts"
+
+
+def test_pictures_are_named_and_held_out(folders):
+    train, held = (W.find_pictures(*folders, split) for split in ("train", "held"))
+    assert set(train.photos) == {"beach", "starry sky", ""} and set(train.cutouts) == {"cow", "fire truck", "red flower", "teapot"}
+    of = [{f for files in p.photos.values() for f in files} for p in (train, held)]
+    assert len(of[0]) + len(of[1]) == 13 and not of[0] & of[1] and len(of[1]) == 2
+    assert [Path(f).stem for p in (train, held) for f in p.cutouts["cow"]] == ["cow_1", "cow_2"]
+
+
+@pytest.mark.parametrize("split", ["train", "held"])
+def test_picture_scenes_speak_known_words_and_every_edit_changes_what_it_says(folders, split):
+    pictures = W.find_pictures(*folders, split)
+    known, said = set(W.known_words(pictures)), set()
+    for i in range(60):
+        scene = W.draw_picture_scene(i, pictures, split)
+        assert scene == W.draw_picture_scene(i, pictures, split)
+        before = W.render(scene, 1, 48, 64)
+        for task in W.possible_tasks(scene):
+            edit = W.propose_edit(scene, i, task, split)
+            said |= {w for t in (edit.instruction, edit.source_caption, edit.target_caption) for w in W.words_of(t)}
+            after = W.render(edit.target, 1, 48, 64)
+            assert np.isfinite(after).all() and 0 <= after.min() and after.max() <= 1
+            assert np.abs(after - before).max() > .02, (edit.instruction, scene.objects)
+            if split == "train":
+                assert not any(s.picture and s.colour and W.is_held_out(s.kind, s.colour) for s in edit.target.objects)
+    assert said <= known and {"fire", "truck", "beach"} <= known
+
+
+def test_a_thing_moves_casts_a_shadow_and_keeps_its_shading_in_another_colour(folders):
+    pictures = W.find_pictures(*folders)
+    ground = W.Background("plain", "a gray background", ((.6, .6, .6),))
+    thing = W.Shape("teapot", "", (1, 1, 1), .5, .5, .3, picture=pictures.cutouts["teapot"][0], motion="line", speed=(.1, 0))
+    scene = W.Scene(0, "synthetic", ground, (thing,))
+    still, later = W.render(scene, 2, 64, 64, fps=1)
+    assert np.abs(still[32, 32] - (200 / 255, 160 / 255, 90 / 255)).max() < .02                # its own colours
+    assert np.abs(still[2, 2] - .6).max() < 1e-6 and np.abs(later - still).max() > .1
+    dark = W.render(replace(scene, objects=(replace(thing, shadow=.5),)), 1, 64, 64)[0]
+    assert (dark - still).min() < -.1 and np.abs(dark[32, 32] - still[32, 32]).max() < 1e-6
+    blue = W.render(replace(scene, objects=(replace(thing, colour="blue", rgb=W.COLOURS["blue"]),)), 1, 64, 64)[0]
+    assert blue[32, 32, 2] > 2 * blue[32, 32, 0] and np.abs(blue[2, 2] - .6).max() < 1e-6
+
+
+def test_of_two_of_a_kind_an_instruction_says_the_side(folders):
+    pictures = W.find_pictures(*folders)
+    twins = [s for s in (W.draw_picture_scene(i, pictures) for i in range(300))
+             if len(s.objects) == 2 and s.objects[0].kind == s.objects[1].kind and s.objects[0].picture]
+    assert twins
+    for scene in twins:
+        edit = W.propose_edit(scene, 1, "removal")
+        [left] = edit.target.objects
+        assert ("on the right" in edit.instruction) == (left.u == min(s.u for s in scene.objects))
+
+
+@pytest.mark.parametrize("what", ["empty", "text", "small", "no alpha", "clear", "nameless"])
+def test_pictures_that_cannot_be_used_are_named(folders, tmp_path, what):
+    for folder in folders:
+        shutil.copytree(folder, tmp_path / folder.name)
+    bad = tmp_path / "cutouts" / "cow_9.png"
+    if what == "empty":
+        bad = tmp_path / "photos"
+        shutil.rmtree(bad)
+        bad.mkdir()
+    elif what == "text":
+        bad.write_text("no picture")
+    elif what == "nameless":
+        bad = bad.with_name("IMG_2041.png")
+        shutil.copyfile(folders[1] / "cow_1.png", bad)
+    else:
+        size, colour = ((10, 10) if what == "small" else (40, 40)), (9, 9, 9, 0 if what == "clear" else 255)
+        Image.new("RGBA", size, colour).save(bad)
+    with pytest.raises(ValueError, match=re.escape(str(bad))):
+        W.find_pictures(tmp_path / "photos", tmp_path / "cutouts")
