@@ -896,6 +896,9 @@ class Film:
             if wanted is None:
                 return
 
+    def __array__(self, dtype=None, copy=None):
+        return np.stack(list(self)).astype(dtype or np.uint8)
+
     def __getitem__(self, key):
         order = self.order[key]
         film = replace(self, order=np.atleast_1d(order))
