@@ -877,6 +877,7 @@ class Film:
     read: object                # () -> generator of all frames, (H, W, 3) uint8
     order: np.ndarray           # which of them, ascending
     size: tuple                 # (H, W)
+    tick: float = 1             # of its times, in seconds
 
     @property
     def shape(self):
@@ -895,6 +896,9 @@ class Film:
             if wanted is None:
                 return
 
+    def __array__(self, dtype=None, copy=None):
+        return np.stack(list(self)).astype(dtype or np.uint8)
+
     def __getitem__(self, key):
         order = self.order[key]
         film = replace(self, order=np.atleast_1d(order))
@@ -906,35 +910,37 @@ def load_frames(path):
     clip = probe(path)
     plan(clip)                                                          # refuses a file that is cut short
     n = sum(1 for _ in read_frames(clip))                               # that can be decoded
-    film = Film(lambda: (rgb for _, rgb in read_frames(clip)), np.arange(n), (clip.height, clip.width))
+    film = Film(lambda: (rgb for _, rgb in read_frames(clip)), np.arange(n), (clip.height, clip.width),
+                float(clip.tick))
     return film, None if clip.path.is_dir() else np.array([float(t * clip.tick) for t in clip.times[:n]])
 
 
-def align(source, edited, source_times=None, edited_times=None, start=0):
+def align(source, edited, source_times=None, edited_times=None, start=0, tick=1):
     """Source and edit as clips of one length and size: (source, edited, notes on what was done).
 
-    The edit begins `start` seconds into the source. Clips of as many frames from there, and folders, whose
-    frames have no times (None), are paired one to one. Else times in seconds tell: up to where the shorter
-    clip ends, each frame of the clip that has fewer meets the one that `shown` gives for its time.
+    The edit begins `start` seconds into the source. Frames are paired one to one where their times in seconds
+    agree, or there are none (None, of folders), or as many as from `start` on; else every frame of the edit
+    meets what `shown` gives for its time, as --fps of sample.py made it, until the source ends. tick: the
+    source's, in seconds.
     """
     notes, (height, width) = [], source.shape[1:3]
     if start and source_times is None:
         raise UserError(f"--start {start:g}: the source is a folder of frames, which have no times")
     first = np.searchsorted(source_times, start - 1e-6) if start else 0
-    n = len(source) - first
-    found, how = (f"source has {n} frames, edit {len(edited)}" if n != len(edited) else ""), "the first"
-    if not found or source_times is None or edited_times is None:
-        n = min(n, len(edited))
+    found = f"source has {len(source) - first} frames, edit {len(edited)}"
+    n, paired = min(len(source) - first, len(edited)), "the first"
+    rest, times = (None if t is None else t - t[0] for t in (
+        source_times if source_times is None else source_times[first:], edited_times))
+    if len(source) - first == len(edited) or rest is None or times is None or (
+            n == len(edited) and np.allclose(rest[:n], times, atol=0.002)):
         source, edited = source[first:first + n], edited[:n]
     else:
-        times = source_times - start, edited_times - edited_times[0]
-        end = min(t[-1] + (np.median(np.diff(t)) if len(t) > 1 else 0) for t in times)
-        moments = min((times[0][first:], times[1]), key=len)
-        moments = moments[moments <= max(0, end - 0.002)]               # 2 ms: as webm rounds
-        at = [list(shown(zip(t, itertools.count()), 1, moments)) for t in times]
-        (source, edited), how = (source[at[0]], edited[at[1]]), "those shown at the same times,"
-    if found:
-        notes.append(f"{found}: {how} {len(source)} of both are scored")
+        end = source_times[-1] + np.median(np.diff(source_times)) if len(source) > 1 else math.inf
+        moments = start + times[start + times < end - 0.002]
+        at = list(shown(zip(source_times / float(tick), itertools.count()), float(tick), moments))
+        source, edited, paired = source[at], edited[:len(at)], "those shown at the same times,"
+    if found != f"source has {len(source)} frames, edit {len(source)}":
+        notes.append(f"{found}: {paired} {len(source)} of both are scored")
     if edited.shape[1:3] == (height + height % 2, width + width % 2):   # mp4 shows an odd last row twice
         edited = mapped(edited, lambda frame: frame[:height, :width], source.shape[1:3])
     if edited.shape[1:3] != (height, width):
@@ -969,7 +975,8 @@ def main_clip(argv):
     notes = []
     if args.source:
         source, source_times = load_frames(args.source)
-        clip["source"], edited, notes = align(source, edited, source_times, times, args.start)
+        clip["source"], edited, notes = align(source, edited, source_times, times, args.start,
+                                               source.tick)
     [rows] = score_clips([clip | {"edits": {"edit": edited}}], scorers_of(args))
     found = {key: x for key, x in rows["edit"].items() if math.isfinite(x)}
     print(*notes, f"{args.edited}: {len(edited)} frames", sep="\n")

@@ -225,6 +225,10 @@ def repository(source, patterns=None):
     while source:
         source = {"tiny": ROOT / "assets/tiny", "sd15": SD15}.get(str(source), source)
         if Path(source).is_file():
+            with reading(source, "--weights takes a whole editor: one file in the original layout, or a folder"):
+                names = sorted(read_tensors(source))
+                need(any(name.startswith("model.diffusion_model.") for name in names),
+                     f"holds no model.diffusion_model.*, but {', '.join(names[:2])}")
             folders.append(Path(source))
             patterns = [name for name in VideoEditor.FILES if not name.endswith(".safetensors")]
             beside = Path(source).parent

@@ -351,10 +351,12 @@ def test_clips_of_other_length_rate_and_size_are_aligned_and_it_is_said():
     assert firsts(a) == [0, 2, 4, 6, 8, 10, 12, 14, 16] and a.shape == b.shape == (9, 16, 24, 3)
     assert len(notes) == 2 and notes[0].startswith("source has 20 frames, edit 9: ") and "12x8" in notes[1]
     a, b, notes = metrics.align(edited, source, np.arange(9) / 10, np.arange(20) / 20)                  # the other way round
-    assert firsts(b) == [0, 2, 4, 6, 8, 10, 12, 14, 16] and len(a) == 9
+    assert firsts(a) == [k // 2 for k in range(18)] and len(b) == 18
     a, b, notes = metrics.align(source, edited, None, np.arange(9) / 10)                                # a folder has no times
     assert firsts(a) == list(range(9)) and "the first 9 of both" in notes[0]
     assert metrics.align(source, source, np.arange(20) / 20, np.arange(20) / 8)[2] == []
+    a, b, _ = metrics.align(source, edited, np.arange(20) / 20, np.arange(9) / 20, 0.27)                # a part, as it is
+    assert firsts(a) == list(range(6, 15))
     a, b, _ = metrics.align(source, source[:1], np.arange(20) / 20, np.zeros(1))
     assert len(a) == len(b) == 1 and firsts(a) == [0]
 
@@ -365,14 +367,14 @@ def test_frames_at_uneven_times_meet_those_shown_then():
     assert firsts(a) == [0, 2, 4, 4] and firsts(b) == [0, 1, 2, 3]             # 0, .33, .67, 1
 
 
-@pytest.mark.parametrize("start, fps", [(0, 8), (0.5, 8), (1.03, 12.5), (0.77, 10)])
+@pytest.mark.parametrize("start, fps", [(0, 8), (0.5, 8), (1.03, 12.5), (0.77, 30000 / 1001)])
 def test_an_edit_made_with_fps_meets_the_frames_it_was_made_of(tmp_path, start, fps):
     source = write_clip(tmp_path / "a.mp4", np.repeat(numbered(25, 32, 32) * 9, 2, axis=0), 25)
     clip = probe(source)
     made_of = [rgb for _, rgb in read_frames(clip, start, fps=Fraction(fps).limit_denominator(1001))]
     edit = write_clip(tmp_path / "b.mp4", np.stack(made_of), fps)
     (film, times), (edited, edited_times) = map(metrics.load_frames, (source, edit))
-    a, b, _ = metrics.align(film, edited, times, edited_times, start)
+    a, b, _ = metrics.align(film, edited, times, edited_times, start, film.tick)
     assert len(a) >= len(made_of) - 1 and all(np.array_equal(x, y) for x, y in zip(a, made_of))
 
 

@@ -255,7 +255,7 @@ BRIGHTNESS = '''SCORES = {
 def test_a_new_score_filters_and_stands_in_tables(hub, tmp_path, capsys):
     with changed(tmp_path, ("metrics", "SCORES = {\n", BRIGHTNESS),
                  ("metrics", 'return {"flicker": flicker(edited, source),',
-                  'return {"brightness": edited.mean() / 255, "flicker": flicker(edited, source),'),
+                  'return {"brightness": np.mean(edited) / 255, "flicker": flicker(edited, source),'),
                  ("metrics", "COLUMNS = (", 'COLUMNS = ("brightness", ')) as tools:
         images(tools, hub, tmp_path, n=1)
         do(tools.curate, "clips --images {to}/images --to {to}/clips", to=tmp_path)
