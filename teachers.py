@@ -140,6 +140,7 @@ class T5Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.reach = cfg.get("relative_attention_max_distance", 128)
+        need(self.reach > cfg["relative_attention_num_buckets"] // 4 > 0, "relative attention: no buckets")
         self.shared = embedding(cfg["vocab_size"], cfg["d_model"])
         self.encoder = nn.ModuleDict({
             "block": nn.ModuleList(T5Block(cfg, first=i == 0) for i in range(cfg["num_layers"])),
@@ -795,6 +796,8 @@ class LlavaOneVision(nn.Module):
         super().__init__()
         text, vision = cfg["text_config"], cfg["vision_config"]
         self.cfg, self.size = cfg, vision["image_size"]
+        for high, wide in cfg["image_grid_pinpoints"]:
+            need(high > 0 < wide, f"image_grid_pinpoints {high}x{wide}")
         self.grid = self.size // vision["patch_size"]                   # patches per side: 27
         self.vision_tower = nn.ModuleDict({"vision_model": SigLIP(vision)})
         width = text["hidden_size"]
