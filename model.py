@@ -227,7 +227,8 @@ def repository(source, patterns=None):
     while source:
         source = {"tiny": ROOT / "assets/tiny", "sd15": SD15}.get(str(source), source)
         if Path(source).is_file():
-            with reading(source, "--weights takes a whole editor: one file in the original layout, or a folder"):
+            hint = "--weights takes a whole editor, one file in the original layout or a folder"
+            with reading(source, hint):
                 names = sorted(read_tensors(source))
                 need(any(name.startswith("model.diffusion_model.") for name in names),
                      f"holds no model.diffusion_model.*, but {', '.join(names[:2])}")

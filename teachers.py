@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
-from model import (CLIPEncoder, UserError, attention, build, embedding, find_tensors, hub_dir, load_weights,
-                   need, placement, read_json, read_tensors, reading, resize, save_tensors, stretch,
-                   timestep_embedding, to_u8)
+from model import (CLIPEncoder, UserError, attention, build, check_sizes, embedding, find_tensors, hub_dir,
+                   load_weights, need, placement, read_json, read_tensors, reading, resize, save_tensors,
+                   stretch, timestep_embedding, to_u8)
 
 
 def rotary(positions, width, theta):
@@ -796,8 +796,6 @@ class LlavaOneVision(nn.Module):
         super().__init__()
         text, vision = cfg["text_config"], cfg["vision_config"]
         self.cfg, self.size = cfg, vision["image_size"]
-        for high, wide in cfg["image_grid_pinpoints"]:
-            need(high > 0 < wide, f"image_grid_pinpoints {high}x{wide}")
         self.grid = self.size // vision["patch_size"]                   # patches per side: 27
         self.vision_tower = nn.ModuleDict({"vision_model": SigLIP(vision)})
         width = text["hidden_size"]
@@ -821,6 +819,9 @@ class LlavaOneVision(nn.Module):
         with reading(folder / "config.json", f"give {LLAVA} or a copy of it"), torch.device("meta"):
             if words in tensors:                                   # the file knows its padded vocabulary best
                 cfg["text_config"]["vocab_size"] = len(tensors[words])
+            for high, wide in cfg["image_grid_pinpoints"]:
+                need(high > 0 < wide, f"image_grid_pinpoints {high}x{wide}")
+            check_sizes(cfg)
             net = cls(cfg)
         tied = head not in tensors and any(c.get("tie_word_embeddings") for c in (cfg, cfg["text_config"]))
         device, dtype = placement(device, dtype)
