@@ -192,6 +192,7 @@ class Real(Edited):
 # ---- a data set on disk ----------------------------------------------------------------------------------
 
 SOURCE = "id", "order", "task", "instruction", "source_caption", "target_caption", "origin"     # of every row
+ROW_TYPES = dict.fromkeys(SOURCE, str) | dict(order=list, origin=dict, kept=bool)
 GIVE_UP = 20            # sources that cannot be read, and none that can: it is not they that are broken
 
 
@@ -205,6 +206,11 @@ def read_sources(folder):
     with reading(folder, "pass a data set of curate.py"):
         sources = [read_json(path, list) for path in Path(folder).glob("*/candidates.json")]
         need(sources, "--images, --clips or --from: holds no <id>/candidates.json")
+        for row in sum(sources, []):
+            need(row.keys() >= {"id", "order", "kept"}, "candidates.json: needs id, order and kept in every row")
+            for name, kind in ROW_TYPES.items():
+                need(isinstance(row.get(name, kind()), kind), f"candidates.json: {name} {row.get(name)}")
+        need(all(sources), "candidates.json: is empty")
         return sorted(sources, key=lambda rows: rows[0]["order"])
 
 
@@ -262,7 +268,7 @@ def run_step(to, settings, sources, load, work, how, group=1):
     group, work([(source, loaded)]) yields those. Groups are always of the same sources, and done again whole.
     """
     begin(to, settings, how.force)
-    mine, unread, done = my_share(sources), set(), 0
+    mine, unread, done, fault = my_share(sources), set(), 0, ""
     free = shutil.disk_usage(to).free / 1e9
     print(f"{to}: {len(sources)} sources, {free:.1f} GB free{', perhaps too few' if free < 5 else ''}")
     for members in tqdm([mine[k:k + group] for k in range(0, len(mine), group)], desc=to.name):
@@ -272,10 +278,12 @@ def run_step(to, settings, sources, load, work, how, group=1):
         loaded = []
         for source in members:
             try:
-                loaded.append((source, load(source)))
+                with reading(f"source {source['id']}"):
+                    loaded.append((source, load(source)))
             except UserError as error:
                 print(f"left out: {error}")
                 unread.add(source["id"])
+                fault = error
                 if len(unread) == GIVE_UP and not any(to.glob("*/candidates.json")):
                     raise UserError(f"{to}: the first {GIVE_UP} sources cannot be read, the last: {error}; "
                                     "is the disk there? then run the same again") from None
@@ -284,6 +292,9 @@ def run_step(to, settings, sources, load, work, how, group=1):
             if source in left:
                 write_source(to, source, rows, files)
                 done += 1
+    if fault and mine == sources and not any(to.glob("*/candidates.json")):
+        (to / "settings.json").unlink()
+        raise UserError(f"{to}: none of {len(sources)} sources can be read, the last: {fault}")
     if mine == sources or any(to.glob("*/candidates.json")):        # else other processes are still at it
         rows = read_rows(to)
         kept, every = ({row["id"] for row in rows if row["kept"] or k} for k in (False, True))
@@ -586,7 +597,8 @@ def videos(to, s, how):
     ed = tools.ed
 
     def load(source):
-        image_id = source["origin"]["image"]
+        (_, _), image_id = source["guidance"], source["origin"]["image"]
+        need(isinstance(source["seed"], int), f"seed {source['seed']}")
         image = read_image(Path(s.images) / image_id / "source.png")
         path = read_tensors(Path(s.images) / image_id / "trajectory.safetensors")["trajectory"].float()
         if source["animate"] == "cogvideox":

@@ -221,11 +221,14 @@ def repository(source, patterns=None):
     in, if that is in hub layout, else from InstructPix2Pix.
     patterns: the hub's files, by default those of an editor.
     """
+    if not str(source):
+        raise UserError('--weights "": needs a hub id or a directory')
     folders = []
     while source:
         source = {"tiny": ROOT / "assets/tiny", "sd15": SD15}.get(str(source), source)
         if Path(source).is_file():
-            with reading(source, "--weights takes a whole editor: one file in the original layout, or a folder"):
+            hint = "--weights takes a whole editor, one file in the original layout or a folder"
+            with reading(source, hint):
                 names = sorted(read_tensors(source))
                 need(any(name.startswith("model.diffusion_model.") for name in names),
                      f"holds no model.diffusion_model.*, but {', '.join(names[:2])}")
@@ -295,6 +298,8 @@ def check_sizes(cfg):
     """Inside `reading`: no number of a network's config may ask for what takes hours, or make no sense."""
     for key, value in cfg.items():
         for x in value if isinstance(value, list) else [value]:
+            if re.search("(^|_)eps", key):
+                need(isinstance(x, int | float) and 0 <= x < 1, f"{key} {x}: needs a small number")
             if isinstance(x, dict):
                 check_sizes(x)
             elif isinstance(x, int | float) and re.search("layers|head|group|channel|size|dim|max_|eps", key):

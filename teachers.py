@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
-from model import (CLIPEncoder, UserError, attention, build, embedding, find_tensors, hub_dir, load_weights,
-                   need, placement, read_json, read_tensors, reading, resize, save_tensors, stretch,
-                   timestep_embedding, to_u8)
+from model import (CLIPEncoder, UserError, attention, build, check_sizes, embedding, find_tensors, hub_dir,
+                   load_weights, need, placement, read_json, read_tensors, reading, resize, save_tensors,
+                   stretch, timestep_embedding, to_u8)
 
 
 def rotary(positions, width, theta):
@@ -140,6 +140,7 @@ class T5Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.reach = cfg.get("relative_attention_max_distance", 128)
+        need(self.reach > cfg["relative_attention_num_buckets"] // 4 > 0, "relative attention: no buckets")
         self.shared = embedding(cfg["vocab_size"], cfg["d_model"])
         self.encoder = nn.ModuleDict({
             "block": nn.ModuleList(T5Block(cfg, first=i == 0) for i in range(cfg["num_layers"])),
@@ -818,6 +819,9 @@ class LlavaOneVision(nn.Module):
         with reading(folder / "config.json", f"give {LLAVA} or a copy of it"), torch.device("meta"):
             if words in tensors:                                   # the file knows its padded vocabulary best
                 cfg["text_config"]["vocab_size"] = len(tensors[words])
+            for high, wide in cfg["image_grid_pinpoints"]:
+                need(high > 0 < wide, f"image_grid_pinpoints {high}x{wide}")
+            check_sizes(cfg)
             net = cls(cfg)
         tied = head not in tensors and any(c.get("tie_word_embeddings") for c in (cfg, cfg["text_config"]))
         device, dtype = placement(device, dtype)

@@ -3,6 +3,7 @@
     python tests/fuzz.py --n 1000 --seed 0        about half a second a case
     python tests/fuzz.py --only 417 --seed 0      one case again, loudly
     python tests/fuzz.py --n 200 --what video     only targets with this in their name
+    python tests/fuzz.py --kills 40               SIGKILLs over curation and training; results must be equal
 
 Every case copies a small piece that works (a clip, miniature weights, a data set, a table of texts), damages
 one file of it by chance or changes the flags, and runs a command on it in this process, on a copy of the
@@ -19,6 +20,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -407,13 +409,58 @@ def case(number, seed, base, box, names):
     return name, "refused", details
 
 
+KILLED = """
+curate images --weights tiny --from shapes --n 3 --candidates 2 --steps 1 --no-filter --to {out}/made
+train vae --size 32 --samples 2 --steps 60 --batch 8 --save-minutes 0 --data {out}/d --runs {out}/made --n 0
+"""
+
+
+def kills(n, seed):
+    """n SIGKILLs at random moments, shared by the commands of KILLED: True where what each of them has made in
+    the end equals an undisturbed run's, byte for byte (but for logs and checkpoints, which hold times)."""
+    rng, good = Random(seed), True
+
+    def made(out):
+        return {x.relative_to(out): x.read_bytes() for x in sorted(out.rglob("made/**/*"))
+                if x.is_file() and x.suffix not in (".jsonl", ".pt")}
+    for line in KILLED.strip().splitlines():
+        with tempfile.TemporaryDirectory() as folder:
+            whole, broken = Path(folder, "whole"), Path(folder, "broken")
+
+            def start(out):
+                script, *words = shlex.split(line.format(out=out))
+                return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *words, "--device", "cpu"],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            began = time.time()
+            assert start(whole).wait() == 0, line
+            took, hit = time.time() - began, 0
+            while hit < n // 2:
+                process = start(broken)
+                try:
+                    process.wait(rng.uniform(0.2, 1) * took)
+                    shutil.rmtree(broken)                           # it had finished: begin anew
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    hit += 1
+            end = start(broken).wait()
+            equal = made(whole) == made(broken)
+            print(f"{line.split(' --')[0]}: {hit} kills, exit {end}, {len(made(whole))} files "
+                  + ("equal" if equal else "DIFFER"), flush=True)
+            good &= equal and end == 0
+    return good
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--n", type=int, default=1000, help="cases")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--only", type=int, help="this case alone, and what it said")
     p.add_argument("--what", default="", help="targets with this in their name")
+    p.add_argument("--kills", type=int, default=0, help="so many SIGKILLs instead")
     args = p.parse_args()
+    if args.kills:
+        sys.exit(not kills(args.kills, args.seed))
     resource.setrlimit(resource.RLIMIT_AS, (24 << 30, 24 << 30))   # 2 ** 40 must not take the machine down
     torch.set_num_threads(1)
     names = [name for name in TARGETS if args.what in name]

@@ -278,7 +278,7 @@ def test_where_the_first_sources_cannot_be_read_it_is_the_disk(hub, tmp_path):
     with pytest.raises(UserError,
                        match="the first 20 sources cannot be read, the last: .*19.png.*is the disk there"):
         images(hub, tmp_path / "x", "--from", tmp_path, n=30)
-    with pytest.raises(UserError, match="holds no <id>/candidates.json"):
+    with pytest.raises(UserError, match="none of 5 sources can be read"):
         images(hub, tmp_path / "y", "--from", tmp_path, n=5)
 
 
