@@ -207,7 +207,7 @@ def read_sources(folder):
         sources = [read_json(path, list) for path in Path(folder).glob("*/candidates.json")]
         need(sources, "--images, --clips or --from: holds no <id>/candidates.json")
         for row in sum(sources, []):
-            need(row.keys() >= {"id", "order", "kept"}, "candidates.json: needs id, order and kept in every row")
+            need(row.keys() >= {"id", "order", "kept"}, "candidates.json: rows need id, order and kept")
             for name, kind in ROW_TYPES.items():
                 need(isinstance(row.get(name, kind()), kind), f"candidates.json: {name} {row.get(name)}")
         need(all(sources), "candidates.json: is empty")

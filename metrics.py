@@ -499,8 +499,8 @@ def image_scores(clip, dino, source, edited, source_caption, target_caption):
 # ------------------------------------------------------------------------------------------------------------
 
 def strips(first, second, mask=None, overlap=0, rows=256):
-    """Two clips (F, H, W, 3) and, or None, a mask (F, H, W) part by part: `rows` of a frame and `overlap` more.
-    A 4K clip in float64 does not fit into memory."""
+    """Two clips (F, H, W, 3) and, or None, a mask (F, H, W) part by part: `rows` of a frame and `overlap`
+    more. A 4K clip in float64 does not fit into memory."""
     for i, (a, b) in enumerate(zip(first, second)):
         for top in range(0, len(a) - overlap, rows):
             part = slice(top, top + rows + overlap)
@@ -848,7 +848,7 @@ def encode_clip(net, frames, square=0):
     if isinstance(net, ViCLIP):
         return net.encode_video(net.preprocess(list(squared(net.choose(frames)))))[0]
     pixels, features = (net.preprocess([frame]) for frame in squared(frames)), []
-    while some := list(itertools.islice(pixels, 64)):                             # one frame of full size at a time
+    while some := list(itertools.islice(pixels, 64)):       # one frame of full size at a time
         features.append(net.encode_image(torch.cat(some)))
     return torch.cat(features)
 
@@ -872,8 +872,8 @@ def total_score(rows, weights=WEIGHTS, centre=None, spread=None):
 
 @dataclass(frozen=True)
 class Film:
-    """Frames of a file or folder that are decoded anew whenever they are looked at, so that a clip of any length
-    fits: an array of them to those who ask for len, shape, frames in turn, one [i], or a Film of several."""
+    """Frames of a file or folder that are decoded anew whenever they are looked at, so that a clip of any
+    length fits: to those who ask for len, shape, frames in turn, one [i] or some [indices] an array."""
     read: object                # () -> generator of all frames, (H, W, 3) uint8
     order: np.ndarray           # which of them, ascending
     size: tuple                 # (H, W)
